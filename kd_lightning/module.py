@@ -1,0 +1,361 @@
+"""The Lightning module: wiring only, and the one place that divides by the number of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
+from kd_lightning.engine import Head
+from kd_lightning.label_losses import LabelLoss
+from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.metrics import TokenMean
+from kd_lightning.models import check_tokenizers, load_causal_lm
+from kd_lightning.objectives import SOURCES
+from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.teachers import HFTeacher, Teacher, body_and_head, hidden_states
+
+MODEL_INPUTS = ("input_ids", "attention_mask")
+NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
+
+
+class StudentWithLoss(nn.Module):
+    """Student and loss under one forward, body -> head -> loss: what DDP and FSDP2 wrap as a whole.
+
+    Args:
+        student: a Hugging Face causal LM.
+        loss: the loss it is trained on.
+    """
+
+    def __init__(self, student: nn.Module, loss: DistillationLoss) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self._reading: Head | None = None
+        try:
+            body, self._reading = body_and_head(student)
+        except ValueError as error:
+            L.pytorch.utilities.rank_zero_info(f"student: {error}; its whole logits are used instead")
+        else:
+            object.__setattr__(self, "_body", body)  # a second name for a part of the student, not a second part
+
+    def head(self) -> Head | None:
+        """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
+        if self._reading is None:
+            return None
+        layer = self.student.get_output_embeddings()
+        return dataclasses.replace(self._reading, weight=layer.weight, bias=getattr(layer, "bias", None))
+
+    def forward(
+        self, batch: dict[str, Tensor], teacher: Teacher | None, loss: DistillationLoss | None = None
+    ) -> LossParts:
+        """Undivided loss of one batch; position t is scored on the label at t + 1.
+
+        Args:
+            batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T].
+            teacher: read here, without gradient; None where nothing asks for it.
+            loss: another loss on the same models (monitors in validation); None: the one it was built with.
+        """
+        loss = loss or self.loss
+        labels = batch["labels"][:, 1:]
+        rows = {
+            name: column[:, 1:] if column.ndim == 2 else column
+            for name, column in batch.items()
+            if name not in NOT_COLUMNS
+        }
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        head = self.head()
+        if head is not None and (teacher is None or teacher.head is not None):
+            teacher_hidden = None if teacher is None else teacher.hidden(inputs)[:, :-1]
+            hidden = hidden_states(self._body, **inputs)[:, :-1]
+            return loss.from_hidden(hidden, head, teacher_hidden, teacher and teacher.head, labels, rows=rows)
+        teacher_logits = None if teacher is None else teacher.logits(inputs)[:, :-1]
+        logits = self.student(**inputs, use_cache=False).logits[:, :-1]
+        return loss.from_logits(logits, teacher_logits, labels, rows=rows)
+
+
+class DistillationModule(L.LightningModule):
+    r"""A student learns from a frozen teacher: loss = (1 − ce_weight)·KD + ce_weight·label loss, per token.
+
+    Reduces to plain supervised fine-tuning with `teacher=None, ce_weight=1`. Gradients are accumulated as sums and
+    divided once by the number of counted tokens (or responses) of the whole accumulation window over all ranks, so
+    that a step is the same however its rows are split.
+
+    Args:
+        student: folder, hub name or `asset:` name of a Hugging Face causal LM; in Python also a loaded model.
+        teacher: a `Teacher`, or a folder, hub name or `asset:` name; in Python also a loaded model; None: no teacher.
+        objective: any `Divergence`: a plain one, an `Objective`, a recipe such as `TAID`.
+        ce_weight: share of the label loss, in [0, 1].
+        temperature: divides both models' logits in the soft loss, > 0.
+        reduction: `token_mean`, `sequence_mean` or `sum`.
+        responses: where the responses trained on come from; None: the data.
+        label_loss: the term on the label's log-probability; None: `CrossEntropy()`.
+        optimizer: builds the optimizer from parameters.
+        lr_scheduler: builds a scheduler from the optimizer; it steps once per optimizer step.
+        monitors: divergences measured in validation and test beside the loss; None: forward and reverse KL, JSD,
+            total variation.
+        student_init: `pretrained`, or `random` to start from the configuration alone.
+        student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
+        teacher_kwargs: the same for the teacher.
+
+    Raises:
+        ValueError: an argument is out of its range, or a model cannot be read.
+    """
+
+    def __init__(
+        self,
+        student: str,
+        teacher: Teacher | str | None = None,
+        objective: Divergence = ForwardKL(),  # noqa: B008 - stateless, and so it can be shown and dumped by the command line
+        ce_weight: Weight = 0.0,
+        temperature: float = 1.0,
+        reduction: str = "token_mean",
+        responses: None = None,
+        label_loss: LabelLoss | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        monitors: dict[str, Divergence] | None = None,
+        student_init: str = "pretrained",
+        student_kwargs: dict[str, Any] | None = None,
+        teacher_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if reduction == "none":
+            raise ValueError("reduction must be 'token_mean', 'sequence_mean' or 'sum' in training, got 'none'")
+        if student_init not in ("pretrained", "random"):
+            raise ValueError(f"student_init must be 'pretrained' or 'random', got {student_init!r}")
+        if teacher is None and ce_weight != 1:
+            raise ValueError(f"ce_weight must be 1 where there is no teacher, got {ce_weight}")
+        self.student_source = student
+        self.student_init = student_init
+        self.student_kwargs = student_kwargs
+        self.reduction = reduction
+        self.teacher = _as_teacher(teacher, teacher_kwargs)
+        self.loss = DistillationLoss(
+            objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
+        )
+        default = {
+            "forward_kl": ForwardKL(),
+            "reverse_kl": ReverseKL(),
+            "jsd": GeneralizedJSD(0.5),
+            "total_variation": TotalVariation(),
+        }
+        self.monitors = nn.ModuleDict(({} if teacher is None else default) if monitors is None else monitors)
+        evaluation_loss = DistillationLoss(
+            objective,
+            ce_weight=ce_weight,
+            temperature=temperature,
+            reduction=reduction,
+            label_loss=label_loss,
+            monitors=dict(self.monitors.items()),
+            diagnostics=True,
+        )
+        object.__setattr__(self, "evaluation_loss", evaluation_loss)  # made of parts that are registered already
+        self.optimizer_callable = optimizer
+        self.lr_scheduler_callable = lr_scheduler
+        self.model: StudentWithLoss | None = None
+        self.evaluation = nn.ModuleDict()
+        self._window: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
+        self._unchecked: tuple[int, Tensor, Tensor] | None = None
+
+    # ------------------------------------------------------------------------------------------------ construction
+    @property
+    def student(self) -> nn.Module:
+        """The student's Hugging Face model (there from `configure_model` on)."""
+        if self.model is None:
+            raise ValueError("the student is loaded when a Trainer starts (or by `configure_model()`)")
+        return self.model.student
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """Where the student's tokenizer lies; None where the student came as an object without a folder."""
+        source = self.student_source
+        return source if isinstance(source, str) else getattr(source, "name_or_path", None) or None
+
+    def setup(self, stage: str) -> None:
+        """Compare the two tokenizers before anything is loaded or trained."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(datamodule, "tokenizer", None)
+        if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
+            check_tokenizers(self.teacher.name, tokenizer)
+
+    def configure_model(self) -> None:
+        """Load student and teacher; Lightning calls this more than once."""
+        if self.model is None:
+            student = self.student_source
+            if isinstance(student, str):
+                student = load_causal_lm(student, init=self.student_init, kwargs=self.student_kwargs, role="student")
+            self.model = StudentWithLoss(student.train(), self.loss)
+            del self.loss  # it lives in the wrapped model, under one name
+        if self.teacher is not None:
+            self.teacher.load()
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer over the parameters that learn, scheduler stepped once per optimizer step."""
+        optimizer = self.optimizer_callable([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler_callable is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler_callable(optimizer), "interval": "step"},
+        }
+
+    # ---------------------------------------------------------------------------------------------------- training
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Derive this micro-batch's randomness from (seed, counter, rank): stored generator states shift at a resume."""
+        self._check_finite()
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        counter = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        digest = hashlib.sha256(f"{seed}/{counter}/{self.global_rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Undivided loss of one micro-batch; `on_before_optimizer_step` divides."""
+        assert self.model is not None
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+        parts: LossParts = self.model(batch, self._training_teacher())
+        self._gather(batch, parts)
+        self._unchecked = (self.trainer.global_step, batch["row_ids"] if "row_ids" in batch else None, parts.loss.detach())
+        return parts.loss
+
+    def _training_teacher(self) -> Teacher | None:
+        """The teacher, unless the loss has no use for it."""
+        ce_weight = self.model.loss.ce_weight
+        return None if not isinstance(ce_weight, Schedule) and ce_weight == 1 else self.teacher
+
+    def _gather(self, batch: dict[str, Tensor], parts: LossParts) -> None:
+        """Add one micro-batch's sums to the window's; nothing here waits for the device."""
+        sums = {name: (value * parts.weights).sum(dtype=torch.float32) for name, value in parts.values.items()}
+        sums["divisor"] = parts.divisor.float()
+        counted = batch["labels"][:, 1:] != -100
+        sums["counted"] = counted.sum().float()
+        source = batch.get("source")
+        by_student = source == SOURCES.index("student") if source is not None else counted.new_zeros(len(counted))
+        sums["by_student"] = (counted & by_student.bool().view(-1, 1)).sum().float()
+        for name, value in sums.items():
+            self._window[name] = self._window[name] + value if name in self._window else value
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the whole window's divisor, over all ranks; before clipping.
+
+        Lightning has divided every loss by `accumulate_grad_batches` and the strategy averages over ranks: both are
+        taken back here, and the divisor is what was really accumulated, also in a last, shorter window.
+        """
+        names = sorted(self._window)
+        totals = torch.stack([self._window[name] for name in names])
+        if self.trainer.world_size > 1:
+            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        total = dict(zip(names, totals.unbind(), strict=True))
+        self._window = {}
+        divisor, counted, by_student = (total.pop(name) for name in ("divisor", "counted", "by_student"))
+        nonzero = torch.ones_like(divisor) if self.reduction == "sum" else divisor.clamp_min(1)
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / nonzero
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(grads, factor)
+        self._means = {name: value / nonzero for name, value in total.items()}
+        self._means["student_share"] = by_student / counted.clamp_min(1)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the schedules: here and not at the end of the batch, where checkpoints are already written."""
+        super().optimizer_step(*args, **kwargs)
+        total = self.trainer.estimated_stepping_batches
+        progress = (self.trainer.global_step + 1) / total if total and total != float("inf") else 0.0
+        for schedule in self.schedules().values():
+            schedule.update(min(progress, 1.0), self._means)
+
+    def schedules(self) -> dict[str, Schedule]:
+        """Every schedule of the loss by its dotted path in the objective (or `ce_weight`)."""
+        loss = self.loss if self.model is None else self.model.loss
+        found = {name: part for name, part in loss.objective.named_modules() if isinstance(part, Schedule)}
+        if isinstance(loss.ce_weight, Schedule):
+            found["ce_weight"] = loss.ce_weight
+        return found
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the means of the window that has just stepped."""
+        if not self._means:
+            return
+        means, self._means = self._means, {}
+        scalars = {f"train/{name}": means[name] for name in ("loss", "kd", "ce", "student_share") if name in means}
+        for path, schedule in self.schedules().items():
+            value = schedule()
+            if value.ndim == 0:
+                scalars[f"schedule/{path}"] = value
+        self.log("train/loss", scalars.pop("train/loss"), prog_bar=True)
+        self.log_dict(scalars)
+
+    def _check_finite(self) -> None:
+        """Stop at a loss that is not finite; asked one step late, so that no step waits for the device."""
+        if self._unchecked is None:
+            return
+        step, row_ids, loss = self._unchecked
+        self._unchecked = None
+        if not torch.isfinite(loss):
+            rows = "" if row_ids is None else f", on rows {row_ids.tolist()}"
+            raise ValueError(f"the loss is {loss.item()} at step {step}{rows}; the last checkpoint was written before it")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep a step that was not finite out of the checkpoints."""
+        self._check_finite()
+
+    def on_train_end(self) -> None:
+        """Look at the last step's loss too."""
+        self._check_finite()
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+    def on_validation_epoch_start(self) -> None:
+        """Look at the last step's loss before its student is measured."""
+        self._check_finite()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Measure one batch under `val/`."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Measure one batch under `test/`."""
+        self._evaluate(batch, "test")
+
+    def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
+        """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
+        assert self.model is not None
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            parts: LossParts = self.model(batch, self.teacher, self.evaluation_loss)
+        self.model.train(training)
+        return parts
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        values = dict(self.evaluate_batch(batch).values)
+        values["ce"] = values.pop("student_nll")
+        values.pop("loss")
+        for name, value in values.items():
+            key = f"{stage}_{name}"
+            if key not in self.evaluation:
+                self.evaluation[key] = TokenMean().to(self.device)
+            self.evaluation[key].update(value)
+            self.log(f"{stage}/{name}", self.evaluation[key], prog_bar=name == "kd", on_epoch=True, on_step=False)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Greedy responses to left-padded prompts."""
+        from kd_lightning.rollout import generate
+
+        return {"row_ids": batch["row_ids"], "responses": generate(self.student, **{k: batch[k] for k in MODEL_INPUTS})}
+
+
+def _as_teacher(teacher: Any, kwargs: dict[str, Any] | None) -> Teacher | None:
+    """A `Teacher` from what the user gave: one already, a name, a loaded model, or nothing."""
+    if teacher is None or isinstance(teacher, Teacher):
+        return teacher
+    return HFTeacher(teacher, kwargs)
