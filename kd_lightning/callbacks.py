@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kd_lightning.module import DistillationModule
 from kd_lightning.storage import whole_file, whole_folder
 
 
@@ -131,25 +128,3 @@ class RunConfig(L.Callback):
         if not trainer.fast_dev_run:
             with whole_file(Path(trainer.default_root_dir) / "config.yaml") as part:
                 part.write_text(self.text, encoding="utf-8")
-
-
-def measure(trainer: L.Trainer, module: DistillationModule, batches: list[Any]) -> dict[str, float]:
-    """Token means over test batches, on all ranks together: `student_nll`, `teacher_nll`, `forward_kl`."""
-    sums: dict[str, torch.Tensor] = {}
-    for batch in batches:
-        batch = trainer.strategy.batch_to_device(batch)
-        values = module.evaluate_batch(batch).values
-        for name in ("student_nll", "teacher_nll", "forward_kl"):
-            if name in values:
-                value = values[name].double()
-                total = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
-                sums[name] = sums[name] + total if name in sums else total
-    if trainer.world_size > 1:
-        sums = {name: trainer.strategy.reduce(total, reduce_op="sum") for name, total in sums.items()}
-    return {name: float(total[0] / total[1]) for name, total in sums.items()}
-
-
-def dump_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    with whole_file(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

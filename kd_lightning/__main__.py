@@ -1,0 +1,7 @@
+"""`python -m kd_lightning`: the same as `kd-lightning`."""
+
+import sys
+
+from kd_lightning.cli import main
+
+sys.exit(main())

@@ -1,0 +1,190 @@
+"""The program `kd-lightning`: LightningCLI with defaults, and errors in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def config_folder() -> Path:
+    """Where the shipped configs lie: beside the modules in an installed package, one level up in the source tree."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def shipped_config(name: str) -> str:
+    """The path of the shipped config called `name`; anything that is a path already comes back unchanged.
+
+    Raises:
+        ValueError: no file and no shipped config has this name.
+    """
+    if Path(name).is_file():
+        return name
+    folder = config_folder()
+    path = folder / f"{name}.yaml"
+    if path.is_file():
+        return str(path)
+    names = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    raise ValueError(f"--config {name}: no such file, and the shipped configs are {', '.join(names)}")
+
+
+def expand_configs(args: Sequence[str]) -> list[str]:
+    """Replace the names after `--config` (and a file name after `--trainer`) by paths of shipped configs."""
+    out: list[str] = []
+    for word in args:
+        flag, equals, value = word.partition("=")
+        if equals and flag in ("--config", "-c"):
+            word = f"{flag}={shipped_config(value)}"
+        elif out and out[-1] in ("--config", "-c"):
+            word = shipped_config(word)
+        out.append(word)
+    return out
+
+
+def quiet() -> None:
+    """Silence what a user can do nothing about; each line says why."""
+    for pattern in (
+        r".*does not have many workers.*",  # the bundled data is tokenised once and needs none
+        r".*module\(s\) in eval mode at the start of training.*",  # dropout-free parts of Hugging Face models
+        r".*Checkpoint directory .* exists and is not empty.*",  # a resume writes where it wrote
+        r".*You have overridden `.*` in .* but have passed.*",
+        r".*logging interval \(log_every_n_steps=.*",  # short runs and tests
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # inside Lightning
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(word in record.getMessage() for word in ("TPU available", "HPU available", "💡", "GPU available"))
+    )
+
+
+def build_cli() -> type:
+    """The LightningCLI subclass; built in a function so that importing this module stays cheap."""
+    import lightning as L
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    import kd_lightning.assistants
+    import kd_lightning.divergences
+    import kd_lightning.label_losses
+    import kd_lightning.objectives
+    import kd_lightning.schedules
+    import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
+    from kd_lightning.callbacks import Checkpoint, HFExport, RunConfig
+    from kd_lightning.results import ResultsTable
+    from kd_lightning.storage import WholeCheckpointIO
+
+    class KDCLI(LightningCLI):
+        """Defaults, three groups of callbacks, and nothing else."""
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            """Add `checkpoint`, `export` and `results`."""
+            parser.add_lightning_class_args(Checkpoint, "checkpoint")
+            parser.add_lightning_class_args(HFExport, "export")
+            parser.add_lightning_class_args(ResultsTable, "results")
+
+        def before_instantiate_classes(self) -> None:
+            """Refuse what does not fit two models, and find the checkpoint that `last` means."""
+            config = self.config[self.subcommand]
+            strategy = config.trainer.strategy
+            name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
+            if name.split(".")[-1].lower() in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
+                raise ValueError(
+                    f"trainer.strategy {name} wraps one root and cannot hold a sharded teacher beside the student: "
+                    "use fsdp2"
+                )
+            if config.get("ckpt_path"):
+                root = config.trainer.default_root_dir or os.getcwd()
+                config.ckpt_path = checkpoint_path(config.ckpt_path, root)
+
+        def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+            """Put logger and checkpoint files under ROOT."""
+            config = self.config_init[self.subcommand]["trainer"]
+            root = config.default_root_dir or os.getcwd()
+            if config.logger in (None, True):
+                kwargs["logger"] = TensorBoardLogger(root, name="", version="tensorboard")
+            kwargs["plugins"] = [*_as_list(config.plugins), WholeCheckpointIO()]
+            kwargs["callbacks"] = [*_as_list(config.callbacks)]
+            if self.subcommand == "fit":
+                parser, parsed = self._parser(self.subcommand), self.config[self.subcommand].clone()
+                parsed.ckpt_path = None
+                kwargs["callbacks"].append(RunConfig(parser.dump(parsed, skip_none=False)))
+            return super().instantiate_trainer(**kwargs)
+
+        def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+            return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    return KDCLI
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def checkpoint_path(name: str, root: str | Path) -> str:
+    """The file that `--ckpt_path` means: a path, or `last` under ROOT.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name != "last":
+        if not Path(name).exists():
+            raise ValueError(f"--ckpt_path {name}: there is no such checkpoint (or write 'last' to go on from ROOT)")
+        return name
+    folder = Path(root) / "checkpoints"
+    found = sorted(folder.glob("last*.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(f"--ckpt_path last: {folder} holds no last*.ckpt to go on from")
+    return str(found[-1])
+
+
+def run(args: Sequence[str]) -> None:
+    """Parse and run one of the trainer's verbs."""
+    from kd_lightning.data import InstructionDataModule
+    from kd_lightning.module import DistillationModule
+
+    quiet()
+    build_cli()(
+        DistillationModule,
+        InstructionDataModule,
+        save_config_callback=None,
+        seed_everything_default=42,
+        trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={"exit_on_error": False},
+        args=expand_configs(args),
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point: 0 where all went well; 1 and one line on stderr where the user can mend something.
+
+    Args:
+        args: words of the command line; None: the process's own. `--debug` (or KD_LIGHTNING_DEBUG=1) shows tracebacks.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words or os.environ.get("KD_LIGHTNING_DEBUG", "0") not in ("", "0")
+    words = [word for word in words if word != "--debug"]
+    try:
+        run(words)
+    except Exception as error:
+        if debug or not expected(error):
+            raise
+        print(f"kd-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def expected(error: BaseException) -> bool:
+    """Whether the error speaks of the user's input or machine rather than of a fault of ours."""
+    import jsonargparse
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, (ValueError, OSError, MisconfigurationException, jsonargparse.ArgumentError))

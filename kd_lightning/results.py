@@ -1,0 +1,165 @@
+"""The closing table: teacher, student before, student after, on the same test rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kd_lightning.data.batch import left_pad
+from kd_lightning.rollout import generate
+from kd_lightning.storage import whole_file
+
+HEADINGS = {"nll": "NLL per answer token", "forward_kl": "forward KL to teacher", "exact_match": "exact match"}
+
+
+class ResultsTable(L.Callback):
+    """Measure the test rows before and after training; print a small table and write `ROOT/results.json`.
+
+    Keys `teacher`, `student_before`, `student_after`, each with `nll` (test NLL per answer token), `forward_kl` (to the
+    teacher) and `exact_match` (share of greedy responses equal to the answer). Skipped by
+    `--trainer.limit_test_batches 0` and where there are no test rows.
+
+    Args:
+        task: exact match is taken on rows whose `task` field says this; None, or no row with the field: on every row.
+        max_new_tokens: longest response, > 0.
+        batch_size: prompts generated together, > 0.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    def __init__(self, task: str | None = None, max_new_tokens: int = 32, batch_size: int = 100) -> None:
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"results.{name} must be at least 1, got {value}")
+        self.task = task
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.rows: dict[str, dict[str, float | None] | None] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured before the first step, for a run that goes on later."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what was measured before the first step."""
+        self.rows = state_dict["rows"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure teacher and untrained student."""
+        if "student_before" in self.rows or not self._wanted(trainer):
+            return
+        before = self._measure(trainer, pl_module)
+        self.rows = {"teacher": before.pop("teacher"), "student_before": before["student"]}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the trained student and close."""
+        self._close(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close where a resumed run had no step left to do."""
+        self._close(trainer, pl_module)
+
+    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "student_after" in self.rows or "student_before" not in self.rows or not self._wanted(trainer):
+            return
+        self.rows["student_after"] = self._measure(trainer, pl_module, teacher=False)["student"]
+        if trainer.is_global_zero:
+            with whole_file(Path(trainer.default_root_dir) / "results.json") as part:
+                part.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
+            self._print()
+
+    @staticmethod
+    def _wanted(trainer: L.Trainer) -> bool:
+        datamodule = getattr(trainer, "datamodule", None)
+        return (
+            not trainer.fast_dev_run
+            and trainer.limit_test_batches != 0
+            and getattr(datamodule, "test", None) is not None
+        )
+
+    def _measure(self, trainer: L.Trainer, module: Any, teacher: bool = True) -> dict[str, dict[str, float | None] | None]:
+        """NLL, forward KL and exact match of the student, and of the teacher where asked."""
+        datamodule = trainer.datamodule
+        datamodule.setup("test")
+        loader = datamodule.test_dataloader()
+        limit = trainer.limit_test_batches
+        batches = len(loader) if isinstance(limit, float) and limit == 1.0 else limit
+        batches = int(batches * len(loader)) if isinstance(batches, float) else min(batches, len(loader))
+        means = token_means(trainer, module, loader, batches)
+        rows = self._answerable(datamodule.generation_rows("test")[: batches * datamodule.batch_size])
+        out: dict[str, dict[str, float | None] | None] = {
+            "student": {
+                "nll": means["student_nll"],
+                "forward_kl": means.get("forward_kl"),
+                "exact_match": self._exact_match(trainer, module.student, datamodule.tokenizer, rows),
+            }
+        }
+        if teacher:
+            out["teacher"] = None
+            if module.teacher is not None:
+                out["teacher"] = {
+                    "nll": means["teacher_nll"],
+                    "forward_kl": 0.0,
+                    "exact_match": self._exact_match(trainer, module.teacher.model, datamodule.tokenizer, rows),
+                }
+        return out
+
+    def _answerable(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows on which exact match is taken."""
+        tasks = {row["row"].get("task") for row in rows}
+        if self.task is None or tasks <= {None}:
+            return rows
+        return [row for row in rows if row["row"].get("task") == self.task]
+
+    def _exact_match(self, trainer: L.Trainer, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float | None:
+        """Share of rows answered word for word, over all ranks."""
+        if model is None or not rows:
+            return None
+        mine = sorted(rows[trainer.global_rank :: trainer.world_size], key=lambda row: len(row["prompt_ids"]))
+        right = 0
+        for start in range(0, len(mine), self.batch_size):
+            part = mine[start : start + self.batch_size]
+            inputs = left_pad([row["prompt_ids"] for row in part], tokenizer.pad_token_id)
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            responses = generate(model, **inputs, max_new_tokens=self.max_new_tokens)
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
+        total = torch.tensor(float(right), device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            total = trainer.strategy.reduce(total, reduce_op="sum")
+        return float(total) / len(rows)
+
+    def _print(self) -> None:
+        """The table as a person reads it."""
+        table = Table(title="test rows")
+        table.add_column("")
+        for heading in HEADINGS.values():
+            table.add_column(heading, justify="right")
+        for name, values in self.rows.items():
+            cells = [None if values is None else values[key] for key in HEADINGS]
+            shown = ["–" if cell is None else f"{cell:.3f}" for cell in cells[:2]]
+            shown.append("–" if cells[2] is None else f"{100 * cells[2]:.1f} %")
+            table.add_row(name.replace("_", " "), *shown)
+        Console().print(table)
+
+
+def token_means(trainer: L.Trainer, module: Any, loader: Any, batches: int) -> dict[str, float]:
+    """Means over the counted tokens of the first `batches` batches, on all ranks together."""
+    sums: dict[str, torch.Tensor] = {}
+    for _, batch in zip(range(batches), loader, strict=False):
+        values = module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
+        for name in ("student_nll", "teacher_nll", "forward_kl"):
+            if name in values:
+                value = values[name].double()
+                total = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
+                sums[name] = sums[name] + total if name in sums else total
+    if trainer.world_size > 1:
+        sums = {name: trainer.strategy.reduce(total, reduce_op="sum") for name, total in sums.items()}
+    return {name: float(total[0] / total[1]) for name, total in sums.items()}
