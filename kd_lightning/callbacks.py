@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, the student as a plain Hugging Face folder, the closing table."""
+"""What a run leaves behind: its configuration, its checkpoints, the student as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_lightning.storage import whole_file, whole_folder
 
 
-class Checkpoint(ModelCheckpoint):
+class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` with its folder at `ROOT/checkpoints`, and `last` always written, also at the end.
 
     Args:
-        kwargs: `ModelCheckpoint`'s own arguments.
+        save_last: also keep the newest state as `last.ckpt`.
+        kwargs: `ModelCheckpoint`'s other arguments.
     """
 
     def __init__(self, save_last: bool | None = True, **kwargs: Any) -> None:
@@ -26,7 +27,7 @@ class Checkpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle the folder, then Lightning's own set-up."""
         if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+            self.dirpath = str(checkpoint_folder(trainer))
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -35,22 +36,44 @@ class Checkpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-class HFExport(L.Callback):
+def checkpoint_folder(trainer: L.Trainer) -> Path:
+    """`ROOT/checkpoints`."""
+    return Path(trainer.default_root_dir).absolute() / "checkpoints"
+
+
+class HFExport(Checkpoint):
     """Leave the student under `ROOT/student` as plain Hugging Face: model, tokenizer, generation config.
 
+    It is a `Checkpoint` to Lightning, so that it acts after `last.ckpt` is written.
+
     Args:
-        which: `last`: the weights at the end; `best`: those of the checkpoint with the best monitored value (needs
-            `checkpoint.monitor`).
+        which: `last`: the weights at the end; `best`: those with the lowest `monitor` in validation, kept as
+            `ROOT/checkpoints/best.ckpt`.
         overwrite: allow a fresh run into a folder that already holds an exported student.
+        monitor: what `best` goes by; None: `val/kd` with a teacher, `val/ce` without.
 
     Raises:
-        ValueError: before step 0, where the folder is taken, cannot be written to, or `best` has nothing to go by.
+        ValueError: before step 0, where the folder is taken or cannot be written to, or `which` is neither.
     """
 
-    def __init__(self, which: Literal["last", "best"] = "last", overwrite: bool = False) -> None:
+    def __init__(
+        self, which: Literal["last", "best"] = "last", overwrite: bool = False, monitor: str | None = None
+    ) -> None:
+        if which not in ("last", "best"):
+            raise ValueError(f"export.which must be 'last' or 'best', got {which!r}")
         self.which = which
         self.overwrite = overwrite
+        self.monitor_name = monitor
+        self.best: float | None = None
         self._done = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lowest value so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the lowest value back."""
+        self.best = state_dict["best"]
 
     def check(self, root: str | Path, resuming: bool) -> None:
         """Refuse a folder that holds a finished run or that cannot be written to."""
@@ -72,10 +95,21 @@ class HFExport(L.Callback):
         """Ask everything that can be asked before step 0."""
         if stage != "fit" or trainer.fast_dev_run:
             return
-        resuming = trainer._checkpoint_connector._user_managed or trainer.ckpt_path is not None
-        self.check(trainer.default_root_dir, resuming)
-        if self.which == "best" and not any(getattr(c, "monitor", None) for c in trainer.checkpoint_callbacks):
-            raise ValueError("export.which 'best' needs a value to go by: set --checkpoint.monitor, for example val/kd")
+        self.check(trainer.default_root_dir, resuming=trainer.ckpt_path is not None)
+        if self.monitor_name is None:
+            self.monitor_name = "val/ce" if getattr(pl_module, "teacher", None) is None else "val/kd"
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the weights where they are the best so far."""
+        if self.which != "best" or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = trainer.callback_metrics.get(str(self.monitor_name))
+        if value is None:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ValueError(f"export.monitor {self.monitor_name!r} is not measured in validation; there are {known}")
+        if self.best is None or float(value) < self.best:
+            self.best = float(value)
+            trainer.save_checkpoint(checkpoint_folder(trainer) / "best.ckpt", weights_only=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export while the models are still on their device."""
@@ -85,23 +119,18 @@ class HFExport(L.Callback):
         """Export where a resumed run had no step left to do."""
         self._export(trainer, pl_module)
 
-    def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _export(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._done or trainer.fast_dev_run:
             return
         self._done = True
-        if self.which == "best":
-            load_best(trainer, pl_module)
+        best = checkpoint_folder(trainer) / "best.ckpt"
+        if self.which == "best" and self.best is not None:
+            state = trainer.strategy.load_checkpoint(best, weights_only=True)
+            pl_module.load_state_dict(state["state_dict"])
         if trainer.is_global_zero:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
             save_student(pl_module.student, tokenizer, Path(trainer.default_root_dir) / "student")
         trainer.strategy.barrier("export")
-
-
-def load_best(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Put the weights of the best checkpoint into the module."""
-    path = next((c.best_model_path for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), "")
-    if path:
-        module.load_state_dict(trainer.strategy.load_checkpoint(path, weights_only=True)["state_dict"])
 
 
 def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> None:

@@ -76,7 +76,7 @@ def build_cli() -> type:
     import kd_lightning.objectives
     import kd_lightning.schedules
     import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
-    from kd_lightning.callbacks import Checkpoint, HFExport, RunConfig
+    from kd_lightning.callbacks import HFExport, RunCheckpoint, RunConfig
     from kd_lightning.results import ResultsTable
     from kd_lightning.storage import WholeCheckpointIO
 
@@ -85,7 +85,7 @@ def build_cli() -> type:
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             """Add `checkpoint`, `export` and `results`."""
-            parser.add_lightning_class_args(Checkpoint, "checkpoint")
+            parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
             parser.add_lightning_class_args(HFExport, "export")
             parser.add_lightning_class_args(ResultsTable, "results")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,7 @@ from kd_lightning.storage import whole_file
 HEADINGS = {"nll": "NLL per answer token", "forward_kl": "forward KL to teacher", "exact_match": "exact match"}
 
 
-class ResultsTable(L.Callback):
+class ResultsTable(Checkpoint):
     """Measure the test rows before and after training; print a small table and write `ROOT/results.json`.
 
     Keys `teacher`, `student_before`, `student_after`, each with `nll` (test NLL per answer token), `forward_kl` (to the
