@@ -1,0 +1,202 @@
+r"""Torchmetrics of a student and its teacher: means over counted tokens, right over ranks and unequal batches.
+
+Every metric keeps a sum and a count in float64, both added up over ranks; one line divides. Log-probabilities are
+`functional.log_softmax` of the logits, \(\log p\) the teacher's and \(\log q\) the student's, already aligned with the
+labels (position t predicts `labels[..., t]`). Usable in any loop; Lightning logs them as they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from kd_lightning.divergences import Divergence, evaluate
+from torch import Tensor
+from torchmetrics import Metric
+
+IGNORE_INDEX = -100
+
+
+class _PerTokenMean(Metric, ABC):
+    """Sum and count of values that stand one to a token."""
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better: bool | None = None
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # A run's validation may add up 1e9 tokens: fp32 stops counting at 1.7e7.
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _add(self, values: Tensor, weights: Tensor | None = None) -> None:
+        values = values.detach().double()
+        if weights is None:
+            self.count += values.numel()
+        else:
+            weights = weights.detach().double()
+            values = values * weights
+            self.count += weights.sum()
+        self.total += values.sum()
+
+    def compute(self) -> Tensor:
+        """Mean over every token seen on every rank, 0-d fp32; NaN where none was."""
+        return (self.total / self.count).float()
+
+
+class TokenMean(_PerTokenMean):
+    r"""Mean of values that are there already, \(\sum_i w_i x_i / \sum_i w_i\): the `values` of `LossParts`, say.
+
+    Reduces to the plain mean without weights. NaN before the first token.
+
+    Args:
+        kwargs: arguments of `torchmetrics.Metric`.
+    """
+
+    def update(self, values: Tensor, weights: Tensor | None = None) -> None:
+        """Add values.
+
+        Args:
+            values: any shape, any float type; empty is fine.
+            weights: the same shape, not negative; None: 1 each.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if weights is not None and weights.shape != values.shape:
+            raise ValueError(f"weights must have the shape of values, {_shape(values)}, got {_shape(weights)}")
+        self._add(values, weights)
+
+
+class DivergenceMetric(_PerTokenMean):
+    r"""Mean divergence of teacher and student, \(\frac1N \sum_t D(p_t, q_t)\), whatever the training loss is.
+
+    Args:
+        divergence: any `Divergence`, the user's own included.
+        kwargs: arguments of `torchmetrics.Metric`.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, divergence: Divergence, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.divergence = divergence
+
+    def update(
+        self,
+        log_p: Tensor,
+        log_q: Tensor,
+        labels: Tensor | None = None,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add tokens.
+
+        Args:
+            log_p: the teacher's log-probabilities, [..., V].
+            log_q: the student's, the same shape.
+            labels: [...], −100 where a token is not counted; None: all are.
+            rows: columns of shape [...] for a divergence that reads them (`Contrastive`: "source").
+
+        Raises:
+            ValueError: shapes differ.
+        """
+        _check_pair(log_p, log_q)
+        index = _counted(log_q, labels)
+        columns = None if rows is None else {name: column.reshape(-1)[index] for name, column in rows.items()}
+        self._add(evaluate(self.divergence, _rows(log_p, index), _rows(log_q, index), columns))
+
+
+class NLL(_PerTokenMean):
+    r"""Mean negative log-likelihood of the labels, \(-\frac1N \sum_t \log q_t(y_t)\), in nats per counted token.
+
+    Args:
+        kwargs: arguments of `torchmetrics.Metric`.
+    """
+
+    higher_is_better = False
+
+    def update(self, log_q: Tensor, labels: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            log_q: log-probabilities of either model, [..., V].
+            labels: [...], −100 where a token is not counted.
+
+        Raises:
+            ValueError: shapes differ, or a counted label lies outside the vocabulary.
+        """
+        index = _counted(log_q, labels)
+        targets = labels.reshape(-1)[index]
+        outside = targets[(targets < 0) | (targets >= log_q.shape[-1])]
+        if outside.numel():
+            raise ValueError(f"labels must lie in [0, {log_q.shape[-1]}) or be −100, got {int(outside[0])}")
+        self._add(-_rows(log_q, index).gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+
+
+class Agreement(_PerTokenMean):
+    r"""Share of tokens where both models put the same token first, \(\arg\max p_t = \arg\max q_t\), in [0, 1].
+
+    Args:
+        kwargs: arguments of `torchmetrics.Metric`.
+    """
+
+    higher_is_better = True
+
+    def update(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None = None) -> None:
+        """Add tokens; arguments as in `DivergenceMetric.update`."""
+        _check_pair(log_p, log_q)
+        index = _counted(log_q, labels)
+        self._add(_rows(log_p, index).argmax(-1) == _rows(log_q, index).argmax(-1))
+
+
+class Entropy(_PerTokenMean):
+    r"""Mean entropy of one model, \(-\frac1N \sum_t \sum_v q_t(v) \log q_t(v)\), in nats.
+
+    Zero iff every distribution is certain, at most \(\log V\).
+
+    Args:
+        kwargs: arguments of `torchmetrics.Metric`.
+    """
+
+    def update(self, log_q: Tensor, labels: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            log_q: log-probabilities of either model, [..., V], −1e4 or more everywhere.
+            labels: [...], −100 where a token is not counted; None: all are.
+
+        Raises:
+            ValueError: shapes differ.
+        """
+        log_q = _rows(log_q, _counted(log_q, labels))
+        self._add(-(log_q.exp() * log_q).sum(-1))
+
+
+def _counted(log_q: Tensor, labels: Tensor | None) -> Tensor:
+    """Indices of the counted rows among all of them."""
+    if labels is None:
+        return torch.arange(log_q.shape[:-1].numel(), device=log_q.device)
+    if labels.shape != log_q.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of the log-probabilities less their vocabulary, {_shape(log_q[..., 0])}, "
+            f"got {_shape(labels)}"
+        )
+    return (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(-1)
+
+
+def _rows(log_p: Tensor, index: Tensor) -> Tensor:
+    return log_p.detach().reshape(-1, log_p.shape[-1]).index_select(0, index)
+
+
+def _check_pair(log_p: Tensor, log_q: Tensor) -> None:
+    if log_p.shape != log_q.shape:
+        raise ValueError(f"log_p and log_q must have one shape, got {_shape(log_p)} and {_shape(log_q)}")
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
