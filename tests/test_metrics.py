@@ -1,0 +1,213 @@
+"""Metrics equal slow float64 loops over tokens, however the tokens are split over batches and ranks."""
+
+from __future__ import annotations
+
+import math
+
+import processes
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
+from kd_lightning.functional import log_softmax
+from kd_lightning.metrics import NLL, Agreement, DivergenceMetric, Entropy, TokenMean
+
+V = 7
+NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation", "teacher_nll", "agreement", "entropy")
+
+
+def case(batch: int = 3, length: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    log_p, log_q = (log_softmax(2 * torch.randn(batch, length, V, generator=generator)) for _ in range(2))
+    labels = torch.randint(V, (batch, length), generator=generator)
+    labels[torch.rand(batch, length, generator=generator) < 0.4] = -100
+    return log_p, log_q, labels
+
+
+def metrics() -> dict[str, Metric]:
+    return {
+        "forward_kl": DivergenceMetric(ForwardKL()),
+        "reverse_kl": DivergenceMetric(ReverseKL()),
+        "jsd": DivergenceMetric(GeneralizedJSD(0.5)),
+        "total_variation": DivergenceMetric(TotalVariation()),
+        "teacher_nll": NLL(),
+        "agreement": Agreement(),
+        "entropy": Entropy(),
+    }
+
+
+def add(name: str, metric: Metric, log_p: Tensor, log_q: Tensor, labels: Tensor) -> None:
+    if name == "teacher_nll":
+        metric.update(log_p, labels)
+    elif name == "entropy":
+        metric.update(log_q, labels)
+    else:
+        metric.update(log_p, log_q, labels)
+
+
+def of_token(name: str, p: list[float], q: list[float], label: int) -> float:
+    m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+
+    def kl(a: list[float], b: list[float]) -> float:
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+    return {
+        "forward_kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "jsd": (kl(p, m) + kl(q, m)) / 2,
+        "total_variation": sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2,
+        "teacher_nll": -math.log(p[label]),
+        "agreement": float(p.index(max(p)) == q.index(max(q))),
+        "entropy": -sum(b * math.log(b) for b in q),
+    }[name]
+
+
+def slow(name: str, log_p: Tensor, log_q: Tensor, labels: Tensor) -> float:
+    values = [
+        of_token(name, log_p[i, t].double().exp().tolist(), log_q[i, t].double().exp().tolist(), int(labels[i, t]))
+        for i in range(labels.shape[0])
+        for t in range(labels.shape[1])
+        if labels[i, t] != -100
+    ]
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_a_slow_loop_over_counted_tokens(name: str) -> None:
+    metric = metrics()[name]
+    add(name, metric, *case())
+    assert metric.compute().item() == pytest.approx(slow(name, *case()), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unequal_batches_equal_the_whole(name: str) -> None:
+    whole, split = metrics()[name], metrics()[name]
+    parts = [case(1, 9, seed=1), case(4, 3, seed=2), case(2, 6, seed=3)]
+    for part in parts:
+        add(name, split, *part)
+    flat = [torch.cat([part[i].flatten(0, 1) for part in parts]) for i in range(3)]
+    add(name, whole, *flat)
+    assert split.compute().item() == pytest.approx(whole.compute().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_masked_token_equals_a_deleted_one(name: str) -> None:
+    log_p, log_q, labels = case()
+    kept = labels != -100
+    spoilt = log_p.masked_fill(~kept.unsqueeze(-1), math.nan)
+    masked, deleted = metrics()[name], metrics()[name]
+    add(name, masked, spoilt, log_q, labels)
+    add(name, deleted, log_p[kept], log_q[kept], labels[kept])
+    assert masked.compute().item() == deleted.compute().item()
+
+
+def rank_means(rank: int, empty: bool) -> dict[str, Tensor]:
+    collection = metrics()
+    for seed in () if empty and rank == 1 else range(rank + 1):  # rank 0 has one batch, rank 1 two of another size
+        for name, metric in collection.items():
+            add(name, metric, *case(2 + rank, 4 + 2 * rank, seed=10 * rank + seed))
+    weighted = TokenMean()
+    weighted.update(torch.arange(3.0) + rank, torch.tensor([1.0, 0.0, 0.5]) + rank)
+    return {name: metric.compute() for name, metric in collection.items()} | {"weighted": weighted.compute()}
+
+
+def test_two_ranks_with_unequal_counts_equal_one_process() -> None:
+    first, second = processes.run(rank_means, False)
+    assert first == second
+    for name, metric in metrics().items():
+        for rank, seed in ((0, 0), (1, 0), (1, 1)):
+            add(name, metric, *case(2 + rank, 4 + 2 * rank, seed=10 * rank + seed))
+        assert first[name].item() == pytest.approx(metric.compute().item(), rel=1e-6), name
+    # sum of w·x over both ranks 1·0 + 0·1 + .5·2 + 2·1 + 1·2 + 1.5·3, sum of w 1.5 + 4.5
+    assert first["weighted"].item() == pytest.approx(9.5 / 6)
+
+
+def test_token_mean_of_weighted_and_unweighted_values() -> None:
+    mean = TokenMean()
+    mean.update(torch.tensor([1.0, 2.0]))
+    mean.update(torch.tensor([[4.0]]), torch.tensor([[0.5]]))
+    assert mean.compute().item() == pytest.approx((1 + 2 + 2) / 2.5)
+
+
+def test_an_empty_batch_changes_nothing_and_no_token_at_all_is_nan() -> None:
+    mean, divergence = TokenMean(), DivergenceMetric(ForwardKL())
+    log_p, log_q, labels = case()
+    mean.update(torch.empty(0))
+    divergence.update(log_p, log_q, torch.full_like(labels, -100))
+    assert mean.compute().isnan() and divergence.compute().isnan()
+    mean.update(torch.tensor([3.0]))
+    assert mean.compute().item() == 3
+
+
+def test_compute_without_update_is_nan_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        assert TokenMean().compute().isnan()
+
+
+def test_reset_forgets() -> None:
+    mean = TokenMean()
+    mean.update(torch.tensor([3.0]))
+    mean.reset()
+    mean.update(torch.tensor([1.0]))
+    assert mean.compute().item() == 1
+
+
+def test_one_more_token_counts_after_more_than_fp32_can_count() -> None:
+    mean = TokenMean()
+    mean.update(torch.zeros(1), torch.tensor([2.0**25]))
+    for _ in range(8):
+        mean.update(torch.ones(1))
+    assert mean.count.item() == 2**25 + 8 and mean.total.item() == 8
+
+
+def test_half_precision_values_are_added_in_full() -> None:
+    mean = TokenMean()
+    mean.update(torch.full((4096,), 1.0, dtype=torch.bfloat16))
+    mean.update(torch.full((1,), 3.0, dtype=torch.bfloat16))
+    assert mean.total.item() == 4099
+
+
+def test_no_gradient_and_no_graph_is_kept() -> None:
+    metric = DivergenceMetric(ForwardKL())
+    log_p, log_q, labels = case()
+    metric.update(log_p, log_q.requires_grad_(), labels)
+    assert not metric.total.requires_grad and not metric.compute().requires_grad
+
+
+class L2(Divergence):
+    """A divergence of the user's."""
+
+    def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()).square().sum(-1)
+
+
+def test_a_divergence_of_the_users_is_measured() -> None:
+    log_p, log_q, labels = case()
+    collection = MetricCollection({"l2": DivergenceMetric(L2()), "kl": DivergenceMetric(ForwardKL())})
+    collection.update(log_p, log_q, labels)
+    expected = (log_p.exp() - log_q.exp()).square().sum(-1)[labels != -100].mean()
+    assert collection.compute()["l2"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_without_labels_every_token_counts() -> None:
+    log_p, log_q, labels = case()
+    metric = Agreement()
+    metric.update(log_p, log_q)
+    assert metric.count.item() == labels.numel()
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (lambda p, q, y: DivergenceMetric(ForwardKL()).update(p, q[..., :-1]), r"log_p and log_q .*\[3, 5, 6\]"),
+        (lambda p, q, y: Agreement().update(p, q[:1]), r"log_p and log_q .*\[1, 5, 7\]"),
+        (lambda p, q, y: NLL().update(q, y[:, 1:]), r"labels must have the shape .*\[3, 5\], got \[3, 4\]"),
+        (lambda p, q, y: NLL().update(q, y.masked_fill(y == -100, V)), r"labels must lie in \[0, 7\) .* got 7"),
+        (lambda p, q, y: TokenMean().update(y.float(), y[:, :1].float()), r"weights must have the shape of values"),
+    ],
+)
+def test_what_does_not_fit_is_refused(update, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        update(*case())
