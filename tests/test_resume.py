@@ -1,0 +1,71 @@
+"""A run killed in the middle ends as the run that nobody touched, to the last bit."""
+
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from kd_lightning.cli import main
+
+CASES = {
+    "taid, accumulation 2, validation in between": [
+        "taid",
+        "--trainer.accumulate_grad_batches",
+        "2",
+        "--trainer.val_check_interval",
+        "7",
+    ],
+    "forward KL, two workers": ["quickstart", "--data.num_workers", "2"],
+    "labels only, no shuffling": ["sft", "--data.shuffle", "false"],
+    "adaptive, two workers, accumulation 2": [
+        "taid",
+        "--data.num_workers",
+        "2",
+        "--trainer.accumulate_grad_batches",
+        "2",
+    ],
+}
+
+
+def words(root: Path, data: Path, config: str, *extra: str) -> list[str]:
+    little = runs.little(root, config, steps=120)
+    return [*little, "--data.train", str(data), "--data.batch_size", "4", "--checkpoint.every_n_train_steps", "5", *extra]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_killed_and_resumed_equals_untouched(case: list[str], tmp_path: Path) -> None:
+    data = runs.little_data(tmp_path, rows=45)  # 12 batches an epoch, the last one short: the kill lies in mid-epoch
+    assert main(words(tmp_path / "whole", data, *case)) == 0
+    cut = words(tmp_path / "cut", data, *case)
+    runs.kill_when(cut, tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    code, _, err = runs.finish([*cut, "--ckpt_path", "last"])
+    assert code == 0, err
+    whole, resumed = runs.student(tmp_path / "whole"), runs.student(tmp_path / "cut")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_resumed_in_one_process_equals_untouched(tmp_path: Path) -> None:
+    data = runs.little_data(tmp_path, rows=29)  # 8 batches an epoch, across the end of two
+    common = ["--data.train", str(data), "--data.batch_size", "4", "--checkpoint.every_n_train_steps", "3"]
+    common += ["--trainer.val_check_interval", "5"]
+    assert main([*runs.little(tmp_path / "whole", "taid", steps=18), *common]) == 0
+    first = [*runs.little(tmp_path / "cut", "taid", steps=18), *common]
+    kept = tmp_path / "kept.ckpt"
+    assert main([*first, "--checkpoint.save_top_k", "-1"]) == 0
+    step = next((tmp_path / "cut" / "checkpoints").glob("*step=9.ckpt"))
+    step.rename(kept)
+    assert main([*first, "--ckpt_path", str(kept)]) == 0
+    whole, resumed = runs.student(tmp_path / "whole"), runs.student(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_an_override_at_resume_is_honoured(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert main(runs.little(root, steps=2)) == 0
+    assert main([*runs.little(root, steps=4), "--model.temperature", "3.0", "--ckpt_path", "last"]) == 0
+    assert "temperature: 3.0" in (root / "config.yaml").read_text()
+    last = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+    assert "hyper_parameters" not in last
