@@ -1,0 +1,186 @@
+"""Bad input is refused before step 0, in one line that names it, and nothing that was there is touched."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from kd_lightning.assets import resolve
+from kd_lightning.cli import main
+from safetensors.torch import load_file, save_file
+
+ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
+    "temperature 0": (["--model.temperature", "0"], ["temperature", "0", ">"]),
+    "temperature negative": (["--model.temperature=-1"], ["temperature", "-1"]),
+    "ce_weight above 1": (["--model.ce_weight", "1.5"], ["ce_weight", "1.5"]),
+    "ce_weight below 0": (["--model.ce_weight=-0.1"], ["ce_weight", "-0.1"]),
+    "beta at its end": (
+        ["--model.objective", "GeneralizedJSD", "--model.objective.beta", "1.0"],
+        ["beta", "1", "ReverseKL", "ForwardKL"],
+    ),
+    "skew at its end": (["--model.objective", "SkewKL", "--model.objective.alpha", "1.0"], ["alpha", "1"]),
+    "misspelt class": (["--model.objective", "FowardKL"], ["objective", "FowardKL", "ForwardKL"]),
+    "misspelt argument": (["--model.temprature", "2"], ["temprature"]),
+    "misspelt argument of a class": (
+        ["--model.objective", "GeneralizedJSD", "--model.objective.bta", "0.4"],
+        ["bta"],
+    ),
+    "wrongly typed argument": (["--model.temperature", "warm"], ["temperature", "warm"]),
+    "reduction": (["--model.reduction", "mean"], ["reduction", "mean", "token_mean"]),
+    "batch size 0": (["--data.batch_size", "0"], ["batch_size", "0"]),
+    "max_length too small": (["--data.max_length", "3"], ["max_length", "3"]),
+    "missing student": (["--model.student", "/nowhere/student"], ["student", "/nowhere/student"]),
+    "missing teacher": (["--model.teacher", "/nowhere/teacher"], ["teacher", "/nowhere/teacher"]),
+    "misspelt teacher class": (["--model.teacher", "HFTeachr"], ["HFTeachr", "HFTeacher"]),
+    "unknown asset": (["--data.train", "asset:trian"], ["asset:trian", "asset:train"]),
+    "missing data": (["--data.train", "/nowhere/train.jsonl"], ["/nowhere/train.jsonl"]),
+    "missing checkpoint": (["--ckpt_path", "/nowhere/a.ckpt"], ["ckpt_path", "/nowhere/a.ckpt"]),
+    "no last checkpoint": (["--ckpt_path", "last"], ["ckpt_path", "last"]),
+    "fsdp": (["--trainer.strategy", "fsdp"], ["fsdp", "fsdp2"]),
+    "student_init": (["--model.student_init", "zeros"], ["student_init", "zeros", "pretrained", "random"]),
+    "no teacher": (["--model.teacher", "null"], ["ce_weight", "teacher"]),
+    "trust_remote_code": (["--model.student_kwargs", '{"trust_remote_code": true}'], ["trust_remote_code"]),
+    "unknown config": (["--config", "quikstart"], ["quikstart", "quickstart"]),
+}
+
+
+def refused(words: list[str], said: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """Run, and hold the rule: status not 0, one line, no traceback, every word of `said` in it."""
+    capfd.readouterr()
+    code = main(words)
+    err = capfd.readouterr().err
+    assert code != 0
+    assert "Traceback" not in err
+    line = next(line for line in err.splitlines() if line.startswith("kd-lightning: error: "))
+    assert err.rstrip().endswith(line)
+    for word in said:
+        assert word in line, f"{word!r} is not in: {line}"
+    return line
+
+
+@pytest.mark.parametrize("case", ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_a_bad_argument(case: tuple[list[str], list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words, said = case
+    refused([*runs.little(tmp_path / "root"), *words], said, capfd)
+    assert not (tmp_path / "root" / "student").exists()
+    assert not (tmp_path / "root" / "config.yaml").exists()
+
+
+ROW = json.dumps({"instruction": "a", "output": "b"})
+FILES: dict[str, tuple[bytes, list[str]]] = {
+    "empty": (b"", ["empty"]),
+    "broken": (f"{ROW}\n{{broken\n".encode(), ["2"]),
+    "not UTF-8": (f"{ROW}\n".encode() + b'{"instruction": "\xff", "output": "b"}\n', ["2", "UTF-8"]),
+    "wrongly typed": (f'{ROW}\n{ROW}\n{{"instruction": 3, "output": "b"}}\n'.encode(), ["3", "instruction"]),
+    "without fields": (f'{ROW}\n{{"question": "a"}}\n'.encode(), ["2", "question"]),
+    "no counted token": (b'{"instruction": "a", "output": ""}\n', ["answer"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES.values(), ids=FILES.keys())
+def test_a_bad_file(case: tuple[bytes, list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    content, said = case
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    refused([*runs.little(tmp_path / "root"), "--data.train", str(path)], ["rows.jsonl", *said], capfd)
+
+
+def changed_model(source: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a bundled model with other weights."""
+    shutil.copytree(resolve(source), target)
+    weights = load_file(target / "model.safetensors")
+    change(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(role: str, bad: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"][0, 0] = bad
+
+    folder = changed_model(f"asset:{role}", tmp_path / "model", spoil)
+    said = [role, "model.layers.1.mlp.up_proj.weight"]
+    refused([*runs.little(tmp_path / "root"), f"--model.{role}", str(folder)], said, capfd)
+
+
+def test_another_tokenizer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(resolve("asset:teacher"), folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = tokenizer["model"]["vocab"]
+    first, second = (next(token for token, i in vocab.items() if i == wanted) for wanted in (300, 301))
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    refused([*runs.little(tmp_path / "root"), "--model.teacher", str(folder)], ["token", "300", first], capfd)
+
+
+def test_folder_without_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(resolve("asset:student"), folder)
+    (folder / "model.safetensors").unlink()
+    words = [*runs.little(tmp_path / "root", steps=1), "--model.student", str(folder)]
+    refused(words, ["student_init", "random", str(folder)], capfd)
+    assert main([*words, "--model.student_init", "random"]) == 0
+
+
+def test_a_foreign_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    foreign = tmp_path / "foreign.ckpt"
+    for content in (b"not a checkpoint", None):
+        if content is None:
+            torch.save({"state_dict": {"layer.weight": torch.ones(1)}}, foreign)
+        else:
+            foreign.write_bytes(content)
+        refused([*runs.little(tmp_path / "root"), "--ckpt_path", str(foreign)], ["foreign.ckpt"], capfd)
+
+
+def test_a_fresh_run_into_a_finished_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "root"
+    assert main(runs.little(root, steps=1)) == 0
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    refused([*runs.little(root, steps=2), "--model.temperature", "2"], [str(root / "student"), "overwrite"], capfd)
+    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert main([*runs.little(root, steps=2), "--export.overwrite", "true"]) == 0
+    assert any(not torch.equal(a, b) for a, b in zip(runs.student(root).values(), _weights(before, root), strict=True))
+
+
+def _weights(files: dict[Path, bytes], root: Path) -> list[torch.Tensor]:
+    from safetensors.torch import load
+
+    return list(load(files[root / "student" / "model.safetensors"]).values())
+
+
+def test_a_root_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "root"
+    refused(runs.little(root), [str(root), "cannot be written"], capfd)
+
+
+def test_a_disk_that_fills_keeps_the_last_whole_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:  # not root: a limit on the size of a file stands in for the disk
+        pytest.fail(f"this test needs the right to mount a tmpfs: {mounted.stderr.decode()}")
+    try:
+        words = [*runs.little(disk / "root", steps=40), "--checkpoint.every_n_train_steps", "1"]
+        refused([*words, "--checkpoint.save_top_k=-1"], ["No space left"], capfd)
+        last = torch.load(disk / "root" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert last["global_step"] >= 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "root"
+    words = [*runs.little(root, steps=30), "--model.optimizer.lr", "1e30", "--trainer.gradient_clip_val", "null"]
+    line = refused([*words, "--checkpoint.every_n_train_steps", "1"], ["loss", "step", "rows"], capfd)
+    assert "nan" in line or "inf" in line
+    last = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] >= 1
+    assert not (root / "student").exists()
