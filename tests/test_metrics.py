@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import processes
 import pytest
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+import processes
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.functional import log_softmax
 from kd_lightning.metrics import NLL, Agreement, DivergenceMetric, Entropy, TokenMean
