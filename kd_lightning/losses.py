@@ -1,0 +1,356 @@
+"""Losses on whole batches: which tokens count, which vocabulary, how tokens are summed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.counted import Counted, check_head, check_rows
+from kd_lightning.divergences import Divergence
+from kd_lightning.engine import Given, Head, Model, Projected, Sweep
+from kd_lightning.label_losses import CrossEntropy, LabelLoss
+from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.token_loss import TokenLoss
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
+LABEL_COLUMNS = ("teacher_log_prob", "student_log_prob")
+RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap")
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """A loss that is not yet divided, so that sums of batches and ranks can be.
+
+    Args:
+        loss: the weighted sum of the tokens' losses, 0-d, carrying the gradient; with reduction "none" the losses
+            themselves, in the shape of the labels, 0 where no token is counted.
+        divisor: 0-d: counted tokens for "token_mean", responses with a counted token for "sequence_mean", else 1.
+        weights: [N], of each counted token: one over the counted tokens of its response for "sequence_mean", else 1.
+        values: by name, [N] without gradient: "loss", "ce" (the label loss), with a teacher "kd" (the divergence as it
+            enters the loss, T² included), each monitor, and what was asked for by `diagnostics`; "gap" where a schedule
+            reads the responses' log-probabilities: exp(teacher) − exp(student) of the token's response.
+    """
+
+    loss: Tensor
+    divisor: Tensor
+    weights: Tensor
+    values: dict[str, Tensor]
+
+    @property
+    def mean(self) -> Tensor:
+        """The divided loss; 0 where nothing is counted."""
+        return self.loss / self.divisor.clamp_min(1)
+
+
+class DistillationLoss(nn.Module):
+    r"""\(\ell = (1 - c)\,T^2 D(p, q) + c\,L(\log q_y)\) per token, summed over the counted tokens of a batch.
+
+    Reduces to the divergence alone at `ce_weight=0`, and to the label loss alone, without any teacher, at 1.
+    Arithmetic is fp32 at least, also under autocast; gradients come in the inputs' dtype, after one backward only.
+
+    Args:
+        objective: D, any `Divergence`, the user's own included; it gets no gradient itself.
+        ce_weight: c, the share of the label loss, in [0, 1], or a schedule.
+        temperature: T > 0 divides both models' logits in D.
+        reduction: "token_mean", "sequence_mean" (the mean over responses of their token means), "sum", or "none"
+            (losses of tokens; their weights being unknown before backward, backward computes everything again, with the
+            schedules as they are then).
+        label_loss: L, which says itself at which temperature it reads q; None: `CrossEntropy()`.
+        square_temperature: whether D is multiplied by T², so that gradients keep their size.
+        monitors: divergences reported beside the loss by name, at temperature 1, without gradient.
+        diagnostics: whether to report "student_nll", "teacher_nll" and "agreement" (both models' first token the same).
+        chunk: rows of logits alive at a time; None: as many as are fast within a budget of bytes.
+        compile: True or False to force; None: chosen by the size of the first call that takes a gradient, and kept in
+            the state, so that a resumed run computes with the same bits. Without a compiler, or with an objective that
+            does not compile, everything runs eagerly after one warning.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        objective: Divergence,
+        ce_weight: Weight = 0.0,
+        temperature: float = 1.0,
+        reduction: str = "token_mean",
+        label_loss: LabelLoss | None = None,
+        square_temperature: bool = True,
+        monitors: Mapping[str, Divergence] | None = None,
+        diagnostics: bool = False,
+        chunk: int | None = None,
+        compile: bool | None = None,
+    ) -> None:
+        super().__init__()
+        monitors = {} if monitors is None else monitors
+        for name, part in {"objective": objective, **{f"monitors[{k!r}]": v for k, v in monitors.items()}}.items():
+            if not isinstance(part, Divergence):
+                raise ValueError(f"{name} must be a Divergence, got {part!r}")
+        if taken := [name for name in monitors if name in RESERVED]:
+            raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {taken[0]!r}")
+        if not isinstance(ce_weight, Schedule) and not 0 <= ce_weight <= 1:
+            raise ValueError(f"ce_weight must be in [0, 1], got {ce_weight}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if label_loss is not None and not isinstance(label_loss, LabelLoss):
+            raise ValueError(f"label_loss must be a LabelLoss or None, got {label_loss!r}")
+        if chunk is not None and chunk <= 0:
+            raise ValueError(f"chunk must be a number of rows > 0 or None, got {chunk}")
+        self.reduction = reduction
+        self.chunk = chunk
+        self.token_loss = TokenLoss(
+            objective,
+            CrossEntropy() if label_loss is None else label_loss,
+            ce_weight,
+            temperature,
+            square_temperature,
+            monitors,
+            diagnostics,
+            compile,
+        )
+
+    @property
+    def objective(self) -> Divergence:
+        """The divergence trained on."""
+        return self.token_loss.objective
+
+    @property
+    def ce_weight(self) -> Weight:
+        """Share of the label loss: the number or the schedule that was given."""
+        return self.token_loss.ce_weight
+
+    def from_logits(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> LossParts:
+        """Loss from logits that are there already.
+
+        Args:
+            student_logits: [B, T, V] (or [T, V]), before any temperature.
+            teacher_logits: the same but for a vocabulary that may be padded otherwise: both are cut to the common part
+                and normalised again. None: no teacher, with `ce_weight=1`.
+            labels: integers, [B, T] (or [T]: one response), aligned with the logits; −100 where not counted.
+            rows: columns that objective and label loss read, [B, T], or [B] for every token of a response.
+
+        Raises:
+            ValueError: shapes, devices or labels do not fit.
+        """
+        check_rows("student_logits", student_logits, labels)
+        vocabulary = student_logits.shape[-1]
+        if teacher_logits is not None:
+            check_rows("teacher_logits", teacher_logits, labels)
+            vocabulary = min(vocabulary, teacher_logits.shape[-1])
+        counted = Counted(labels, vocabulary)
+        student = Given(_flat(student_logits), counted.index, vocabulary)
+        teacher = None
+        if teacher_logits is not None:
+            teacher = Given(_flat(teacher_logits.detach()), counted.index, vocabulary)
+        return self._parts(student, teacher, counted, rows)
+
+    def from_hidden(
+        self,
+        student_hidden: Tensor,
+        student_head: Head | Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | Tensor | None,
+        labels: Tensor,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> LossParts:
+        """Loss from hidden states: the logits of all tokens are never there at once.
+
+        The gradient is taken in the same pass. On a GPU the host waits once, for the number of counted tokens. A
+        schedule that reads the responses' log-probabilities costs a second projection of both models.
+
+        Args:
+            student_hidden: [B, T, H] (or [T, H]), after the last norm.
+            student_head: a weight [V, H], or a `Head`.
+            teacher_hidden: [B, T, Ht]; None: no teacher, with `ce_weight=1`.
+            teacher_head: a weight [Vt, Ht], or a `Head`.
+            labels: as in `from_logits`.
+            rows: as in `from_logits`.
+
+        Raises:
+            ValueError: shapes, devices or labels do not fit.
+        """
+        student_head = check_head("student", student_hidden, student_head, labels)
+        vocabulary = len(student_head.weight)
+        if teacher_hidden is not None:
+            teacher_head = check_head("teacher", teacher_hidden, teacher_head, labels)
+            vocabulary = min(vocabulary, len(teacher_head.weight))
+        counted = Counted(labels, vocabulary)
+        student = Projected(_flat(student_hidden), student_head, counted.index, vocabulary)
+        teacher = None
+        if teacher_hidden is not None:
+            teacher = Projected(_flat(teacher_hidden.detach()), teacher_head, counted.index, vocabulary)
+        return self._parts(student, teacher, counted, rows)
+
+    def _parts(
+        self, student: Model, teacher: Model | None, counted: Counted, rows: Mapping[str, Tensor] | None
+    ) -> LossParts:
+        """Sum the tokens' losses as the reduction says."""
+        if teacher is None and self.ce_weight != 1:
+            raise ValueError(f"ce_weight must be 1 where there is no teacher, got {self.ce_weight}")
+        if teacher is None and self.token_loss.monitors:
+            raise ValueError(
+                f"monitors compare with a teacher, and there is none: {', '.join(self.token_loss.monitors)}"
+            )
+        tensors = [x for model in (student, teacher) if model for x in model.inputs if x is not None]
+        if len(devices := {x.device for x in (*tensors, counted.index)}) > 1:
+            raise ValueError(f"models and labels must be on one device, got {', '.join(sorted(map(str, devices)))}")
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+        columns = {name: counted.column(name, column) for name, column in (rows or {}).items()}
+        if teacher is not None:
+            columns |= self._label_columns(student, teacher, counted, columns, dtype)
+        sweep = Sweep(self.token_loss, student, teacher, columns | {"labels": counted.labels}, self.chunk)
+
+        ones = torch.ones(len(counted.index), dtype=dtype, device=counted.index.device)
+        weights, divisor = ones, ones.new_ones(())
+        if self.reduction == "token_mean":
+            divisor = counted.lengths.sum().to(dtype)
+        elif self.reduction == "sequence_mean":
+            weights = ones / counted.lengths[counted.response]
+            divisor = (counted.lengths > 0).sum().to(dtype)
+        if self.reduction == "none":
+            losses = sweep.losses(ones)
+            loss = losses.new_zeros(counted.shape.numel()).index_copy(0, counted.index, losses).view(counted.shape)
+        else:
+            loss = sweep.loss(weights)
+        values = sweep.values
+        if all(name in columns for name in LABEL_COLUMNS):
+            values["gap"] = columns["teacher_log_prob"].exp() - columns["student_log_prob"].exp()
+        return LossParts(loss, divisor, weights, values)
+
+    def _label_columns(
+        self, student: Model, teacher: Model, counted: Counted, given: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Mean log-probability of each response's labels under both models, where a schedule wants it; no gradient."""
+        wanted = {name for part in self.modules() if isinstance(part, Schedule) for name in part.columns}
+        missing = [name for name in LABEL_COLUMNS if name in wanted and name not in given]
+        if not missing:
+            return {}
+        read = TokenLoss(_Zero(), CrossEntropy(), 0.0, 1.0, False, {}, diagnostics=True, compile=False)
+        weights = torch.ones(len(counted.index), dtype=dtype, device=counted.index.device)
+        values, _ = Sweep(read, student, teacher, {"labels": counted.labels}, self.chunk).run(weights, ())
+        return {name: -counted.response_mean(values[name.replace("log_prob", "nll")]) for name in missing}
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    objective: Divergence,
+    ce_weight: Weight = 0.0,
+    temperature: float = 1.0,
+    reduction: str = "token_mean",
+    rows: Mapping[str, Tensor] | None = None,
+    label_loss: LabelLoss | None = None,
+    square_temperature: bool = True,
+) -> Tensor:
+    r"""Distillation loss from the logits of both models; 0 where no token is counted.
+
+    Args:
+        student_logits: [B, T, V] (or [T, V]), aligned with the labels: nothing is shifted here.
+        teacher_logits: [B, T, Vt]; None: no teacher, with `ce_weight=1`.
+        labels: integers [B, T], −100 where not counted.
+        objective: any `Divergence`.
+        ce_weight: share of the label loss, in [0, 1].
+        temperature: divides both models' logits in the divergence, > 0.
+        reduction: "token_mean", "sequence_mean", "sum", or "none" (losses in the shape of the labels).
+        rows: columns that the objective or the label loss reads, [B, T] or [B].
+        label_loss: the term on the label's log-probability; None: `CrossEntropy()`.
+        square_temperature: whether the divergence is multiplied by T².
+
+    Returns:
+        The loss, 0-d; [B, T] with reduction "none".
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not fit.
+    """
+    loss = _loss(objective, ce_weight, temperature, reduction, label_loss, square_temperature, compile=False)
+    return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows), reduction)
+
+
+def fused_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | Tensor | None,
+    labels: Tensor,
+    *,
+    objective: Divergence,
+    ce_weight: Weight = 0.0,
+    temperature: float = 1.0,
+    reduction: str = "token_mean",
+    rows: Mapping[str, Tensor] | None = None,
+    label_loss: LabelLoss | None = None,
+    square_temperature: bool = True,
+    chunk: int | None = None,
+    compile: bool | None = None,
+) -> Tensor:
+    r"""The same from hidden states and heads, without ever holding the logits of all tokens.
+
+    Equal to `distillation_loss` of the logits, in value and gradient. The gradient is taken in forward, so backward
+    works once; reduction "none" computes everything again in backward.
+
+    Args:
+        student_hidden: [B, T, H] (or [T, H]), aligned with the labels.
+        student_head: a weight [V, H], or a `Head`.
+        teacher_hidden: [B, T, Ht]; None: no teacher, with `ce_weight=1`.
+        teacher_head: a weight [Vt, Ht], or a `Head`.
+        labels: integers [B, T], −100 where not counted.
+        objective: any `Divergence`.
+        ce_weight: share of the label loss, in [0, 1].
+        temperature: divides both models' logits in the divergence, > 0.
+        reduction: "token_mean", "sequence_mean", "sum", or "none" (losses in the shape of the labels).
+        rows: columns that the objective or the label loss reads, [B, T] or [B].
+        label_loss: the term on the label's log-probability; None: `CrossEntropy()`.
+        square_temperature: whether the divergence is multiplied by T².
+        chunk: rows of logits alive at a time; None: within a budget of bytes.
+        compile: as in `DistillationLoss`; one compilation serves all calls with the same `objective` object.
+
+    Returns:
+        The loss, 0-d; [B, T] with reduction "none".
+
+    Raises:
+        ValueError: an argument is out of its range, or shapes do not fit.
+    """
+    loss = _loss(
+        objective,
+        ce_weight,
+        temperature,
+        reduction,
+        label_loss,
+        square_temperature,
+        chunk=chunk,
+        compile=compile,
+    )
+    parts = loss.from_hidden(student_hidden, student_head, teacher_hidden, teacher_head, labels, rows)
+    return _reduced(parts, reduction)
+
+
+_loss = functools.lru_cache(maxsize=16)(DistillationLoss)  # a compiled loss is worth keeping from call to call
+
+
+def _reduced(parts: LossParts, reduction: str) -> Tensor:
+    return parts.loss if reduction in ("sum", "none") else parts.mean
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Zero(Divergence):
+    """Nothing: for a pass that only reads the labels' log-probabilities."""
+
+    def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return log_q.new_zeros(log_q.shape[:-1])
