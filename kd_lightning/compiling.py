@@ -41,7 +41,9 @@ class Compiled:
         if self._compiled is None:
             logger.info("compiling the loss: the first step takes some seconds more")
             # isolate_recompiles: every objective has graphs of its own, and none counts against another's limit
-            self._compiled = torch.compile(self.function, fullgraph=True, dynamic=False, isolate_recompiles=True)
+            self._compiled = torch.compile(  # type: ignore[call-overload]
+                self.function, fullgraph=True, dynamic=False, isolate_recompiles=True
+            )
         try:
             return self._compiled(*args)
         except _failures() as error:

@@ -171,14 +171,14 @@ class Sweep:
     def loss(self, weights: Tensor) -> Tensor:
         """Weighted sum of the rows' losses, 0-d; its gradient is computed here and handed over in backward."""
         if self._learns():
-            return _GradientInForward.apply(self, weights, *self.student.inputs)  # type: ignore[no-any-return]
+            return _GradientInForward.apply(self, weights, *self.student.inputs)  # type: ignore[no-any-return,no-untyped-call]
         self.values, _ = self.run(weights, ())
         return (self.values["loss"] * weights).sum()
 
     def losses(self, like: Tensor) -> Tensor:
         """Loss of each row, [N]; the rows' weights are known in backward only, which does everything again."""
         if self._learns():
-            return _Recomputed.apply(self, like, *self.student.inputs)  # type: ignore[no-any-return]
+            return _Recomputed.apply(self, like, *self.student.inputs)  # type: ignore[no-any-return,no-untyped-call]
         self.values, _ = self.run(like, ())
         return self.values["loss"].clone()
 
@@ -206,7 +206,7 @@ class Sweep:
             for x, need in zip(student.inputs, needs, strict=bool(needs))
         ]
         transforms = (student.transform, (1.0, None) if teacher is None else teacher.transform)
-        parts: list[dict[str, Tensor]] = []
+        values = {name: torch.empty_like(weights) for name in self.token_loss.names(teacher is not None)}
         with torch.autocast(device.type, enabled=False):
             for a in range(0, n, chunk or 1):
                 b = min(a + chunk, n)
@@ -216,15 +216,15 @@ class Sweep:
                         if whole:
                             tile[b - a :] = 0  # rows that fill up the last block
                 vectors = {name: column[a:b] for name, column in self.rows.items()} | {"weights": weights[a:b]}
-                parts.append(self.token_loss(z, y, transforms, vectors, height, gradient))
+                chunk_values = {name: value[a:b] for name, value in values.items()}
+                self.token_loss(z, y, transforms, vectors, height, gradient, chunk_values)
                 if gradient:
                     student.take(z[: b - a], gradients, a, b)
-        names = self.token_loss.names(teacher is not None)
-        return {name: torch.cat([part[name] for part in parts] or [weights]) for name in names}, gradients
+        return values, gradients
 
 
 def _tile(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """Room for logits, with rows so far apart that matrix products are fast (a power of two, or an odd number, is not)."""
+    """Room for logits; rows a power of two or an odd number apart would make the matrix products slow."""
     return like.new_empty(rows, -(-vocabulary // 64) * 64 + 16)[:, :vocabulary]
 
 
@@ -253,12 +253,13 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradient of this loss was already taken, and is kept only once; compute it again")
         # In place and unconditionally: a product would be a second head gradient, a comparison would wait for a GPU.
-        return None, None, *(g if g is None else g.mul_(upstream).to(t) for g, t in zip(gradients, ctx.dtypes))
+        scaled = (None if g is None else g.mul_(upstream) for g in gradients)
+        return None, None, *(g if g is None else g.to(t) for g, t in zip(scaled, ctx.dtypes, strict=True))
 
 
 class _Recomputed(torch.autograd.Function):
@@ -273,7 +274,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         _, gradients = ctx.sweep.run(upstream.contiguous(), ctx.needs_input_grad[2:])
         return None, None, *(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))

@@ -181,16 +181,14 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: shapes, devices or labels do not fit.
         """
-        student_head = check_head("student", student_hidden, student_head, labels)
-        vocabulary = len(student_head.weight)
-        if teacher_hidden is not None:
-            teacher_head = check_head("teacher", teacher_hidden, teacher_head, labels)
-            vocabulary = min(vocabulary, len(teacher_head.weight))
+        own = check_head("student", student_hidden, student_head, labels)
+        other = None if teacher_hidden is None else check_head("teacher", teacher_hidden, teacher_head, labels)
+        vocabulary = min(len(head.weight) for head in (own, other) if head is not None)
         counted = Counted(labels, vocabulary)
-        student = Projected(_flat(student_hidden), student_head, counted.index, vocabulary)
+        student = Projected(_flat(student_hidden), own, counted.index, vocabulary)
         teacher = None
-        if teacher_hidden is not None:
-            teacher = Projected(_flat(teacher_hidden.detach()), teacher_head, counted.index, vocabulary)
+        if teacher_hidden is not None and other is not None:
+            teacher = Projected(_flat(teacher_hidden.detach()), other, counted.index, vocabulary)
         return self._parts(student, teacher, counted, rows)
 
     def _parts(

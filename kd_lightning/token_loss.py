@@ -101,8 +101,9 @@ class TokenLoss(nn.Module):
         vectors: Mapping[str, Tensor],
         height: int,
         gradient: bool,
-    ) -> dict[str, Tensor]:
-        """Values of n rows; z becomes the gradient of their weighted sum with respect to the student's products.
+        values: Mapping[str, Tensor],
+    ) -> None:
+        """Write the values of n rows; z becomes the gradient of their weighted sum with respect to the student's products.
 
         Args:
             z: the student's products, [m, V] with m ≥ n; a multiple of `height` where compiled.
@@ -111,9 +112,7 @@ class TokenLoss(nn.Module):
             vectors: "labels" [n], inside the vocabulary, "weights" [n], and the columns that objectives read.
             height: rows of one block.
             gradient: whether a gradient is wanted; z is left alone where it is not.
-
-        Returns:
-            Tensors [n] by name.
+            values: written: [n] for each of `names`.
         """
         labels = vectors["labels"].unsqueeze(1)
         n = len(labels)
@@ -122,15 +121,15 @@ class TokenLoss(nn.Module):
         rows["student_label"] = z[:n].gather(1, labels).squeeze(1)
         if y is not None:
             rows["teacher_label"] = y[:n].gather(1, labels).squeeze(1)
-        parts: list[dict[str, Tensor]] = []
+        out = dict(values, label_gradient=torch.empty_like(rows["student_label"]))
         for a in range(0, n, height):
             b = a + height if self.compiled.chosen else min(a + height, n)
             block = {name: pad(column[a:b], (0, b - a - len(column[a:b]))) for name, column in rows.items()}
-            parts.append(self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient))
-        values = {name: torch.cat([part[name] for part in parts])[:n] for name in parts[0]}
+            results = self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient)
+            for name, result in results.items():  # kept in one place: small tensors among large ones tear the heap
+                out[name][a:b] = result[: n - a]
         if gradient:
-            z[:n].scatter_add_(1, labels, values.pop("label_gradient").unsqueeze(1))
-        return values
+            z[:n].scatter_add_(1, labels, out["label_gradient"].unsqueeze(1))
 
     def block(
         self,
@@ -173,7 +172,7 @@ class TokenLoss(nn.Module):
             if teacher is not None:
                 values["teacher_nll"] = -teacher.label_log_prob(1.0).clamp_min(FLOOR)
                 values["agreement"] = (student.top_token() == teacher.top_token()).to(z.dtype)
-        if gradient:
+        if g is not None:
             slope_z, slope_label = student.slopes()
             values["label_gradient"] = g / label_t * slope_label
             z.copy_(student.gradient(u, t, g, label_t) * slope_z)
@@ -217,10 +216,10 @@ class _Model:
 
     def slopes(self) -> tuple[Tensor | float, Tensor | float]:
         """Derivatives of the logits, and of the label's, with respect to the products."""
-        if self.cap is None:
-            return self.scale, self.scale
-        z, label = (self.scale * (1 - (x / self.cap) ** 2) for x in (self.logits, self.label_logits))
-        return z, label
+        return self._slope(self.logits), self._slope(self.label_logits)
+
+    def _slope(self, x: Tensor) -> Tensor | float:
+        return self.scale if self.cap is None else self.scale * (1 - (x / self.cap) ** 2)
 
     def gradient(self, u: Tensor | None, t: float, g: Tensor, label_t: float) -> Tensor:
         """Gradient with respect to the logits, without the label's own entry g / label_t.
