@@ -1,0 +1,278 @@
+"""The data module for instructions and conversations: files in, batches of tokens out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from kd_lightning.data.batch import Collator, PromptCollator, TokenRows
+from kd_lightning.data.order import BatchOrder, ResumableLoader
+from kd_lightning.data.rows import Conversation
+from kd_lightning.data.tokenizing import TextTokenizer, load_tokenizer, prepare, with_template
+
+log = logging.getLogger(__name__)
+
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+SHORTEST = 8
+
+
+class InstructionDataModule(L.LightningDataModule):
+    """Instructions and conversations, as batches on which only the assistant's words count.
+
+    A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
+    `completion` (plain texts, or lists of messages); or `messages` with several turns, of which every assistant turn
+    counts. The columns `tools` and `chat_template_kwargs` reach the chat template. What the user, the system or a tool
+    says never counts; the end of an answer does. Rows without an answer are dropped, longer ones cut on the right;
+    both are reported.
+
+    Args:
+        train: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, a `datasets` name
+            (`NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`), an `asset:` name, or several of these.
+        val: the same, for validation.
+        test: the same, for test and predict.
+        tokenizer: folder, hub name or `asset:` name; in Python also a loaded tokenizer; None: the student's own.
+        batch_size: rows per batch on each rank, at least 1.
+        max_length: longest sequence in tokens, at least 8.
+        shuffle: a new order of the training rows every epoch; False: file order, rank r of N takes rows r, r + N, ….
+        num_workers: processes that read ahead, at least 0.
+        group_by_length: rows of similar length share a batch, inside shuffled windows; does nothing without `shuffle`.
+        chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
+        chat_template_kwargs: variables for the chat template.
+        seed: of the shuffling.
+        pin_memory: let batches lie in page-locked memory, for a GPU.
+
+    Attributes:
+        tokenizer: the loaded tokenizer, from `setup` on.
+        report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (cut, but kept), `cut_away` (no
+            counted token left in `max_length`), and of `unlocated` answers (turns the template hides, not counted).
+
+    Raises:
+        ValueError: an argument is out of its range; in `setup`: data that cannot be read, or leaves nothing to count.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 8,
+        max_length: int = 512,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        group_by_length: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        seed: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        self.sources = {"train": _listed(train), "val": _listed(val), "test": _listed(test)}
+        if not self.sources["train"]:
+            raise ValueError(f"train must name at least one file, folder or data set, got {train!r}")
+        self.tokenizer: Any = None
+        self.tokenizer_source: Any = tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.shuffle = shuffle
+        self.num_workers = num_workers
+        self.group_by_length = group_by_length
+        self.chat_template = _read_template(chat_template)
+        self.chat_template_kwargs = chat_template_kwargs
+        self.seed = seed
+        self.pin_memory = pin_memory
+        self.report: dict[str, dict[str, int]] = {}
+        self._rows: dict[str, Any] = {}
+
+    # ---------------------------------------------------------------------------------------------------- preparation
+    def prepare_data(self) -> None:
+        """Tokenise once per machine; the other ranks then find the result in the cache of `datasets`."""
+        state = getattr(self.trainer, "state", None)
+        self.setup(getattr(getattr(state, "fn", None), "value", "fit"))
+
+    def setup(self, stage: str) -> None:
+        """Load tokenizer and rows of the splits that `stage` needs."""
+        # forked workers must not inherit the tokenizer's threads
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self._tokenizer_name())
+            with_template(self.tokenizer, self.chat_template, rank_zero_info)
+        for split in SPLITS.get(stage, ("train", "val", "test")):
+            if self.sources[split] and split not in self._rows:
+                self._rows[split] = self._load(split)
+
+    def _tokenizer_name(self) -> Any:
+        if self.tokenizer_source is not None:
+            return self.tokenizer_source
+        name = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer_name", None)
+        if name is None:
+            raise ValueError("tokenizer must be given where the student has no folder or name of its own, got None")
+        return name
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """How rows become token ids: tokenizer, template and length together."""
+        return TextTokenizer(self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length)
+
+    def _load(self, split: str) -> Any:
+        rows = prepare(self.sources[split], split, self.text_tokenizer)
+        columns = {name: rows[name][:] for name in ("empty", "first_counted", "full_length", "unlocated")}
+        first, empty = columns["first_counted"], columns["empty"]
+        kept = [n for n in range(len(rows)) if not empty[n] and 0 <= first[n] < self.max_length]
+        self.report[split] = {
+            "rows": len(rows),
+            "kept": len(kept),
+            "empty": sum(empty),
+            "truncated": sum(columns["full_length"][n] > self.max_length for n in kept),
+            "cut_away": sum(not e and f >= self.max_length for e, f in zip(empty, first, strict=True)),
+            "unlocated": sum(columns["unlocated"]),
+        }
+        self._tell(split)
+        if not kept:
+            needed = min((f + 1 for e, f in zip(empty, first, strict=True) if not e and f >= 0), default=0)
+            raise ValueError(_nothing_left(", ".join(self.sources[split]), self.max_length, needed, all(empty)))
+        return rows.select(kept)
+
+    def _tell(self, split: str) -> None:
+        counts = self.report[split]
+        texts = {
+            "empty": "dropped without an answer",
+            "cut_away": f"dropped with no answer within max_length={self.max_length}",
+            "truncated": f"cut to max_length={self.max_length}",
+            "unlocated": "answers not located in the chat template's text and not counted",
+        }
+        notes = [f"{counts[name]} {text}" for name, text in texts.items() if counts[name]]
+        rank_zero_info(f"{split}: {counts['kept']} of {counts['rows']} rows" + "".join(f", {note}" for note in notes))
+
+    # -------------------------------------------------------------------------------------------------------- loaders
+    def train_dataloader(self) -> Any:
+        """Batches of this rank, in an order that (seed, epoch) decides and that a checkpoint can go on with."""
+        if getattr(self.trainer, "overfit_batches", 0):  # Lightning wants a plain loader in file order then
+            return self._plain_loader("train")
+        return self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
+
+    def val_dataloader(self) -> Any:
+        """Every row once over all ranks, in file order without `shuffle`, else longest first."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> Any:
+        """Every row once over all ranks, in file order without `shuffle`, else longest first."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> Any:
+        """Prompts of the test rows in file order, padded on the left; `row_ids` number the rows of the file."""
+        prompts = self.generation_rows("test")
+        order = BatchOrder([len(row["prompt_ids"]) for row in prompts], self.batch_size, fill=True, **self._ranks())
+        return StatefulDataLoader(
+            _Prompts(prompts), batch_size=None, sampler=order, collate_fn=PromptCollator(self.pad_id)
+        )
+
+    def _evaluation_loader(self, split: str) -> Any:
+        if split not in self._rows:
+            return []
+        if getattr(self.trainer, "overfit_batches", 0):
+            return self._plain_loader(split)
+        return self._loader(split, shuffle=False, grouped=self.group_by_length and self.shuffle, fill=True)
+
+    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> ResumableLoader:
+        rows = self._rows[split]
+        order = BatchOrder(
+            rows["length"][:],
+            self.batch_size,
+            shuffle=shuffle,
+            group_by_length=grouped,
+            fill=fill,
+            seed=self.seed,
+            **self._ranks(),
+        )
+        return ResumableLoader(
+            TokenRows(rows),
+            batch_size=None,
+            sampler=order,
+            num_workers=self.num_workers,
+            collate_fn=Collator(self.pad_id),
+            pin_memory=self.pin_memory,
+        )
+
+    def _plain_loader(self, split: str) -> Any:
+        return StatefulDataLoader(
+            TokenRows(self._rows[split]), batch_size=self.batch_size, collate_fn=Collator(self.pad_id)
+        )
+
+    def _ranks(self) -> dict[str, int]:
+        spread = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        return {"rank": spread["rank"], "world_size": spread["num_replicas"]}
+
+    @property
+    def pad_id(self) -> int:
+        """The token id that fills padding; the attention mask, not the id, says what is padding."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    # ------------------------------------------------------------------------------------------------------- the rows
+    def generation_rows(self, split: str) -> list[dict[str, Any]]:
+        """What is needed to let a model answer the rows of a split and to judge the answers.
+
+        Returns:
+            per kept row `prompt_ids`, `prompt` (text), `answer` (the last one), `row` (the original fields) and `index`
+            (number of the row in its files).
+        """
+        tokenizer = self.text_tokenizer
+        rows = []
+        for row in self._rows[split].select_columns(["row", "conversation", "row_id"]):
+            conversation = Conversation.load(row["conversation"])
+            text, ids = tokenizer.prompt(conversation)
+            fields = {"prompt_ids": ids, "prompt": text, "answer": conversation.answer}
+            rows.append({**fields, "row": json.loads(row["row"]), "index": row["row_id"]})
+        return rows
+
+    def places(self, split: str, row_ids: list[int]) -> list[str]:
+        """File and line of the rows with these `row_ids`, for messages."""
+        names = dict(zip(self._rows[split]["row_id"][:], self._rows[split]["place"][:], strict=True))
+        return [names[row_id] for row_id in row_ids if row_id in names]
+
+
+class _Prompts:
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [self.rows[n] if n >= 0 else {**self.rows[0], "index": n} for n in indices]
+
+
+def _listed(sources: str | list[str] | None) -> list[str]:
+    return [sources] if isinstance(sources, str) else [os.fspath(source) for source in sources or []]
+
+
+def _read_template(template: str | None) -> str | None:
+    if template is None or "{" in template:
+        return template
+    try:
+        with open(template, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"chat_template must be a Jinja template or a file that holds one, got {template!r}") from None
+
+
+def _nothing_left(sources: str, max_length: int, needed: int, all_empty: bool) -> str:
+    if all_empty:
+        return f"{sources}: every answer is empty"
+    if needed > max_length:
+        return f"{sources}: no answer begins within max_length={max_length}: it must be at least {needed}"
+    return f"{sources}: no answer could be located in what the chat template writes: nothing to learn from"

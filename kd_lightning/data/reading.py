@@ -1,0 +1,173 @@
+"""Files, folders and hub names -> rows, each with the place it came from (for error messages)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.assets import resolve
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+SPLIT_NAMES = {
+    "train": ("train",),
+    "val": ("validation", "val", "valid", "dev", "eval"),
+    "test": ("test",),
+}
+
+
+def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of one source as (place, row); place is `file:line`, or `name: row n` where there are no lines.
+
+    Args:
+        source: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, an `asset:` name,
+            or a `datasets` name: `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`.
+        split: `train`, `val` or `test`: chooses among the splits of a folder or name that has several.
+
+    Raises:
+        ValueError: the source is missing, empty, broken, not UTF-8, or of an unknown kind.
+    """
+    path = Path(resolve(source))
+    if path.is_dir():
+        rows: Iterator[tuple[str, Any]] = _numbered(source, _read_folder(source, path, split))
+    elif not path.exists():
+        rows = _numbered(source, _read_hub(source, split))
+    elif path.suffix == ".parquet":
+        rows = _numbered(source, _read_parquet(source, path))
+    elif path.suffix == ".json" and path.read_bytes()[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        rows = _numbered(source, _read_list(source, path))
+    elif path.suffix in SUFFIXES:
+        rows = _read_lines(source, path)
+    else:
+        raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+    empty = True
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: a row must be an object with named fields, got {_kind(row)}")
+        empty = False
+        yield place, row
+    if empty:
+        raise ValueError(f"{source}: holds no rows")
+
+
+def fingerprint(source: str, split: str) -> str:
+    """A text that changes when the source does: what a cache is looked up by.
+
+    Raises:
+        ValueError: the source cannot be found.
+    """
+    path = Path(resolve(source))
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.exists():
+        files = [path]
+    else:
+        return f"{source} {split} {_read_hub(source, split)._fingerprint}"
+    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([source, split, stamps]).encode()).hexdigest()
+
+
+def _numbered(source: str, rows: Any) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{source}: row {number}", row
+
+
+def _read_lines(source: str, path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{source}:{number}"
+            text = _decode(line, place)
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from None
+            except RecursionError:
+                raise ValueError(f"{place}: broken JSON: nested too deeply") from None
+            yield place, row
+
+
+def _read_list(source: str, path: Path) -> list[Any]:
+    lines = path.read_bytes().split(b"\n")
+    text = "\n".join(_decode(line, f"{source}:{number}") for number, line in enumerate(lines, start=1))
+    try:
+        rows: list[Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from None
+    return rows
+
+
+def _decode(line: bytes, place: str) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
+
+
+def _read_parquet(source: str, path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{source}: not a readable parquet file: {_one_line(error)}") from None
+
+
+def _read_folder(source: str, path: Path, split: str) -> Any:
+    import datasets
+
+    if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
+        raise ValueError(f"{source}: a folder, but no data set written by datasets.save_to_disk lies in it")
+    try:
+        return _choose_split(datasets.load_from_disk(str(path)), source, split)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{source}: not a readable data set: {_one_line(error)}") from None
+
+
+def _read_hub(source: str, split: str) -> Any:
+    import datasets
+
+    name, _, rest = source.partition(":")
+    missing = "is neither an existing file or folder nor a data set that `datasets` can load"
+    if source.endswith(SUFFIXES) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+        raise ValueError(f"{split}: {source!r} {missing}: no such file")
+    config, _, wanted = rest.rpartition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=wanted or None)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{split}: {source!r} {missing}: {_one_line(error)}") from None
+    return _choose_split(loaded, source, split)
+
+
+def _choose_split(loaded: Any, source: str, split: str) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    for name in SPLIT_NAMES[split]:
+        if name in loaded:
+            return loaded[name]
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    raise ValueError(f"{split}: {source!r} has the splits {', '.join(loaded)}, and none of them is for {split}")
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def cache_folder() -> str:
+    """Where `datasets` keeps what it has prepared."""
+    import datasets
+
+    return os.fspath(datasets.config.HF_DATASETS_CACHE)
