@@ -99,11 +99,14 @@ class ChatTemplate:
                     chat_template=self.template,
                     add_generation_prompt=ask,
                     tokenize=False,
-                    **{**self.template_kwargs, **(conversation.template_kwargs or {})},
+                    **self._variables(conversation),
                 )
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses this row: {' '.join(str(error).split())}") from None
+
+    def _variables(self, conversation: Conversation) -> dict[str, Any]:
+        return {**self.template_kwargs, **(conversation.template_kwargs or {})}
 
     def _try(self, conversation: Conversation, messages: list[Message], ask: bool = False) -> str | None:
         try:
@@ -155,7 +158,7 @@ class ChatTemplate:
         """
         last = turn == len(conversation.messages) - 1
         tail = rest if last else self._tail(conversation, turn)
-        common = tail if rest.startswith(tail) else commonprefix([tail, rest])
+        common = tail if rest.startswith(tail) else commonprefix([tail, rest])  # noqa: RUF071 - characters are meant
         ends = [match.end() for match in self._special.finditer(common)]
         if ends:
             return ends[-1]
@@ -188,7 +191,8 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses this row: {' '.join(str(error).split())}") from None
-        text, spans = str(texts[0]), [(start, end) for start, end in marks[0] if texts[0][start:end].strip()]
+        text = str(texts[0])
+        spans = [(int(start), int(end)) for start, end in marks[0] if text[int(start) : int(end)].strip()]
         turns = conversation.answer_turns
         speakers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if len(spans) == len(speakers):

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from kd_lightning.data.batch import Collator, PromptCollator, TokenRows
 from kd_lightning.data.order import BatchOrder, ResumableLoader
@@ -173,8 +172,10 @@ class InstructionDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> Any:
         """Prompts of the test rows in file order, padded on the left; `row_ids` number the rows of the file."""
         prompts = self.generation_rows("test")
-        order = BatchOrder([len(row["prompt_ids"]) for row in prompts], self.batch_size, fill=True, **self._ranks())
-        return StatefulDataLoader(
+        rank, world_size = self._ranks()
+        lengths = [len(row["prompt_ids"]) for row in prompts]
+        order = BatchOrder(lengths, self.batch_size, fill=True, rank=rank, world_size=world_size)
+        return ResumableLoader(
             _Prompts(prompts), batch_size=None, sampler=order, collate_fn=PromptCollator(self.pad_id)
         )
 
@@ -185,8 +186,9 @@ class InstructionDataModule(L.LightningDataModule):
             return self._plain_loader(split)
         return self._loader(split, shuffle=False, grouped=self.group_by_length and self.shuffle, fill=True)
 
-    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> ResumableLoader:
+    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> Any:
         rows = self._rows[split]
+        rank, world_size = self._ranks()
         order = BatchOrder(
             rows["length"][:],
             self.batch_size,
@@ -194,7 +196,8 @@ class InstructionDataModule(L.LightningDataModule):
             group_by_length=grouped,
             fill=fill,
             seed=self.seed,
-            **self._ranks(),
+            rank=rank,
+            world_size=world_size,
         )
         return ResumableLoader(
             TokenRows(rows),
@@ -206,13 +209,13 @@ class InstructionDataModule(L.LightningDataModule):
         )
 
     def _plain_loader(self, split: str) -> Any:
-        return StatefulDataLoader(
+        return ResumableLoader(
             TokenRows(self._rows[split]), batch_size=self.batch_size, collate_fn=Collator(self.pad_id)
         )
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> tuple[int, int]:
         spread = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
-        return {"rank": spread["rank"], "world_size": spread["num_replicas"]}
+        return spread["rank"], spread["num_replicas"]
 
     @property
     def pad_id(self) -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data.distributed import DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
 from kd_lightning.data.batch import FILLER
-
-warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call, in every loader
 
 WINDOW_ROWS = 1024
 WINDOW_BATCHES = 32
@@ -90,13 +89,15 @@ class BatchOrder(DistributedSampler[list[int]]):
             generator = None
             order = torch.arange(len(self.lengths))
         if not self.group_by_length or len(order) == 0:
-            blocks = list(order.split(size))
+            blocks = list(torch.split(order, size))
         elif generator is None:
-            blocks = list(self._by_length(order).split(size))
+            blocks = list(torch.split(self._by_length(order), size))
         else:
             blocks = []
-            for window in order.split(size * max(WINDOW_BATCHES, -(-WINDOW_ROWS // size))):
-                inside = self._by_length(window).flip(0).split(size)  # the short last batch holds the longest rows
+            for window in torch.split(order, size * max(WINDOW_BATCHES, -(-WINDOW_ROWS // size))):
+                inside = torch.split(
+                    self._by_length(window).flip(0), size
+                )  # the short last batch holds the longest rows
                 blocks += [inside[place] for place in torch.randperm(len(inside), generator=generator).tolist()]
         return [block for block in blocks if self.fill or len(block) >= self.num_replicas]
 
@@ -126,11 +127,17 @@ class _BatchIterator(Iterator[list[int]]):
         self._move(state["epoch"], state["position"])
 
 
-class ResumableLoader(StatefulDataLoader[Any]):
+class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
     """A `StatefulDataLoader` over a `BatchOrder` that also goes on with another number of workers than it began with.
 
     Its state holds epoch and number of batches handed out, beside what torchdata keeps.
     """
+
+    @functools.wraps(StatefulDataLoader.__init__)  # type: ignore[misc]  # Lightning reads the signature when it builds the loader anew
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call
+            super().__init__(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands: plain numbers, dicts and tensors."""
@@ -138,7 +145,7 @@ class ResumableLoader(StatefulDataLoader[Any]):
         iterator = self._iterator
         return {
             "num_workers": self.num_workers,
-            "epoch": iterator._sampler_iter.epoch,
+            "epoch": getattr(iterator._sampler_iter, "epoch", 0),
             "batches": iterator._num_yielded,
             "torchdata": state,
         }

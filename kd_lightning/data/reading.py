@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,8 +109,8 @@ def _decode(line: bytes, place: str) -> str:
 
 
 def _read_parquet(source: str, path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         with pq.ParquetFile(path) as file:
@@ -122,7 +121,7 @@ def _read_parquet(source: str, path: Path) -> Iterator[Any]:
 
 
 def _read_folder(source: str, path: Path, split: str) -> Any:
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
         raise ValueError(f"{source}: a folder, but no data set written by datasets.save_to_disk lies in it")
@@ -133,7 +132,7 @@ def _read_folder(source: str, path: Path, split: str) -> Any:
 
 
 def _read_hub(source: str, split: str) -> Any:
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     name, _, rest = source.partition(":")
     missing = "is neither an existing file or folder nor a data set that `datasets` can load"
@@ -168,6 +167,6 @@ def _one_line(error: BaseException) -> str:
 
 def cache_folder() -> str:
     """Where `datasets` keeps what it has prepared."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
-    return os.fspath(datasets.config.HF_DATASETS_CACHE)
+    return str(datasets.config.HF_DATASETS_CACHE)

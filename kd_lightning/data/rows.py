@@ -118,8 +118,8 @@ def _speaks(message: Message) -> bool:
 def _typed(fields: Mapping[str, Any], name: str, kind: type, place: str) -> Any:
     value = fields.get(name)
     if value is not None and not isinstance(value, kind):
-        wanted = {str: "a string", list: "a list", dict: "an object"}[kind]
-        raise ValueError(f"{place}: field {name!r} must be {wanted}, got {type(value).__name__}")
+        names: dict[Any, str] = {str: "a string", list: "a list", dict: "an object"}
+        raise ValueError(f"{place}: field {name!r} must be {names[kind]}, got {type(value).__name__}")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ class TextTokenizer:
         """Token ids of a conversation and which of them count, with what there is to report about it.
 
         Returns:
-            `input_ids`, `counted`, `length`, `full_length`, `first_counted` (−1: none), `unlocated`, `empty`.
+            `input_ids`, `counted`, `length`, `full_length`, `first_counted` (-1: none), `unlocated`, `empty`.
 
         Raises:
             ValueError: the chat template refuses the conversation.
@@ -150,7 +151,7 @@ def encode(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Iterator[
     """
     if not getattr(tokenizer, "is_fast", False):  # no offsets: cut the text where the spans begin and end
         edges = [0, *(edge for span in spans for edge in span), len(text)]
-        for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        for number, (start, end) in enumerate(itertools.pairwise(edges)):
             ids = tokenizer(text[start:end], add_special_tokens=False, verbose=False).input_ids if start < end else []
             yield from ((token, number % 2 == 1) for token in ids)
         return
@@ -177,7 +178,7 @@ def prepare(sources: list[str], split: str, tokenizer: TextTokenizer) -> Any:
     Raises:
         ValueError: a source or a row cannot be read, or the template refuses a row; file and line are named.
     """
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     stamp = hashlib.sha256(json.dumps([VERSION, [fingerprint(s, split) for s in sources]]).encode()).hexdigest()[:32]
     text = {name: datasets.Value("string") for name in ("row", "conversation", "place")}
