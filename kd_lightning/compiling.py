@@ -39,7 +39,7 @@ class Compiled:
             return self.function(*args)
         first = self._compiled is None
         if self._compiled is None:
-            logger.info("compiling the loss: the first step takes some seconds more")
+            logger.info("compiling the loss: the first step takes longer")
             # isolate_recompiles: every objective has graphs of its own, and none counts against another's limit
             self._compiled = torch.compile(  # type: ignore[call-overload]
                 self.function, fullgraph=True, dynamic=False, isolate_recompiles=True
@@ -50,7 +50,7 @@ class Compiled:
             result = self.function(*args)  # a fault in the user's code shows here in its own words
             self.chosen = False
             when = "does not compile" if first else "does not compile again"
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split("\n")[:2])
             warnings.warn(f"the loss {when} and runs eagerly, slower, from now on: {reason}", stacklevel=2)
             return result
 

@@ -168,22 +168,20 @@ class Sweep:
         self.token_loss, self.student, self.teacher, self.rows, self.chunk = token_loss, student, teacher, rows, chunk
         self.values: dict[str, Tensor] = {}
 
-    def loss(self, weights: Tensor) -> Tensor:
-        """Weighted sum of the rows' losses, 0-d; its gradient is computed here and handed over in backward."""
-        if self._learns():
-            return _GradientInForward.apply(self, weights, *self.student.inputs)  # type: ignore[no-any-return,no-untyped-call]
+    def loss(self, weights: Tensor, summed: bool = True) -> Tensor:
+        """Weighted sum of the rows' losses, 0-d, with its gradient; or the losses themselves, [N].
+
+        The gradient of the sum is taken here and handed over in backward. What is not known yet, or was handed over
+        already, backward computes again: the gradient of losses that are not summed, and of a second backward.
+        """
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.student.inputs):
+            return _Loss.apply(self, weights, summed, *self.student.inputs)  # type: ignore[no-any-return,no-untyped-call]
         self.values, _ = self.run(weights, ())
-        return (self.values["loss"] * weights).sum()
+        return self.total(weights, summed)
 
-    def losses(self, like: Tensor) -> Tensor:
-        """Loss of each row, [N]; the rows' weights are known in backward only, which does everything again."""
-        if self._learns():
-            return _Recomputed.apply(self, like, *self.student.inputs)  # type: ignore[no-any-return,no-untyped-call]
-        self.values, _ = self.run(like, ())
-        return self.values["loss"].clone()
-
-    def _learns(self) -> bool:
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.student.inputs)
+    def total(self, weights: Tensor, summed: bool) -> Tensor:
+        """The values of the last pass as one loss, or as a copy."""
+        return (self.values["loss"] * weights).sum() if summed else self.values["loss"].clone()
 
     @torch.no_grad()
     def run(self, weights: Tensor, needs: Sequence[bool]) -> tuple[dict[str, Tensor], list[Tensor | None]]:
@@ -242,39 +240,28 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
         torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)  # not yet measured
 
 
-class _GradientInForward(torch.autograd.Function):
-    """The loss of all rows, whose gradient is there before anybody asks."""
+class _Loss(torch.autograd.Function):
+    """A loss whose gradient is there before anybody asks."""
 
     @staticmethod
-    def forward(ctx: Any, sweep: Sweep, weights: Tensor, *inputs: Tensor | None) -> Tensor:
-        sweep.values, ctx.gradients = sweep.run(weights, ctx.needs_input_grad[2:])
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return (sweep.values["loss"] * weights).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("the gradient of this loss was already taken, and is kept only once; compute it again")
-        # In place and unconditionally: a product would be a second head gradient, a comparison would wait for a GPU.
-        scaled = (None if g is None else g.mul_(upstream) for g in gradients)
-        return None, None, *(g if g is None else g.to(t) for g, t in zip(scaled, ctx.dtypes, strict=True))
-
-
-class _Recomputed(torch.autograd.Function):
-    """The loss of each row, computed once more in backward, with the upstream gradient as the rows' weights."""
-
-    @staticmethod
-    def forward(ctx: Any, sweep: Sweep, like: Tensor, *inputs: Tensor | None) -> Tensor:
-        ctx.sweep = sweep
-        ctx.save_for_backward(*inputs)  # so that a change of the inputs in between is noticed
-        sweep.values, _ = sweep.run(like, ())
-        return sweep.values["loss"].clone()
+    def forward(ctx: Any, sweep: Sweep, weights: Tensor, summed: bool, *inputs: Tensor | None) -> Tensor:
+        sweep.values, gradients = sweep.run(weights, ctx.needs_input_grad[3:] if summed else ())
+        ctx.sweep, ctx.weights, ctx.summed = sweep, weights, summed
+        ctx.gradients = gradients if summed else None
+        ctx.save_for_backward(*inputs)  # for their dtypes, and so that a change before a recomputation is noticed
+        return sweep.total(weights, summed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        _, gradients = ctx.sweep.run(upstream.contiguous(), ctx.needs_input_grad[2:])
-        return None, None, *(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            weights = ctx.weights if ctx.summed else ctx.weights * upstream
+            _, gradients = ctx.sweep.run(weights, ctx.needs_input_grad[3:])
+        if ctx.summed:  # in place and without asking: g * upstream is a second head gradient, a test waits for a GPU
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(upstream)
+        cast = (g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))
+        return None, None, None, *cast

@@ -50,7 +50,8 @@ class DistillationLoss(nn.Module):
     r"""\(\ell = (1 - c)\,T^2 D(p, q) + c\,L(\log q_y)\) per token, summed over the counted tokens of a batch.
 
     Reduces to the divergence alone at `ce_weight=0`, and to the label loss alone, without any teacher, at 1.
-    Arithmetic is fp32 at least, also under autocast; gradients come in the inputs' dtype, after one backward only.
+    Arithmetic is fp32 at least, also under autocast; gradients come in the inputs' dtype. They are taken in forward; a
+    second backward over a retained graph computes everything again.
 
     Args:
         objective: D, any `Divergence`, the user's own included; it gets no gradient itself.
@@ -198,9 +199,7 @@ class DistillationLoss(nn.Module):
         if teacher is None and self.ce_weight != 1:
             raise ValueError(f"ce_weight must be 1 where there is no teacher, got {self.ce_weight}")
         if teacher is None and self.token_loss.monitors:
-            raise ValueError(
-                f"monitors compare with a teacher, and there is none: {', '.join(self.token_loss.monitors)}"
-            )
+            raise ValueError(f"monitors need a teacher, and there is none: {', '.join(self.token_loss.monitors)}")
         tensors = [x for model in (student, teacher) if model for x in model.inputs if x is not None]
         if len(devices := {x.device for x in (*tensors, counted.index)}) > 1:
             raise ValueError(f"models and labels must be on one device, got {', '.join(sorted(map(str, devices)))}")
@@ -218,7 +217,7 @@ class DistillationLoss(nn.Module):
             weights = ones / counted.lengths[counted.response]
             divisor = (counted.lengths > 0).sum().to(dtype)
         if self.reduction == "none":
-            losses = sweep.losses(ones)
+            losses = sweep.loss(ones, summed=False)
             loss = losses.new_zeros(counted.shape.numel()).index_copy(0, counted.index, losses).view(counted.shape)
         else:
             loss = sweep.loss(weights)
@@ -297,8 +296,8 @@ def fused_distillation_loss(
 ) -> Tensor:
     r"""The same from hidden states and heads, without ever holding the logits of all tokens.
 
-    Equal to `distillation_loss` of the logits, in value and gradient. The gradient is taken in forward, so backward
-    works once; reduction "none" computes everything again in backward.
+    Equal to `distillation_loss` of the logits, in value and gradient. The gradient is taken in forward; reduction
+    "none", and a second backward over a retained graph, compute everything again.
 
     Args:
         student_hidden: [B, T, H] (or [T, H]), aligned with the labels.

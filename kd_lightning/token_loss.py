@@ -103,7 +103,7 @@ class TokenLoss(nn.Module):
         gradient: bool,
         values: Mapping[str, Tensor],
     ) -> None:
-        """Write the values of n rows; z becomes the gradient of their weighted sum with respect to the student's products.
+        """Write the values of n rows; z becomes the gradient of their weighted sum with respect to z.
 
         Args:
             z: the student's products, [m, V] with m ≥ n; a multiple of `height` where compiled.
@@ -247,7 +247,7 @@ def _differentiate(
     if weights is None:
         return function(x), None
     if torch.compiler.is_compiling():
-        values, pull = torch.func.vjp(function, x)
+        values, pull = torch.func.vjp(function, x)[:2]
         return values, pull(weights)[0]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
