@@ -6,12 +6,12 @@ import ast
 import inspect
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import kd_lightning
 import pytest
+
+import kd_lightning
 
 PACKAGE = Path(kd_lightning.__file__).parent
 
@@ -134,8 +134,3 @@ def test_type_checkers_see_the_same_names() -> None:
         if alias.name == alias.asname
     }
     assert seen == {(f"kd_lightning.{home}", name) for name, home in kd_lightning._HOMES.items()}
-
-
-def test_the_version_is_the_distributions() -> None:
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert kd_lightning.__version__ == project["version"]
