@@ -26,7 +26,7 @@ FLOOR = -1e4  # as in `functional.log_softmax`: exp of it is exactly 0, a differ
 
 # Entries of one block on a CPU, so that its temporaries stay in the cache. Compiled, a block has at least 32 rows:
 # with fewer, inductor parallelises inside a row, and its threads fork and join once per row and pass.
-EAGER_ENTRIES = 400_000
+EAGER_ENTRIES = 200_000
 COMPILED_ROWS = 32
 GPU_ENTRIES = 64_000_000
 
