@@ -39,17 +39,17 @@ class Counted:
                 f"labels must be −100 or in [0, {vocabulary}), the vocabulary that both models share, got {label}"
             )
 
-    def column(self, name: str, column: Tensor) -> Tensor:
-        """The column's entries of the counted tokens."""
-        per_response = column.shape in (self.shape[:-1], self.lengths.shape)
-        if column.shape != self.shape and not per_response:
-            raise ValueError(
-                f"rows[{name!r}] must have the labels' shape {list(self.shape)}, or {list(self.lengths.shape)} for one "
-                f"value per response, got {list(column.shape)}"
-            )
+    def column(self, name: str, column: Tensor, dtype: torch.dtype) -> Tensor:
+        """The column's entries of the counted tokens, numbers in the dtype given."""
+        column = column.detach().to(dtype) if column.is_floating_point() else column
         if column.shape == self.shape:
-            return column.detach().reshape(-1).index_select(0, self.index)
-        return column.detach().reshape(-1).index_select(0, self.response)
+            return column.reshape(-1).index_select(0, self.index)
+        if column.shape in (self.shape[:-1], self.lengths.shape):
+            return column.reshape(-1).index_select(0, self.response)
+        raise ValueError(
+            f"rows[{name!r}] must have the labels' shape {list(self.shape)}, or {list(self.lengths.shape)} for one "
+            f"value per response, got {list(column.shape)}"
+        )
 
     def response_mean(self, values: Tensor) -> Tensor:
         """Mean over the tokens of each response, given to each of its tokens."""

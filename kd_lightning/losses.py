@@ -168,7 +168,7 @@ class DistillationLoss(nn.Module):
     ) -> LossParts:
         """Loss from hidden states: the logits of all tokens are never there at once.
 
-        The gradient is taken in the same pass. On a GPU the host waits once, for the number of counted tokens. A
+        The gradient is taken in the same pass. On a GPU the host waits for the counted tokens only. A
         schedule that reads the responses' log-probabilities costs a second projection of both models.
 
         Args:
@@ -204,7 +204,7 @@ class DistillationLoss(nn.Module):
         if len(devices := {x.device for x in (*tensors, counted.index)}) > 1:
             raise ValueError(f"models and labels must be on one device, got {', '.join(sorted(map(str, devices)))}")
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
-        columns = {name: counted.column(name, column) for name, column in (rows or {}).items()}
+        columns = {name: counted.column(name, column, dtype) for name, column in (rows or {}).items()}
         if teacher is not None:
             columns |= self._label_columns(student, teacher, counted, columns, dtype)
         sweep = Sweep(self.token_loss, student, teacher, columns | {"labels": counted.labels}, self.chunk)
@@ -305,12 +305,12 @@ def fused_distillation_loss(
         teacher_hidden: [B, T, Ht]; None: no teacher, with `ce_weight=1`.
         teacher_head: a weight [Vt, Ht], or a `Head`.
         labels: integers [B, T], −100 where not counted.
-        objective: any `Divergence`.
-        ce_weight: share of the label loss, in [0, 1].
-        temperature: divides both models' logits in the divergence, > 0.
-        reduction: "token_mean", "sequence_mean", "sum", or "none" (losses in the shape of the labels).
-        rows: columns that the objective or the label loss reads, [B, T] or [B].
-        label_loss: the term on the label's log-probability; None: `CrossEntropy()`.
+        objective: any `Divergence`; the other arguments as in `distillation_loss`.
+        ce_weight: share of the label loss.
+        temperature: divides both models' logits in the divergence.
+        reduction: how tokens are summed.
+        rows: columns.
+        label_loss: the term on the label's log-probability.
         square_temperature: whether the divergence is multiplied by T².
         chunk: rows of logits alive at a time; None: within a budget of bytes.
         compile: as in `DistillationLoss`; one compilation serves all calls with the same `objective` object.
@@ -321,16 +321,8 @@ def fused_distillation_loss(
     Raises:
         ValueError: an argument is out of its range, or shapes do not fit.
     """
-    loss = _loss(
-        objective,
-        ce_weight,
-        temperature,
-        reduction,
-        label_loss,
-        square_temperature,
-        chunk=chunk,
-        compile=compile,
-    )
+    settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
+    loss = _loss(*settings, chunk=chunk, compile=compile)
     parts = loss.from_hidden(student_hidden, student_head, teacher_hidden, teacher_head, labels, rows)
     return _reduced(parts, reduction)
 
