@@ -176,13 +176,9 @@ class ChatTemplate:
         template = self.tokenizer.get_chat_template(self.template, conversation.tools)
         if not _MARKS.search(template):
             return None
-        variables = {
-            **self.tokenizer.special_tokens_map,
-            **self.template_kwargs,
-            **(conversation.template_kwargs or {}),
-        }
+        variables = {**self.tokenizer.special_tokens_map, **self._variables(conversation)}
         try:
-            texts, marks = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[conversation.messages],
                 tools=conversation.tools,
                 chat_template=template,
@@ -191,7 +187,7 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses this row: {' '.join(str(error).split())}") from None
-        text = str(texts[0])
+        text, marks = str(rendered[0][0]), rendered[1]
         spans = [(int(start), int(end)) for start, end in marks[0] if text[int(start) : int(end)].strip()]
         turns = conversation.answer_turns
         speakers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]

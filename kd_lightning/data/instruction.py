@@ -77,6 +77,7 @@ class InstructionDataModule(L.LightningDataModule):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        self.train, self.val, self.test = train, val, test
         self.sources = {"train": _listed(train), "val": _listed(val), "test": _listed(test)}
         if not self.sources["train"]:
             raise ValueError(f"train must name at least one file, folder or data set, got {train!r}")
@@ -162,11 +163,11 @@ class InstructionDataModule(L.LightningDataModule):
         return self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
 
     def val_dataloader(self) -> Any:
-        """Every row once over all ranks, in file order without `shuffle`, else longest first."""
+        """Every row once over all ranks, in file order; longest first where all are read and `group_by_length`."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> Any:
-        """Every row once over all ranks, in file order without `shuffle`, else longest first."""
+        """Every row once over all ranks, in file order; longest first where all are read and `group_by_length`."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> Any:
@@ -184,7 +185,9 @@ class InstructionDataModule(L.LightningDataModule):
             return []
         if getattr(self.trainer, "overfit_batches", 0):
             return self._plain_loader(split)
-        return self._loader(split, shuffle=False, grouped=self.group_by_length and self.shuffle, fill=True)
+        whole = getattr(self.trainer, f"limit_{split}_batches", 1.0) == 1.0  # the first few are no sample of long rows
+        grouped = self.group_by_length and self.shuffle and whole
+        return self._loader(split, shuffle=False, grouped=grouped, fill=True)
 
     def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> Any:
         rows = self._rows[split]

@@ -67,9 +67,7 @@ class BatchOrder(DistributedSampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """This epoch's batches; an iterator with `state_dict` and `load_state_dict`."""
-        iterator = _BatchIterator(self, self.epoch, self.start)
-        self.start = 0
-        return iterator
+        return _BatchIterator(self, self.epoch, self.start)
 
     def start_at(self, epoch: int, batch: int) -> None:
         """Let the next pass be that of `epoch`, from its batch number `batch` on."""
@@ -115,6 +113,7 @@ class _BatchIterator(Iterator[list[int]]):
         self.batches = self.order.batches(epoch)
 
     def __next__(self) -> list[int]:
+        self.order.start = 0  # used up by the first read, not by iter(): a loader with workers calls that twice
         if self.position >= len(self.batches):
             raise StopIteration
         self.position += 1

@@ -50,7 +50,7 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         empty = False
         yield place, row
     if empty:
-        raise ValueError(f"{source}: holds no rows")
+        raise ValueError(f"{source}: empty, there is no row in it")
 
 
 def fingerprint(source: str, split: str) -> str:
@@ -132,7 +132,7 @@ def _read_folder(source: str, path: Path, split: str) -> Any:
 
 
 def _read_hub(source: str, split: str) -> Any:
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     name, _, rest = source.partition(":")
     missing = "is neither an existing file or folder nor a data set that `datasets` can load"
@@ -167,6 +167,6 @@ def _one_line(error: BaseException) -> str:
 
 def cache_folder() -> str:
     """Where `datasets` keeps what it has prepared."""
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     return str(datasets.config.HF_DATASETS_CACHE)

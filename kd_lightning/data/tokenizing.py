@@ -82,6 +82,7 @@ class TextTokenizer:
         if conversation.messages:
             found = (chat or self.chat).locate(conversation)
             text, spans, unlocated, is_open = found.text, found.spans, found.unlocated, found.open
+            text = text[: spans[-1][1]] if is_open else text  # the end comes right after the words
         else:
             ids = self.first_ids
             text = conversation.prompt + conversation.completion
