@@ -1,0 +1,255 @@
+"""Causal language models and tokenizers from folders or hub names, checked, with errors in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers as hf
+from huggingface_hub.errors import StrictDataclassError
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging
+
+from kd_lightning.assets import resolve
+
+Role = Literal["student", "teacher"]
+RESERVED = ("trust_remote_code", "use_safetensors", "weights_only", "output_loading_info", "ignore_mismatched_sizes")
+auto: Any = hf  # its factories are not typed
+hf_log: Any = logging
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+
+
+class ModelNotFoundError(ValueError):
+    """A name is neither a folder here nor a model that the hub gives out."""
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    init: str = "pretrained",
+    kwargs: Mapping[str, Any] | None = None,
+    role: Role = "student",
+) -> hf.PreTrainedModel:
+    """A causal language model, on the CPU and in eval mode, all of whose parameters are finite and were really read.
+
+    Args:
+        name: a folder, a hub name, or `asset:teacher`, `asset:student`.
+        init: `pretrained`, or `random` to start from the configuration alone (torch's generator decides the numbers).
+        kwargs: arguments of `from_pretrained` (`dtype`, `attn_implementation`, `revision` …). Without `dtype` a student
+            is read as fp32 and a teacher as what it was saved in.
+        role: `student` or `teacher`: named in errors, decides the default dtype.
+
+    Raises:
+        ModelNotFoundError: no such folder, or no such model on the hub.
+        ValueError: no or a broken configuration; no causal language model; no weights, pickled weights, broken weights;
+            weights that leave a parameter unset or are not finite; an argument that is refused.
+    """
+    if init not in ("pretrained", "random"):
+        raise ValueError(f"{role}_init must be 'pretrained' or 'random', got {init!r}")
+    options = checked_kwargs(kwargs, role)
+    options.setdefault("dtype", torch.float32 if role == "student" or init == "random" else "auto")
+    place = locate(name, role)
+    config = _read_config(place, role, options)
+    with _quiet():
+        model: hf.PreTrainedModel = (
+            _pretrained(place, role, options) if init == "pretrained" else _random(place, role, config, options)
+        )
+    check_finite(model, role)
+    model.eval()
+    return model
+
+
+def checked_kwargs(kwargs: Mapping[str, Any] | None, role: Role) -> dict[str, Any]:
+    """A copy of what the user passes on to `from_pretrained`, with `dtype` as torch's.
+
+    Raises:
+        ValueError: an argument that is not the user's to set, or an unknown dtype.
+    """
+    options = dict(kwargs or {})
+    for key in RESERVED:
+        if key in options:
+            reason = "code that comes with a model is never run" if key == "trust_remote_code" else "it is set already"
+            raise ValueError(f"{role}_kwargs must not hold {key!r}: {reason}")
+    if "torch_dtype" in options:
+        options.setdefault("dtype", options.pop("torch_dtype"))
+    dtype = options.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        options["dtype"] = dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"{role}_kwargs: dtype must be 'auto' or one such as 'float32' or 'bfloat16', got {dtype!r}")
+    return options
+
+
+def locate(name: str, role: Role) -> str:
+    """The folder that a name stands for, or the hub name as it is.
+
+    Raises:
+        ModelNotFoundError: it looks like a path and there is nothing, or like nothing at all.
+        ValueError: it is a file, or a folder without a configuration.
+    """
+    place = resolve(name)
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return str(folder)
+        adapter = (folder / "adapter_config.json").is_file()
+        reason = (
+            "it holds a PEFT adapter, which must be merged into its model first" if adapter else "no config.json in it"
+        )
+        raise ValueError(f"{role} '{name}' is no folder of a Hugging Face model: {reason}")
+    if folder.exists():
+        raise ValueError(f"{role} '{name}' is a file; it must be the folder of a Hugging Face model")
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", place):
+        raise ModelNotFoundError(f"{role} '{name}': there is no such folder")
+    return place
+
+
+def check_finite(model: nn.Module, role: Role) -> None:
+    """Look at every parameter.
+
+    Raises:
+        ValueError: one holds NaN or inf; the first is named.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            bad = "NaN" if torch.isnan(parameter).any() else "inf"
+            raise ValueError(f"{role}: the weights of '{name}' hold {bad}")
+
+
+def check_tokenizers(teacher: str, tokenizer: Any) -> None:
+    """Compare the teacher's vocabulary with the student's, id by id, as far as both go.
+
+    Padding at the end may differ. A teacher without tokenizer files is taken on trust, with a notice.
+
+    Args:
+        teacher: folder, hub name or `asset:` name of the teacher.
+        tokenizer: the student's.
+
+    Raises:
+        ValueError: an id stands for different tokens; the first is named.
+    """
+    place = locate(teacher, "teacher")
+    unknown = f"teacher '{teacher}' has no tokenizer of its own: the student's is taken on trust"
+    if Path(place).is_dir() and not any(found for files in TOKENIZER_FILES for found in Path(place).glob(files)):
+        rank_zero_info(unknown)
+        return
+    try:
+        with _quiet():
+            own = auto.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if Path(place).is_dir():
+            raise ValueError(f"teacher '{teacher}': its tokenizer cannot be read: {_line(error)}") from None
+        rank_zero_info(unknown)
+        return
+    theirs, ours = own.get_vocab(), tokenizer.get_vocab()
+    if theirs == ours:
+        return
+    by_id = {i: token for token, i in theirs.items()}
+    for token, i in sorted(ours.items(), key=lambda item: item[1]):
+        if by_id.get(i, token) != token:
+            raise ValueError(
+                f"teacher and student must read the same tokens: token {i} is {by_id[i]!r} to teacher '{teacher}' "
+                f"and {token!r} to the student"
+            )
+
+
+def _read_config(place: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedConfig:
+    """The configuration of a causal language model."""
+    try:
+        with _quiet():
+            config: hf.PreTrainedConfig = auto.AutoConfig.from_pretrained(
+                place, trust_remote_code=False, **_where(options)
+            )
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if Path(place).is_dir():
+            raise ValueError(f"{role} '{place}': config.json cannot be read: {_line(error)}") from None
+        reason = "no such folder, and the Hugging Face hub does not give it (misspelt, private, or no network)"
+        raise ModelNotFoundError(f"{role} '{place}': {reason}") from None
+    if type(config) not in auto.AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{role} '{place}' is of type {config.model_type!r}, which is no causal language model")
+    return config
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    """Those options that say which files are meant."""
+    names = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
+    return {name: options[name] for name in names if name in options}
+
+
+def _pretrained(place: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedModel:
+    """The model with its saved weights, every one of them."""
+    folder = Path(place)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{role} '{place}' has its weights in {pickles[0]}, which can run code when opened: only safetensors "
+                "are read (open it where you trust it and `save_pretrained` it)"
+            )
+        hint = ": give --model.student_init random to start from its configuration alone" if role == "student" else ""
+        raise ValueError(f"{role} '{place}' has no weights (model.safetensors){hint}")
+    try:
+        loaded: tuple[hf.PreTrainedModel, dict[str, Any]] = auto.AutoModelForCausalLM.from_pretrained(
+            place,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{role} '{place}': its weights cannot be read: {_line(error)}") from None
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"{role} '{place}' with {role}_kwargs {options}: {_line(error)}") from None
+    model, report = loaded
+    unset = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
+    if unset:
+        more = f" and {len(unset) - 1} more" if len(unset) > 1 else ""
+        why = "are not in its files" if report["missing_keys"] else "have another shape in its files"
+        raise ValueError(f"{role} '{place}': weights of '{unset[0]}'{more} {why} and would be random")
+    if report["unexpected_keys"]:
+        first = min(report["unexpected_keys"])
+        rank_zero_info(f"{role} '{place}': {len(report['unexpected_keys'])} saved weights have no place ('{first}' …)")
+    return model
+
+
+def _random(place: str, role: Role, config: hf.PreTrainedConfig, options: dict[str, Any]) -> hf.PreTrainedModel:
+    """The model as its configuration draws it, with the generation settings that lie beside it."""
+    kwargs = {name: value for name, value in options.items() if name not in _where(options)}
+    if kwargs["dtype"] == "auto":
+        kwargs["dtype"] = config.dtype or torch.float32
+    try:
+        model: hf.PreTrainedModel = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"{role} '{place}' with {role}_kwargs {options}: {_line(error)}") from None
+    if (Path(place) / "generation_config.json").is_file():
+        model.generation_config = hf.GenerationConfig.from_pretrained(place)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no warnings of transformers: what matters in them is checked here and said as an error."""
+    verbosity, bars = hf_log.get_verbosity(), hf_log.is_progress_bar_enabled()
+    hf_log.set_verbosity_error()
+    hf_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_log.set_verbosity(verbosity)
+        if bars:
+            hf_log.enable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, cut where transformers begins to list every model it knows."""
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0].split(". Should have")[0]
+    return line if len(line) <= 240 else line[:237] + "…"

@@ -1,0 +1,275 @@
+"""Where the teacher's distribution comes from, and the cut of a causal language model into body and head."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd_lightning.engine import Head
+from kd_lightning.models import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
+
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # as configurations call them
+SOFTCAPS = ("final_logit_softcapping", "softcap")
+
+
+# ------------------------------------------------------------------------------------------------------ body and head
+def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
+    r"""Cut a causal language model where its hidden states become logits, checked against its own logits.
+
+    The body gives hidden states h, the head says \(\mathrm{logits} = \mathrm{cap}(\mathrm{scale} (h W^\top + b))\).
+    Which factors of its configuration a model really applies is found out by trying them on a few tokens, once plainly
+    and once with noise added behind the head's matrix, so that a factor shows even where the logits are near zero.
+
+    Args:
+        model: a Hugging Face causal language model, also wrapped by PEFT.
+
+    Returns:
+        The body, called as `hidden_states(body, input_ids, attention_mask)`, and the head, which holds the model's own
+        parameters: a gradient to `head.weight` is one to the model's.
+
+    Raises:
+        ValueError: no reading of the model gives its logits (layers between body and head, an encoder, an adapter on
+            the head, quantised head …); its whole logits can be used instead.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    layer = base.get_output_embeddings()
+    weight, bias = _matrix(model, layer)
+    body: nn.Module | None = base.get_decoder()
+    if base.config.is_encoder_decoder or body is None or body is base:
+        raise _no_cut(model, "it has no body that can be called alone")
+    config = base.config.get_text_config(decoder=True)
+    factors = [x for number in _numbers(config, SCALES) for x in (number, 1 / number)]  # some multiply, some divide
+    caps = [cap for cap in _numbers(config, SOFTCAPS) if cap > 0]
+    hidden, found, noise = _probe(model, body, layer, max(caps, default=1.0) * max(map(abs, factors), default=1.0))
+    if weight.shape != (found.shape[-1], hidden.shape[-1]):
+        raise _no_cut(model, "its hidden states or its logits have another width than its head")
+    product = F.linear(hidden, weight.detach(), None if bias is None else bias.detach()).float()
+    for scale, cap in itertools.product(dict.fromkeys([*factors, 1.0]), dict.fromkeys([*caps, None])):
+        if any(_agree(_capped(x, cap), found, weight.dtype) for x in _scaled(product, scale, noise, bias is None)):
+            return body, Head(weight, bias, scale=scale, softcap=cap)
+    raise _no_cut(model, "there is more between its body and its logits than a matrix, a factor and a soft-cap")
+
+
+def hidden_states(body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Hidden states [B, T, H] of the body that `body_and_head` gave, ready for the head."""
+    hidden: Tensor = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return hidden
+
+
+def logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Logits [B, T, V] of a whole model: what is left where `body_and_head` finds no cut."""
+    found: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return found
+
+
+def head_of(model: nn.Module, reading: Head) -> Head:
+    """The same reading with the parameters that the model holds now (a strategy may have put others in their place)."""
+    layer: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return dataclasses.replace(reading, weight=layer.weight, bias=getattr(layer, "bias", None))
+
+
+def _matrix(model: nn.Module, layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the layer that makes the logits."""
+    if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
+        raise _no_cut(model, "an adapter sits on its head")
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        raise _no_cut(model, "its last layer is not a plain matrix")
+    return weight, getattr(layer, "bias", None)
+
+
+def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
+    """What a configuration says under these names, zeros and the unset left out."""
+    found = (getattr(config, name, None) for name in names)
+    return [float(value) for value in found if isinstance(value, (int, float)) and value]
+
+
+def _probe(model: nn.Module, body: nn.Module, layer: Any, size: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states and logits [N, ·] of a few tokens, and the noise added behind the head, zero in every other row."""
+    weight = layer.weight
+    generator = torch.Generator().manual_seed(0)  # its own: a run's random numbers stay what they were
+    vocabulary = weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 6), generator=generator).to(weight.device)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    noise = size * torch.randn(2, 6, vocabulary, generator=generator).to(weight.device)
+    noise[:, ::2] = 0
+    calls: list[bool] = []
+
+    def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls.append(True)
+        return output + noise.to(output.dtype)
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    handle = layer.register_forward_hook(add_noise)
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            found = logits(model, ids, mask)
+            hidden = hidden_states(body, ids, mask)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _no_cut(model, f"its body cannot be called alone ({error})".replace("\n", " ")) from None
+    finally:
+        handle.remove()
+        for module, training in modes:
+            module.training = training
+    if len(calls) != 1 or hidden.shape[:-1] != found.shape[:-1]:
+        raise _no_cut(model, "its logits do not come from its last layer alone")
+    counted = mask.bool()
+    return hidden[counted], found[counted].float(), noise[counted].to(weight.dtype).float()
+
+
+def _scaled(product: Tensor, scale: float, noise: Tensor, unbiased: bool) -> list[Tensor]:
+    """The factor behind the matrix or, where no bias tells the two apart, before it (the noise stands behind it)."""
+    behind = scale * (product + noise)
+    return [behind, scale * product + noise] if unbiased else [behind]
+
+
+def _capped(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def _agree(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to rounding, in every row."""
+    tolerance = max(1e-5, 2 * torch.finfo(dtype).eps)
+    return bool(((expected - found).norm(dim=-1) <= tolerance * found.norm(dim=-1)).all())
+
+
+def _no_cut(model: nn.Module, reason: str) -> ValueError:
+    return ValueError(f"{type(model).__name__} cannot be cut into body and head: {reason}")
+
+
+# ----------------------------------------------------------------------------------------------------------- teachers
+class Teacher(ABC):
+    """Where the teacher's distribution comes from. A plain object: never in a `state_dict`, a summary, or under DDP.
+
+    Made cheaply (arguments are checked, nothing is read), filled by `load`, asked by batch. A batch is a mapping with
+    `input_ids` and `attention_mask` of shape [B, T]; what comes back never carries a gradient.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str | None:
+        """Folder or hub name, where its tokenizer lies; None where it has none."""
+
+    @property
+    @abstractmethod
+    def head(self) -> Head | None:
+        """What turns `hidden` into logits; None where only `logits` can be asked for."""
+
+    @abstractmethod
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Read what is needed and put it on a device; a second call only moves it."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> None:
+        """Move to a device; nothing happens where it is there already."""
+
+    @abstractmethod
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [B, T, H]."""
+
+    @abstractmethod
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits [B, T, V]."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest that changes with any weight: two teachers with the same one say the same."""
+
+
+class HFTeacher(Teacher):
+    """A Hugging Face causal language model in this process, frozen and in eval mode.
+
+    Args:
+        path: folder, hub name or `asset:` name; in Python also a loaded model, which is then frozen.
+        kwargs: arguments of `from_pretrained` (`dtype`, `attn_implementation` …); without `dtype` it stays as saved.
+
+    Raises:
+        ValueError: an argument in `kwargs` is refused; on `load`, the model cannot be read.
+    """
+
+    def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:
+        self._given: Any = path
+        self.kwargs = checked_kwargs(kwargs, "teacher")
+        self.model: Any = None
+        self._body: nn.Module | None = None
+        self._reading: Head | None = None
+        if kwargs and not isinstance(self._given, str):
+            raise ValueError(f"teacher_kwargs {kwargs} cannot be applied to a model that is loaded already")
+
+    @property
+    def name(self) -> str | None:
+        """Folder or hub name; None for a loaded model that came from nowhere."""
+        return self._given if isinstance(self._given, str) else getattr(self._given, "name_or_path", None) or None
+
+    @property
+    def head(self) -> Head | None:
+        """Its head; None where it cannot be cut."""
+        return None if self._reading is None else head_of(self._loaded(), self._reading)
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Read and freeze the model, and find where to cut it."""
+        if self.model is None:
+            self.model = self._read().eval().requires_grad_(False)
+            try:
+                self._body, self._reading = body_and_head(self.model)
+            except ValueError as error:
+                rank_zero_info(f"teacher: {error}; its whole logits are used instead")
+        self.to(device)
+
+    def _read(self) -> Any:
+        if not isinstance(self._given, str):
+            check_finite(self._given, "teacher")
+            return self._given
+        try:
+            return load_causal_lm(self._given, kwargs=self.kwargs, role="teacher")
+        except ModelNotFoundError as error:
+            classes = ", ".join(sorted(leaf.__name__ for leaf in Teacher.__subclasses__()))
+            raise ModelNotFoundError(f"{error}, and no class of that name (there is {classes})") from None
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the model."""
+        model = self._loaded()
+        if next(model.parameters()).device != torch.device(device):
+            model.to(device)
+
+    @torch.no_grad()
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [B, T, H].
+
+        Raises:
+            ValueError: it cannot be cut (`head` is None).
+        """
+        self._loaded()
+        if self._body is None:
+            raise ValueError(f"teacher '{self.name}' has no cut between body and head: ask for its logits")
+        return hidden_states(self._body, batch["input_ids"], batch["attention_mask"])
+
+    @torch.no_grad()
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits [B, T, V]."""
+        return logits(self._loaded(), batch["input_ids"], batch["attention_mask"])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, types and bytes of all its tensors."""
+        model = self._loaded()
+        digest = hashlib.sha256()
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _loaded(self) -> Any:
+        if self.model is None:
+            raise ValueError("the teacher is not loaded yet: call `load(device)` first")
+        return self.model
