@@ -241,12 +241,8 @@ def save_model(model: LlamaForCausalLM, dtype: torch.dtype, tokenizer: Path, fol
     for file in tokenizer.iterdir():
         shutil.copy(file, new)
     os.chmod(new / "model.safetensors", 0o644)  # safetensors lets only the owner read
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def build_model(name: str, recipe: Recipe, work: Path, output: Path) -> None:
