@@ -78,7 +78,7 @@ class SampledReverseKL(LabelLoss):
 
     With \(k = \log q(y) - \log p(y)\), both estimators have the gradient \(k \nabla \log q(y)\), whose mean over y ~ q
     is that of `ReverseKL`. They differ in value: "k1" gives k, unbiased; "k2" gives \(k^2/2\), never negative. The
-    third in use, \(e^{-k} - 1 + k\), has the gradient of **forward** KL in the mean, and is not offered for that reason.
+    third in use, \(e^{-k} - 1 + k\), has the gradient of **forward** KL in the mean, and is not offered therefore.
 
     Reads the column "teacher_token_log_prob". Tokens have to be sampled from q at the loss's temperature.
 

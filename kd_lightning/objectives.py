@@ -42,7 +42,6 @@ class Objective(Composite):
         check_divergence("divergence", divergence)
         if assistant is not None and not isinstance(assistant, Assistant):
             raise ValueError(f"assistant must be an Assistant or None, got {assistant!r}")
-        pair = tuple(pair)
         if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(MODELS):
             raise ValueError(f"pair must be two different names of {', '.join(MODELS)}, got {list(pair)}")
         if "assistant" in pair and assistant is None:
@@ -53,12 +52,8 @@ class Objective(Composite):
             raise ValueError(
                 f"detach_assistant must be False where the pair is {list(pair)}: no gradient would be left"
             )
-        self.divergence, self.assistant, self.pair, self.detach_assistant = (
-            divergence,
-            assistant,
-            pair,
-            detach_assistant,
-        )
+        self.divergence, self.assistant = divergence, assistant
+        self.pair, self.detach_assistant = (pair[0], pair[1]), detach_assistant
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """D(a‖b) of each row."""
