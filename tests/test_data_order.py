@@ -80,7 +80,7 @@ def test_evaluation_begins_with_the_longest_rows() -> None:
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     def first(seed: int, epoch: int) -> list[list[int]]:
         order = BatchOrder(LENGTHS, 8, shuffle=True, group_by_length=True, seed=seed)
-        order.set_epoch(epoch)
+        order.start_at(epoch, 0)
         return list(order)
 
     assert first(0, 1) == first(0, 1)
@@ -102,22 +102,50 @@ class Squares(Dataset[list[int]]):
 
 def loader(workers: int, epoch: int = 0) -> ResumableLoader:
     order = BatchOrder(LENGTHS[:100], 8, shuffle=True, group_by_length=True)
-    order.set_epoch(epoch)
+    order.start_at(epoch, 0)
     return ResumableLoader(Squares(), batch_size=None, sampler=order, num_workers=workers, collate_fn=list)
 
 
-@pytest.mark.parametrize("read", [0, 5, 13])
+def passes(*epochs: int) -> list[list[list[int]]]:
+    return [list(loader(0, epoch)) for epoch in epochs]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_counts_its_passes(workers: int) -> None:
+    ours = loader(workers)
+    iter(ours)  # a pass of which nothing is read is no pass
+    ours.sampler.set_epoch(7)  # nor does anybody else count
+    read = [list(ours), list(ours)]
+    next(iter(ours))
+    assert [*read, list(ours)] == passes(0, 1, 3)
+
+
+@pytest.mark.parametrize("read", [0, 5])
 @pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0), (0, 2)])
 def test_a_loader_goes_on_where_another_was_left(workers: tuple[int, int], read: int) -> None:
     before, after = workers
-    whole = list(loader(0, epoch=4))
+    present, following = passes(4, 5)
     left = loader(before, epoch=4)
     iterator = iter(left)
-    assert [next(iterator) for _ in range(read)] == whole[:read]
-    state = left.state_dict()
-    del iterator
+    assert [next(iterator) for _ in range(read)] == present[:read]
     resumed = loader(after)
-    resumed.load_state_dict(state)
-    assert list(resumed) == whole[read:]
-    resumed.sampler.set_epoch(5)
-    assert list(resumed) == list(loader(0, epoch=5))
+    resumed.load_state_dict(left.state_dict())
+    iterator = iter(resumed)
+    assert [next(iterator) for _ in range(3)] == present[read : read + 3]
+    again = loader(before)  # interrupted once more
+    again.load_state_dict(resumed.state_dict())
+    assert list(again) == present[read + 3 :]
+    assert list(again) == following
+
+
+@pytest.mark.parametrize("length", [None, 6])
+def test_a_finished_pass_is_followed_by_the_next(length: int | None) -> None:
+    present, following = passes(4, 5)
+    left = loader(0, epoch=4)
+    iterator = iter(left)
+    for _ in range(length or len(present)):
+        next(iterator)
+    resumed = loader(0)
+    resumed.sampler.pass_length = length
+    resumed.load_state_dict(left.state_dict())
+    assert list(resumed) == following

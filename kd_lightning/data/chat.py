@@ -146,8 +146,8 @@ class ChatTemplate:
         if around is not None and text.endswith(around[1]) and len(prompt) < len(text) - len(around[1]):
             return len(prompt), len(text) - len(around[1]) + self._end_of_turn(conversation, turn, around[1])
         whole = self._try(conversation, messages[: turn + 1])
-        if whole is None or not text.startswith(whole) or not whole[len(prompt) :].strip():
-            return None
+        if whole is None or not text.startswith(whole) or not self._special.sub("", whole[len(prompt) :]).strip():
+            return None  # the end of a turn alone is nothing that was said
         return len(prompt), len(whole.rstrip())
 
     def _end_of_turn(self, conversation: Conversation, turn: int, rest: str) -> int:

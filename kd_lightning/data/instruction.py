@@ -160,7 +160,13 @@ class InstructionDataModule(L.LightningDataModule):
         """Batches of this rank, in an order that (seed, epoch) decides and that a checkpoint can go on with."""
         if getattr(self.trainer, "overfit_batches", 0):  # Lightning wants a plain loader in file order then
             return self._plain_loader("train")
-        return self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
+        loader = self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
+        limit = getattr(self.trainer, "limit_train_batches", 1.0)
+        loader.sampler.start_at(
+            getattr(self.trainer, "current_epoch", 0), 0
+        )  # loaders may be built anew in every epoch
+        loader.sampler.pass_length = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
+        return loader
 
     def val_dataloader(self) -> Any:
         """Every row once over all ranks, in file order; longest first where all are read and `group_by_length`."""

@@ -36,6 +36,9 @@ class BatchOrder(DistributedSampler[list[int]]):
         rank: of this process.
         world_size: number of processes that share the rows.
 
+    Attributes:
+        pass_length: batches that are read in a pass, where that is fewer than there are.
+
     Raises:
         ValueError: there are fewer rows than ranks, and `fill` is False.
     """
@@ -60,6 +63,7 @@ class BatchOrder(DistributedSampler[list[int]]):
         self.group_by_length = group_by_length
         self.fill = fill
         self.start = 0
+        self.pass_length: int | None = None
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
@@ -72,6 +76,9 @@ class BatchOrder(DistributedSampler[list[int]]):
     def start_at(self, epoch: int, batch: int) -> None:
         """Let the next pass be that of `epoch`, from its batch number `batch` on."""
         self.epoch, self.start = epoch, batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the loader counts the passes, for Lightning's epoch skips a number when a run is resumed."""
 
     def batches(self, epoch: int) -> list[list[int]]:
         """All batches of this rank in `epoch`."""
@@ -113,7 +120,6 @@ class _BatchIterator(Iterator[list[int]]):
         self.batches = self.order.batches(epoch)
 
     def __next__(self) -> list[int]:
-        self.order.start = 0  # used up by the first read, not by iter(): a loader with workers calls that twice
         if self.position >= len(self.batches):
             raise StopIteration
         self.position += 1
@@ -127,16 +133,27 @@ class _BatchIterator(Iterator[list[int]]):
 
 
 class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
-    """A `StatefulDataLoader` over a `BatchOrder` that also goes on with another number of workers than it began with.
+    """A `StatefulDataLoader` that counts its passes, each in the order of its `BatchOrder` for that number.
 
-    Its state holds epoch and number of batches handed out, beside what torchdata keeps.
+    A pass of which something was read is followed by the next one. The state holds pass and batch beside what torchdata
+    keeps, so that another number of workers can go on with it.
     """
 
-    @functools.wraps(StatefulDataLoader.__init__)  # type: ignore[misc]  # Lightning reads the signature when it builds the loader anew
+    @functools.wraps(StatefulDataLoader.__init__)  # type: ignore[misc]  # Lightning reads the signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call
             super().__init__(*args, **kwargs)
+        self._first = 0  # the batch that the present iterator began with
+
+    def __iter__(self) -> Iterator[Any]:
+        """The present pass if nothing of it was read yet, else the next one."""
+        order = self.sampler
+        if isinstance(order, BatchOrder) and self.next_iter_state is None:
+            if self._iterator is not None and self._iterator._num_yielded > 0:
+                order.start_at(self._iterator._sampler_iter.epoch + 1, 0)
+            self._first = order.start
+        return super().__iter__()  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands: plain numbers, dicts and tensors."""
@@ -145,17 +162,23 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
         return {
             "num_workers": self.num_workers,
             "epoch": getattr(iterator._sampler_iter, "epoch", 0),
-            "batches": iterator._num_yielded,
+            "first": self._first,
+            "batches": self._first + iterator._num_yielded,
             "torchdata": state,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        if state_dict["num_workers"] == self.num_workers:
+        """Go on where `state_dict` was taken; where that pass was over, with the next one."""
+        order = self.sampler
+        if isinstance(order, BatchOrder) and state_dict["batches"] >= (order.pass_length or len(order)):
+            super().load_state_dict({})  # Lightning would read the rest of the old pass: an epoch without a batch
+            order.start_at(state_dict["epoch"] + 1, 0)
+        elif state_dict["num_workers"] == self.num_workers:
             super().load_state_dict(state_dict["torchdata"])
+            self._first = state_dict["first"]
         else:
             super().load_state_dict({})
-            self.sampler.start_at(state_dict["epoch"], state_dict["batches"])
+            order.start_at(state_dict["epoch"], state_dict["batches"])
 
 
 def _mix(seed: int, epoch: int) -> int:
