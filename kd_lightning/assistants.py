@@ -1,26 +1,28 @@
-"""Distributions between teacher and student, for a divergence to read."""
+r"""Assistant distributions r between teacher p and student q."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import final
 
 from torch import Tensor, nn
 
 from kd_lightning import functional
-from kd_lightning.schedules import Weight, check_number, check_weight, numbers, value
+from kd_lightning.schedules import Weight, check_weight, value
 
 
 class Assistant(nn.Module, ABC):
-    """A distribution r made of the teacher p and the student q."""
+    """A distribution made of teacher and student."""
 
     @abstractmethod
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Log-probabilities of the assistant, normalised.
+        """Log r, normalised.
 
         Args:
-            log_p: the teacher's, [..., V].
-            log_q: the student's, the same shape.
+            log_p: teacher's log-probabilities, [..., V].
+            log_q: student's, [..., V].
             rows: columns of shape [...], for weights that differ from row to row.
 
         Returns:
@@ -28,60 +30,73 @@ class Assistant(nn.Module, ABC):
         """
 
 
+@final
 class AlphaMixture(Assistant):
-    r"""AMiD's α-mixture, \(r \propto \big(\lambda p^k + (1-\lambda) q^k\big)^{1/k}\), \(k = \frac{1-\alpha}{2}\).
+    r"""\(r \propto (\lambda p^{(1-\alpha)/2} + (1-\lambda) q^{(1-\alpha)/2})^{2/(1-\alpha)}\); geometric at α = 1.
 
-    Reduces to `ArithmeticMixture` at α = −1, `GeometricMixture` at 1 (by continuity), the harmonic mean at 3. The
-    authors' code takes every α ≥ 1 for 1.
+    Reduces to `ArithmeticMixture` at −1, `GeometricMixture` at 1; harmonic at 3. Below 1 it lives where either model does,
+    from 1 on where both do.
 
     Args:
-        alpha: α, any finite number.
-        teacher_weight: λ, in (0, 1), or a schedule, which may reach the ends.
+        alpha: any finite number.
+        teacher_weight: λ in (0, 1), or a schedule.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    Shin et al., ICLR 2026, arXiv 2510.15982.
+    Reference: Shin et al., arXiv 2510.15982.
     """
 
     def __init__(self, alpha: float, teacher_weight: Weight) -> None:
         super().__init__()
-        check_number("alpha", alpha)
-        check_weight("teacher_weight", teacher_weight, "()")
-        self.alpha, self.teacher_weight = alpha, teacher_weight
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+        check_weight("teacher_weight", teacher_weight, ends=False)
+        self.alpha = alpha
+        self.teacher_weight = teacher_weight
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Log-probabilities of the mixture."""
+        """Log r, normalised."""
         return functional.alpha_mixture(log_p, log_q, self.alpha, value(self.teacher_weight, rows))
 
-    def extra_repr(self) -> str:
-        """The numbers it was made with."""
-        return numbers(self)
 
-
-class ArithmeticMixture(AlphaMixture):
-    r"""\(r = \lambda p + (1-\lambda) q\): `AlphaMixture` with α = −1.
+@final
+class ArithmeticMixture(Assistant):
+    r"""\(r = \lambda p + (1-\lambda) q\): DistiLLM's skew mixture.
 
     Args:
-        teacher_weight: λ, in (0, 1), or a schedule, which may reach the ends.
+        teacher_weight: λ in (0, 1), or a schedule.
 
     Raises:
         ValueError: the weight is out of its range.
     """
 
     def __init__(self, teacher_weight: Weight) -> None:
-        super().__init__(-1.0, teacher_weight)
+        super().__init__()
+        check_weight("teacher_weight", teacher_weight, ends=False)
+        self.teacher_weight = teacher_weight
+
+    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Log r, normalised."""
+        return functional.arithmetic_mixture(log_p, log_q, value(self.teacher_weight, rows))
 
 
-class GeometricMixture(AlphaMixture):
-    r"""\(r \propto p^\lambda q^{1-\lambda}\), a softmax of mixed logits: `AlphaMixture` with α = 1.
+@final
+class GeometricMixture(Assistant):
+    r"""\(r \propto p^\lambda q^{1-\lambda}\): TAID's interpolation of logits.
 
     Args:
-        teacher_weight: λ, in (0, 1), or a schedule, which may reach the ends.
+        teacher_weight: λ in (0, 1), or a schedule.
 
     Raises:
         ValueError: the weight is out of its range.
     """
 
     def __init__(self, teacher_weight: Weight) -> None:
-        super().__init__(1.0, teacher_weight)
+        super().__init__()
+        check_weight("teacher_weight", teacher_weight, ends=False)
+        self.teacher_weight = teacher_weight
+
+    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Log r, normalised."""
+        return functional.geometric_mixture(log_p, log_q, value(self.teacher_weight, rows))

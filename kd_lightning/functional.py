@@ -1,11 +1,8 @@
-r"""Pure mathematics on log-probabilities, [..., V] -> [...].
+r"""Divergences and mixtures as pure mathematics on log-probabilities: [..., V] in, [...] out (mixtures: [..., V]).
 
-Teacher p first, student q second. Everything stays in log space, works in the inputs' precision, and can be captured
-in one graph: no branch depends on data. Log-probabilities come from `log_softmax`, clamped at `FLOOR`: there exp is
-exactly 0 and the difference of two of them is 0, so that a dead column (−inf, padding) weighs nothing and its value and
-gradient equal deletion of the column, without a guard.
-
-Weights are Python numbers or tensors, 0-d or one number per row.
+Teacher first: `log_p`, `log_q` are normalised over the last dimension and clamped at −1e4 by `log_softmax`, so that a
+dead column (−inf, padding) has probability exactly 0 in both, differs by 0, and needs no guard anywhere. Nothing
+here branches on data: every function runs under `torch.compile(fullgraph=True)` and `torch.func`.
 """
 
 from __future__ import annotations
@@ -16,140 +13,161 @@ import torch
 from torch import Tensor
 
 FLOOR = -1e4
-BISECTIONS = 26  # of an interval of log V + log 1/(1 − μ), below 20: to the last bit of fp32
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    r"""Log-probabilities \(\max(x - \log \sum_v e^{x_v}, -10^4)\), in fp32 at least; float64 stays float64.
+    r"""\(\log\mathrm{softmax}\) in fp32 at least (float64 stays), clamped once at −1e4.
 
     Args:
-        logits: [..., V]; −inf where an entry does not exist.
-
-    Returns:
-        [..., V].
+        logits: [..., V]; −inf where a column is dead.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.log_softmax(logits.to(dtype), -1).clamp_min(FLOOR)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(wide, dim=-1).clamp_min(FLOOR)
 
 
-def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    r"""Kullback-Leibler divergence \(\sum_v a (\log a - \log b)\) of any two of teacher, student and assistant."""
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""\(\mathrm{KL}(p \| q) = \sum p\,(\log p - \log q)\), in nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""\(\mathrm{KL}(q \| p) = \sum q\,(\log q - \log p)\), in nats."""
+    return forward_kl(log_q, log_p)
+
+
+def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    r"""\(\beta\,\mathrm{KL}(p\|m) + (1-\beta)\,\mathrm{KL}(q\|m)\), \(m = \beta p + (1-\beta) q\) (GKD)."""
+    log_m = arithmetic_mixture(log_p, log_q, beta)
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""\(\frac12 \sum_v |p - q|\), in [0, 1]; its gradient is 0 where p = q."""
-    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    r"""\(\frac12 \sum |p - q|\), in [0, 1]; the gradient is 0 where p = q."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
-def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float | Tensor) -> Tensor:
-    r"""\(\beta\,\mathrm{KL}(p\|m) + (1-\beta)\,\mathrm{KL}(q\|m)\) with \(m = \beta p + (1-\beta) q\).
+def head_mask(log_p: Tensor, mu: float, rule: str = "covering") -> Tensor:
+    r"""The teacher's most probable tokens up to mass μ, as a threshold on log p found by bisection, without a sort.
 
-    Zero at both ends of β; divided by β it tends to KL(p‖q) at β → 0, divided by 1 − β to KL(q‖p) at β → 1.
-    """
-    log_m = alpha_mixture(log_p, log_q, -1.0, beta)
-    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    "covering": the smallest top set with mass ≥ μ. "official": the token that crosses μ is left out, unless it is the
+    first. Tokens of equal probability go together.
 
-
-def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float, covering: bool = True) -> Tensor:
-    r"""\(w\,\mathrm{KL}(p\|q) + (1-w)\,\mathrm{KL}(q\|p)\), w the head's share of \(\sum_v |p - q|\), without gradient.
-
-    The head is the set of the teacher's most probable tokens that holds the mass μ, found without a sort: it is a
-    threshold on log p, and a bisection finds it. Tokens of equal probability go together. At p = q the value is 0.
+    The threshold token has at least the mean probability of what remains, (1 − μ) / V: with that as the lower end,
+    30 halvings reach the resolution of fp32.
 
     Args:
-        log_p: teacher, [..., V].
-        log_q: student, [..., V].
-        mu: mass of the head, in (0, 1].
-        covering: True: the smallest set with mass ≥ μ. False: the largest with mass ≤ μ, and the top token in any case.
+        log_p: [..., V].
+        mu: in (0, 1].
+        rule: "covering" or "official".
+
+    Returns:
+        [..., V], true in the head.
     """
-    lp, p = log_p.detach(), log_p.detach().exp()
-    gap = (p - log_q.detach().exp()).abs()
-    top = lp.amax(-1, keepdim=True)
-    # All tokens below (1 − μ)/V together weigh less than 1 − μ: the threshold is not among them.
-    low = torch.full_like(top, max(FLOOR, math.log((1 - mu) / lp.shape[-1]) if mu < 1 else FLOOR))
-    high = top + 1
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        mass = torch.where(lp >= middle, p, 0).sum(-1, keepdim=True)
-        inside = mass >= mu if covering else mass > mu
-        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-    head = lp >= (low if covering else torch.minimum(high, top))
-    head_gap = torch.where(head, gap, 0).sum(-1)
-    w = head_gap / gap.sum(-1).clamp_min(torch.finfo(gap.dtype).tiny)
-    return w * kl(log_p, log_q) + (1 - w) * kl(log_q, log_p)
+    p = log_p.exp()
+    top = log_p.amax(-1, keepdim=True)
+    rest = math.log(max((1 - mu) / log_p.shape[-1], 1e-38)) - 1.0
+    low = torch.full_like(top, rest) if mu < 1 else torch.full_like(top, FLOOR + 1)
+    low, high = torch.minimum(low, top), top + 1e-3
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        mass = torch.where(log_p >= middle, p, 0.0).sum(-1, keepdim=True)
+        enough = mass >= mu if rule == "covering" else mass > mu
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return log_p >= low if rule == "covering" else (log_p >= high) | (log_p >= top)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float, rule: str = "covering") -> Tensor:
+    r"""\(w\,\mathrm{KL}(p\|q) + (1-w)\,\mathrm{KL}(q\|p)\), w the head's share of \(\sum|p-q|\), without gradient."""
+    gap = (log_p.exp() - log_q.detach().exp()).abs()
+    total = gap.sum(-1)
+    in_head = torch.where(head_mask(log_p, mu, rule), gap, 0.0).sum(-1)
+    weight = torch.where(total > 0, in_head / torch.where(total > 0, total, 1.0), 0.5)
+    return weight * forward_kl(log_p, log_q) + (1 - weight) * reverse_kl(log_p, log_q)
 
 
 def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    r"""\(D^{(\alpha,\beta)}(p, q) = -\frac{1}{\alpha\beta} \sum_v \big[p^\alpha q^\beta - \frac{\alpha}{\alpha+\beta}
-    p^{\alpha+\beta} - \frac{\beta}{\alpha+\beta} q^{\alpha+\beta}\big]\), and its limits on the axes and at α + β = 0.
+    r"""The α-β-divergence of Cichocki et al., every limit by continuity.
 
-    With x = log p − log q, s = α + β and \(\varphi_c(x) = (e^{cx} - 1)/c\), \(\varphi_0(x) = x\), the sum is
+    \(D = -\frac{1}{\alpha\beta}\sum\bigl[p^\alpha q^\beta - \frac{\alpha}{\alpha+\beta}p^{\alpha+\beta}
+    - \frac{\beta}{\alpha+\beta}q^{\alpha+\beta}\bigr]\).
 
-    .. math:: D = \sum_v q^s\, \frac{\varphi_s(x) - \varphi_\alpha(x)}{\beta} ,
-
-    and \(D^{(\alpha,\beta)}(p, q) = D^{(\beta,\alpha)}(q, p)\). Divided by the larger exponent this leaves one special
-    case, (0, 0): \(\frac12 \sum_v x^2\). Every term is ≥ 0. Reduces to KL(p‖q) at (1, 0), KL(q‖p) at (0, 1).
-
-    With exponents ≥ 0 nothing overflows; with a negative one the divergence itself may exceed fp32 on peaked rows.
-    """  # noqa: D205
-    if abs(alpha) > abs(beta):
+    With \(x = \log p - \log q\), \(s = \alpha + \beta\), \(\varphi_c(x) = (e^{cx} - 1)/c\), \(\varphi_0(x) = x\):
+    \(D = \sum q^s(\varphi_s(x) - \varphi_\alpha(x))/\beta\), and \(D^{(\alpha,\beta)}(p,q) = D^{(\beta,\alpha)}(q,p)\):
+    dividing by the larger exponent leaves one special case, (0, 0), which is \(\frac12\sum x^2\).
+    """
+    if abs(beta) < abs(alpha):
         return alpha_beta(log_q, log_p, beta, alpha)
-    s = alpha + beta
     x = log_p - log_q
-    if s <= 0:  # q^s does not vanish in a dead column; a mixture's may lie somewhat off the floor
-        dead = torch.maximum(log_p, log_q) < FLOOR / 2
-        x, log_q = x.masked_fill(dead, 0), log_q.masked_fill(dead, 0)
     if beta == 0:
-        return (x * x).sum(-1) / 2
-    u = s * log_q
-    return (_exp_gap(u, s, x) - _exp_gap(u, alpha, x)).sum(-1) / beta
+        return 0.5 * (x * x).sum(-1)
+    total = alpha + beta
+    u = total * log_q
+    return ((_weighted_phi(u, x, total) - _weighted_phi(u, x, alpha)) / beta).sum(-1)
 
 
-def _exp_gap(u: Tensor, c: float, x: Tensor) -> Tensor:
-    r"""\(e^u \varphi_c(x) = (e^{u + cx} - e^u)/c\) by one expm1 of a number ≤ 0, accurate at 0, free of overflow."""
+def _weighted_phi(u: Tensor, x: Tensor, c: float) -> Tensor:
+    """e^u·φ_c(x), never 0·inf: with g = cx, (e^{u+g} − e^u)/c = ±e^{u+max(g,0)}·expm1(−|g|)/c."""
     if c == 0:
         return u.exp() * x
-    gap = c * x
-    # relu, and its derivative 0 at 0, goes with the sign + there: sign, abs and copysign have a wrong gradient at 0.
-    above = torch.relu(gap)
-    size = torch.exp(u + above) * torch.expm1(gap - 2 * above)
-    return torch.where(gap > 0, -size, size) / c
+    g = c * x
+    positive = torch.relu(g)  # its gradient at 0 is 0, which makes the whole right there; clamp's would be 1
+    product = (u + positive).exp() * torch.expm1(g - 2 * positive)
+    return torch.where(g > 0, -product, product) / c
+
+
+def arithmetic_mixture(log_p: Tensor, log_q: Tensor, teacher_weight: float | Tensor) -> Tensor:
+    r"""\(\log(\lambda p + (1-\lambda) q)\), [..., V].
+
+    Args:
+        log_p: [..., V].
+        log_q: [..., V].
+        teacher_weight: λ, a number, 0-d, or [...]: one per row.
+    """
+    log_w, log_v = _logs(teacher_weight)
+    return torch.logaddexp(log_p + log_w, log_q + log_v)
+
+
+def geometric_mixture(log_p: Tensor, log_q: Tensor, teacher_weight: float | Tensor) -> Tensor:
+    r"""\(\log(p^\lambda q^{1-\lambda}/Z)\), [..., V]; shapes as in `arithmetic_mixture`."""
+    w = _per_row(teacher_weight)
+    h = w * log_p + (1 - w) * log_q
+    return h - torch.logsumexp(h, -1, keepdim=True)
 
 
 def alpha_mixture(log_p: Tensor, log_q: Tensor, alpha: float, teacher_weight: float | Tensor) -> Tensor:
-    r"""Normalised α-mixture \(r \propto (\lambda p^k + (1-\lambda) q^k)^{1/k}\), \(k = (1-\alpha)/2\), in logs.
+    r"""AMiD's assistant \(r \propto (\lambda p^k + (1-\lambda) q^k)^{1/k}\), \(k = (1-\alpha)/2\), [..., V].
 
-    Reduces to the arithmetic mean at α = −1, the geometric (k = 0, by continuity) at 1, the harmonic at 3.
+    Reduces to the arithmetic mixture at α = −1, the geometric at α = 1 (the limit), the harmonic at α = 3.
 
-    Args:
-        log_p: teacher, [..., V].
-        log_q: student, [..., V].
-        alpha: any finite number.
-        teacher_weight: λ, in [0, 1].
-
-    Returns:
-        log r, [..., V].
+    With \(g = k(\log p - \log q)\) the larger of the two stands outside:
+    \(\log\tilde r = \log q + \log(1 + \lambda(e^g - 1))/k\) for g ≤ 0 and
+    \(\log p + \log(1 + (1-\lambda)(e^{-g} - 1))/k\) for g > 0, accurate through k → 0 and without overflow.
     """
     k = (1 - alpha) / 2
-    x = log_p - log_q
-    if isinstance(teacher_weight, Tensor):
-        w: float | Tensor = teacher_weight.to(x.dtype).unsqueeze(-1)
-    else:
-        w = teacher_weight
+    if k == 1:
+        return arithmetic_mixture(log_p, log_q, teacher_weight)
     if k == 0:
-        return torch.log_softmax(log_q + w * x, -1)
-    log_w, log_rest = _logs(w)
-    h = torch.logaddexp(k * log_p + log_w, k * log_q + log_rest) / k
-    if abs(k) < 0.5:  # there 1/k enlarges the rounding of logaddexp, where both powers are nearly equal
-        near = (k * x).abs() < 1
-        ratio = torch.log1p(w * torch.expm1(torch.where(near, k * x, 0)))
-        h = torch.where(near, log_q + ratio / k, h)
-    return h if k == 1 else torch.log_softmax(h, -1)  # a mean of two distributions is one
-
-
-def _logs(w: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """Logarithms of w and 1 − w, −inf where they are 0."""
+        return geometric_mixture(log_p, log_q, teacher_weight)
+    w = _per_row(teacher_weight)
     if isinstance(w, Tensor):
+        w = w.clamp(1e-6, 1 - 1e-6)  # a schedule may reach its ends, where the logarithm would not be finite
+    g = k * (log_p - log_q)
+    positive = torch.relu(g)
+    outside = torch.where(g > 0, log_p, log_q)
+    other = torch.where(g > 0, 1 - w, w)
+    h = outside + torch.log1p(other * torch.expm1(g - 2 * positive)) / k
+    return h - torch.logsumexp(h, -1, keepdim=True)
+
+
+def _per_row(weight: float | Tensor) -> float | Tensor:
+    """One weight per row, made to stand beside the vocabulary."""
+    return weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.ndim else weight
+
+
+def _logs(weight: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Log λ and log(1 − λ)."""
+    if isinstance(weight, Tensor):
+        w = _per_row(weight)
+        assert isinstance(w, Tensor)
         return w.log(), torch.log1p(-w)
-    return math.log(w) if w > 0 else -math.inf, math.log1p(-w) if w < 1 else -math.inf
+    return (math.log(weight) if weight > 0 else -math.inf), (math.log1p(-weight) if weight < 1 else -math.inf)

@@ -1,106 +1,110 @@
-r"""The term of the loss that reads one number per token, the student's log-probability of the label."""
+r"""The second term of a token's loss: a function of the label's log-probability under the student."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.schedules import check_number, column
-
 
 class LabelLoss(nn.Module, ABC):
-    """A function of log q(label) and of columns of the rows.
+    """A loss of log q at the label; `temperature` is where it wants log q (None: at the loss's own)."""
 
-    Attributes:
-        temperature: at which it reads q; None: the loss's temperature.
-    """
-
-    temperature: float | None = None
+    temperature: float | None = 1.0
 
     @abstractmethod
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """The loss of each row.
+        """Loss per token.
 
         Args:
-            log_q_label: the student's log-probability of the label, [N].
-            rows: columns, [N] each.
+            log_q_label: student's log-probability of the label, [N].
+            rows: columns, [N].
 
         Returns:
             [N].
         """
 
 
-class CrossEntropy(LabelLoss):
-    r"""\(-\log q(y)\), at temperature 1."""
+def column(rows: Mapping[str, Tensor], name: str, reader: str) -> Tensor:
+    """One column.
 
-    temperature = 1.0
+    Raises:
+        ValueError: it is missing; naming it and who reads it.
+    """
+    if name not in rows:
+        raise ValueError(f"{reader} reads the column {name!r} of rows, which is missing")
+    return rows[name]
+
+
+@final
+class CrossEntropy(LabelLoss):
+    r"""\(-\log q_y\), at temperature 1: plain fine-tuning on the labels."""
 
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """The negative log-likelihood of each row."""
+        """Loss per token."""
         return -log_q_label
 
 
+@final
 class ClippedPolicyGradient(LabelLoss):
-    r"""MiniLLM's policy gradient, \(-\min\big(\rho A, \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon) A\big)\).
+    r"""MiniLLM's and PPO's clipped surrogate, \(\max(-A\rho, -A\,\mathrm{clip}(\rho, 1-c, 1+c))\).
 
-    \(\rho = w \exp(\log q(y) - \log q_\mathrm{old}(y))\), on sampled tokens, at the loss's temperature.
-    Reads the columns "advantage" (A), "old_log_prob" (of the student that sampled) and "importance" (w, q over the
-    distribution sampled from: 1 where that is q itself). Beside `ReverseKL` with `ce_weight=0.5` it is half of the
-    authors' loss.
+    \(\rho = w\,e^{\log q_y - \log q_y^{old}}\), clipped after the importance weight w is in it. Reads the columns
+    "advantage" (A), "old_log_prob", and "importance" (w; 1 where it is absent), at the sampling temperature.
 
     Args:
-        clip: ε, in (0, 1).
+        clip: c in (0, 1).
 
     Raises:
-        ValueError: clip is out of its range; a column is missing.
+        ValueError: clip is out of its range; in a call, a column is missing.
 
-    Gu et al., ICLR 2024, arXiv 2306.08543.
+    Reference: Gu et al., arXiv 2306.08543.
     """
+
+    temperature = None
 
     def __init__(self, clip: float = 0.2) -> None:
         super().__init__()
-        check_number("clip", clip, 0, 1, "()")
+        if not 0 < clip < 1:
+            raise ValueError(f"clip must be in (0, 1), got {clip}")
         self.clip = clip
 
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """The clipped loss of each row."""
-        advantage, old, importance = (column(rows, name) for name in ("advantage", "old_log_prob", "importance"))
-        ratio = (log_q_label - old).exp() * importance
-        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
-        return torch.maximum(-advantage * ratio, -advantage * clipped)
+        """Loss per token."""
+        advantage = column(rows, "advantage", "ClippedPolicyGradient")
+        ratio = (log_q_label - column(rows, "old_log_prob", "ClippedPolicyGradient")).exp()
+        if "importance" in rows:
+            ratio = ratio * rows["importance"]
+        return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - self.clip, 1 + self.clip))
 
 
+@final
 class SampledReverseKL(LabelLoss):
-    r"""Reverse KL from tokens that the student sampled, where only their log p is known (a served teacher).
+    r"""An estimate of reverse KL from the student's own sampled tokens: gradient in expectation \(\nabla\mathrm{KL}(q\|p)\).
 
-    With \(k = \log q(y) - \log p(y)\), both estimators have the gradient \(k \nabla \log q(y)\), whose mean over y ~ q
-    is that of `ReverseKL`. They differ in value: "k1" gives k, unbiased; "k2" gives \(k^2/2\), never negative. The
-    third in use, \(e^{-k} - 1 + k\), has the gradient of **forward** KL in the mean, and is not offered therefore.
-
-    Reads the column "teacher_token_log_prob". Tokens have to be sampled from q at the loss's temperature.
+    With \(k = \log q_y - \log p_y\): "k2": \(k^2/2\); "reward": \(\mathrm{sg}[k]\log q_y\). (Differentiating k itself gives
+    0 in expectation, and the popular \(e^{-k} - 1 + k\) gives the gradient of **forward** KL: neither is offered.) Reads the
+    column "teacher_token_log_prob", at the sampling temperature.
 
     Args:
-        estimator: "k1" or "k2".
+        estimator: "k2" or "reward".
 
     Raises:
-        ValueError: the estimator is unknown; the column is missing.
-
-    Schulman, 2020, "Approximating KL divergence".
+        ValueError: the estimator is neither; in a call, the column is missing.
     """
 
-    def __init__(self, estimator: str = "k1") -> None:
+    temperature = None
+
+    def __init__(self, estimator: str = "k2") -> None:
         super().__init__()
-        if estimator not in ("k1", "k2"):
-            raise ValueError(f"estimator must be 'k1' or 'k2', got {estimator!r}")
+        if estimator not in ("k2", "reward"):
+            raise ValueError(f"estimator must be 'k2' or 'reward', got {estimator!r}")
         self.estimator = estimator
 
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """The estimate of each row."""
-        k = log_q_label - column(rows, "teacher_token_log_prob")
-        if self.estimator == "k2":
-            return k * k / 2
-        constant = k.detach()  # k's own derivative is 0 in the mean: the value is k, the gradient k ∇ log q
-        return constant + constant * (k - constant)
+        """Loss per token."""
+        k = log_q_label - column(rows, "teacher_token_log_prob", "SampledReverseKL")
+        return 0.5 * k * k if self.estimator == "k2" else k.detach() * log_q_label

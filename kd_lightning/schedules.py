@@ -1,195 +1,146 @@
-"""Numbers that change in the course of training."""
+r"""Weights that move while a run goes on. Wherever a weight is a number, a schedule is accepted.
+
+State lives in 0-d fp32 buffers: it follows the device and the checkpoint, never the dtype, and a compiled loss sees new
+values without compiling again. Only `update` changes it, called once per optimizer step.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from numbers import Real
-from typing import Any, Self, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Stats: TypeAlias = Mapping[str, "Tensor | float"]
-
 
 class Schedule(nn.Module, ABC):
-    """A number that changes in the course of training.
+    """A weight that `update` moves; `forward` gives its present value."""
 
-    State lives in 0-d fp32 buffers, which follow the device but never the dtype, are saved in checkpoints, and are
-    changed in place, so that a compiled graph sees the change. Only `update` changes it.
-
-    Attributes:
-        columns: names of the columns of `rows` that `forward` reads; the loss fills "teacher_log_prob" and
-            "student_log_prob" (mean log-probability of each response's labels) where a schedule names them.
-    """
-
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()  # columns of `rows` it reads, which the loss then fills
 
     @abstractmethod
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The present value: 0-d, or one number per row."""
+        """The present value: 0-d, or one per row where it depends on `rows` (0-d without them)."""
 
     @abstractmethod
-    def update(self, progress: float | Tensor, stats: Stats) -> None:
-        """Move on; called once after each optimizer step.
+    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
+        """Move after an optimizer step.
 
         Args:
-            progress: share of the training that is done, in [0, 1].
-            stats: means over all tokens of the step: "loss", "kd", "ce", and "gap" where `columns` ask for it.
+            progress: share of the run that is done, in [0, 1].
+            stats: means of this step's tokens over all ranks: "loss", "kd", "ce", and "gap" where it is measured.
         """
 
-    def state(self, name: str, number: float) -> None:
-        """Register a number as a buffer."""
-        self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
-
-    def extra_repr(self) -> str:
-        """The numbers it was made with."""
-        return numbers(self)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and old.is_floating_point() and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow the device only: a cast of the model must not round t."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
         return self
 
 
-Weight: TypeAlias = float | Schedule
+Weight = float | Schedule
 
 
 def value(weight: Weight, rows: Mapping[str, Tensor] | None = None) -> float | Tensor:
-    """The present value of a weight: a plain number as it is, a schedule's 0-d or with one number per row."""
+    """What a weight is now: a number stays a number, a schedule gives 0-d or one per row."""
+    return weight(rows) if isinstance(weight, Schedule) else weight
+
+
+def check_weight(name: str, weight: Any, low: float = 0.0, high: float = 1.0, ends: bool = True) -> None:
+    """Refuse a weight that is neither a schedule nor a number in its range.
+
+    Raises:
+        ValueError: naming argument, value and range.
+    """
     if isinstance(weight, Schedule):
-        return weight(rows)  # type: ignore[no-any-return]
-    return weight
-
-
-def numbers(part: nn.Module) -> str:
-    """The plain attributes of a part, for its representation."""
-    return ", ".join(f"{name}={x!r}" for name, x in vars(part).items() if name[0] != "_" and name != "training")
-
-
-def check_number(
-    name: str, number: object, low: float = -math.inf, high: float = math.inf, ends: str = "[]", hint: str = ""
-) -> None:
-    """Raise a ValueError unless `number` is a finite number in the interval.
-
-    Args:
-        name: the argument, as the user wrote it.
-        number: what was given.
-        low: lower end.
-        high: upper end.
-        ends: brackets of the interval: "[" and "]" include the end, "(" and ")" do not.
-        hint: added to the message.
-    """
-    if isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number):
-        above = number >= low if ends[0] == "[" else number > low
-        below = number <= high if ends[1] == "]" else number < high
-        if above and below:
-            return
-    if math.isfinite(high):
-        allowed = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
-    elif math.isfinite(low):
-        allowed = f"a finite number {'≥' if ends[0] == '[' else '>'} {low:g}"
-    else:
-        allowed = "a finite number"
-    raise ValueError(f"{name} must be {allowed}, got {number!r}{hint}")
-
-
-def check_weight(name: str, weight: object, ends: str = "[]", hint: str = "", columns: bool = True) -> None:
-    """Raise a ValueError unless `weight` is a number between 0 and 1, or a schedule.
-
-    Args:
-        name: the argument, as the user wrote it.
-        weight: what was given.
-        ends: brackets of the interval, as in `check_number`.
-        hint: added to the message.
-        columns: whether a schedule with one value per row is accepted.
-    """
-    if not isinstance(weight, Schedule):
-        check_number(name, weight, 0, 1, ends, hint)
-    elif weight.columns and not columns:
-        raise ValueError(f"{name} must be a number or a schedule with one value for all rows, got {weight!r}")
+        return
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+    if not number or not (low <= weight <= high if ends else low < weight < high):
+        around = f"[{low:g}, {high:g}]" if ends else f"({low:g}, {high:g})"
+        raise ValueError(f"{name} must be a number in {around} or a schedule, got {weight!r}")
 
 
 class Linear(Schedule):
-    r"""\(a + (b - a) \cdot \mathrm{progress}\).
+    r"""\(\text{start} + (\text{end} - \text{start})\cdot\text{progress}\).
 
     Args:
-        start: a, the value before the first step.
-        end: b, the value after the last.
-
-    Raises:
-        ValueError: an end is not a finite number.
+        start: value at the beginning, in [0, 1].
+        end: value at the end, in [0, 1].
     """
 
     now: Tensor
 
     def __init__(self, start: float, end: float) -> None:
         super().__init__()
-        check_number("start", start)
-        check_number("end", end)
+        check_weight("start", start)
+        check_weight("end", end)
         self.start, self.end = start, end
-        self.state("now", start)
+        self.register_buffer("now", torch.tensor(float(start)))
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """The present value, 0-d."""
         return self.now
 
-    @torch.no_grad()
-    def update(self, progress: float | Tensor, stats: Stats) -> None:
-        """Move to the value that belongs to the progress."""
-        self.now.copy_(torch.as_tensor(self.start + (self.end - self.start) * self._shape(progress)))
-
-    def _shape(self, progress: float | Tensor) -> float | Tensor:
-        return progress
+    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
+        """Move along the line."""
+        self.now.fill_(self.start + (self.end - self.start) * progress)
 
 
-class Cosine(Linear):
-    r"""\(a + (b - a) (1 - \cos(\pi \cdot \mathrm{progress})) / 2\): level at both ends.
+class Cosine(Schedule):
+    r"""Half a cosine from start to end: \(\text{end} + (\text{start} - \text{end})(1 + \cos\pi\,\text{progress})/2\).
 
     Args:
-        start: a, the value before the first step.
-        end: b, the value after the last.
-
-    Raises:
-        ValueError: an end is not a finite number.
+        start: value at the beginning, in [0, 1].
+        end: value at the end, in [0, 1].
     """
 
-    def _shape(self, progress: float | Tensor) -> float | Tensor:
-        return (1 - torch.cos(torch.as_tensor(progress) * math.pi)) / 2
+    now: Tensor
+
+    def __init__(self, start: float, end: float) -> None:
+        super().__init__()
+        check_weight("start", start)
+        check_weight("end", end)
+        self.start, self.end = start, end
+        self.register_buffer("now", torch.tensor(float(start)))
+
+    def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The present value, 0-d."""
+        return self.now
+
+    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
+        """Move along the curve."""
+        self.now.fill_(self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 class TAIDSchedule(Schedule):
-    r"""TAID's interpolation t: it grows by itself, and faster while the loss falls.
+    r"""TAID's weight of the teacher, which rises faster while the loss falls.
 
-    .. math:: m \leftarrow \beta m + (1-\beta) \frac{L_{-1} - L}{L_{-1}}, \quad
-              t \leftarrow \min\big(t_1, \max(t_0 + (t_1 - t_0)\,\mathrm{progress},
-              \; t + a\,\sigma(m)(1 - t))\big)
-
-    L is the mean divergence of the step (over all ranks), \(L_{-1}\) that of the step before; the first step only
-    stores it. The authors' code moves t by each micro-batch of each rank alone, and in validation too.
+    \(t \leftarrow \min(\text{end}, \max(\text{linear}(\text{progress}),\; t + \alpha\,\sigma(m)(1 - t)))\),
+    \(m \leftarrow \beta m + (1-\beta)(L_{prev} - L)/L_{prev}\); the first step only remembers its loss L, the step's mean
+    divergence. Reduces to `Linear(start, end)` with `adaptive=False`.
 
     Args:
-        start: t₀, in [0, 1].
-        end: t₁, in [start, 1].
-        step_size: a, ≥ 0.
-        momentum: β, in [0, 1).
-        adaptive: False: t is the straight line from start to end.
+        start: t at the beginning, in [0, 1].
+        end: t at the end, in [start, 1].
+        step_size: α ≥ 0.
+        momentum: β in [0, 1).
+        adaptive: whether the loss moves t at all.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    Shing et al., ICLR 2025, arXiv 2501.16937; start 0.4 for their Phi-3 pair, 0.2 for Llama 2 and StableLM.
+    Reference: Shing et al., arXiv 2501.16937.
     """
 
-    now: Tensor
-    trend: Tensor
+    t: Tensor
     previous: Tensor
+    trend: Tensor
 
     def __init__(
         self,
@@ -200,106 +151,110 @@ class TAIDSchedule(Schedule):
         adaptive: bool = True,
     ) -> None:
         super().__init__()
-        check_number("start", start, 0, 1)
-        check_number("end", end, start, 1)
-        check_number("step_size", step_size, 0)
-        check_number("momentum", momentum, 0, 1, "[)")
+        check_weight("start", start)
+        check_weight("end", end, low=start)
+        if not 0 <= step_size < math.inf:
+            raise ValueError(f"step_size must be a number ≥ 0, got {step_size}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.start, self.end, self.step_size, self.momentum, self.adaptive = start, end, step_size, momentum, adaptive
-        self.state("now", start)
-        self.state("trend", 0.0)
-        self.state("previous", math.nan)  # no step yet
+        self.register_buffer("t", torch.tensor(float(start)))
+        self.register_buffer("previous", torch.tensor(math.nan))  # NaN: no loss seen yet
+        self.register_buffer("trend", torch.tensor(0.0))
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """The present t, 0-d."""
-        return self.now
+        return self.t
 
-    @torch.no_grad()
-    def update(self, progress: float | Tensor, stats: Stats) -> None:
-        """Move t by the relative change of `stats["kd"]`, without asking a device for its value."""
-        line = torch.as_tensor(self.start + (self.end - self.start) * progress).to(self.now)
+    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
+        """Move t by the paper's rule, without waiting for the device."""
+        target = self.start + (self.end - self.start) * progress
         if not self.adaptive:
-            self.now.copy_(line)
+            self.t.fill_(target)
             return
-        loss = torch.as_tensor(stats["kd"]).to(self.now)
+        loss = torch.as_tensor(stats["kd"], dtype=torch.float32, device=self.t.device)
         first = self.previous.isnan()
         change = (self.previous - loss) / (self.previous + 1e-15)
         trend = self.momentum * self.trend + (1 - self.momentum) * change
-        moved = self.now + self.step_size * torch.sigmoid(trend) * (1 - self.now)
+        risen = self.t + self.step_size * trend.sigmoid() * (1 - self.t)
         self.trend.copy_(torch.where(first, self.trend, trend))
-        self.now.copy_(torch.where(first, self.now, torch.maximum(line, moved).clamp_max(self.end)))
+        self.t.copy_(torch.where(first, self.t, risen.clamp_min(target).clamp_max(self.end)))
         self.previous.copy_(loss)
 
 
 class ResponseGap(Schedule):
-    r"""DistiLLM-2's skew of each response: the larger the gap between the models, the more of the other is mixed in.
+    r"""DistiLLM-2's skew of each response: small where the two models are far apart.
 
-    .. math:: \alpha = \mathrm{clip}\Big(1 - (1-\alpha_0) \frac{m}{g + 10^{-5}},\; \alpha_{\min},\; \alpha_0\Big),
-              \quad g = \bar P - \bar Q ,
-
-    \(\bar P\) and \(\bar Q\) the exponentials of the mean log-probability that teacher and student give to the labels
-    of the response, m the mean of g in the last step. No gradient flows through α (in the authors' code it does, and
-    dominates). α is only ever lowered from α₀; without rows it is that of a response whose gap is the mean.
+    \(\alpha = 1 - (1 - \alpha_0)\,m / (g + 10^{-5})\), clipped to [minimum, \(\alpha_0\)];
+    \(g = e^{\overline{\log p}} - e^{\overline{\log q}}\) over the response's labels, m the mean of g in the last optimizer
+    step. Constant in the gradient; \(\alpha_0\) until `start`, and without columns.
 
     Args:
-        initial: α₀, in (0, 1).
-        minimum: smallest α, in (0, initial].
-        side: "teacher" for the skew KL on responses of teacher or dataset; "student" for the skew reverse KL on
-            the student's own, where P and Q change places. m is taken from responses of this origin where the rows have
-            the column "source".
-        start: progress from which α adapts, in [0, 1]; it is α₀ before. The paper leaves out the first epoch: for n
-            epochs that is 1/n.
+        initial: α0, in (0, 1).
+        minimum: lower end, in (0, initial].
+        side: "teacher": g as above; "student": with the roles swapped, for the student's responses.
+        start: progress from which m is followed (the paper: the end of the first epoch), in [0, 1].
 
     Raises:
-        ValueError: an argument is out of its range; a column is missing.
+        ValueError: an argument is out of its range.
 
-    Ko et al., ICML 2025, arXiv 2503.07067.
+    Reference: Ko et al., arXiv 2503.07067.
     """
 
     columns = ("teacher_log_prob", "student_log_prob")
     mean_gap: Tensor
-    acting: Tensor
+    initial: Tensor
 
-    def __init__(self, initial: float = 0.1, minimum: float = 0.01, side: str = "teacher", start: float = 0.0) -> None:
+    def __init__(
+        self, initial: float = 0.1, minimum: float = 0.01, side: str = "teacher", start: float = 0.0
+    ) -> None:
         super().__init__()
-        check_number("initial", initial, 0, 1, "()")
-        check_number("minimum", minimum, 0, initial, "(]")
-        check_number("start", start, 0, 1)
+        for name, number, high in (("initial", initial, 1.0), ("minimum", minimum, initial)):
+            if not (0 < number <= high) or number >= 1:
+                raise ValueError(f"{name} must be in (0, {high:g}{')' if high == 1 else ']'}, got {number}")
         if side not in ("teacher", "student"):
             raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
-        self.initial, self.minimum, self.side, self.start = initial, minimum, side, start
-        self.state("mean_gap", 0.0)
-        self.state("acting", 0.0)
+        check_weight("start", start)
+        self.minimum, self.side, self.start = minimum, side, start
+        self.register_buffer("initial", torch.tensor(float(initial)))
+        self.register_buffer("mean_gap", torch.tensor(math.nan))  # NaN: not followed yet
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """One α per row; 0-d without rows."""
-        gap = self.mean_gap
-        if rows is not None:
-            teacher, student = (column(rows, name).detach().exp() for name in self.columns)
-            gap = teacher - student if self.side == "teacher" else student - teacher
-        alpha = 1 - (1 - self.initial) * self.mean_gap / (gap + 1e-5)
-        return torch.where(self.acting > 0, alpha.clamp(self.minimum, self.initial), self.initial)
+        """One skew per row; the initial one, 0-d, without rows."""
+        if rows is None:
+            return self.initial
+        for name in self.columns:
+            if name not in rows:
+                raise ValueError(f"ResponseGap reads the column {name!r} of rows, which is missing")
+        gap = self._sign() * (rows["teacher_log_prob"].exp() - rows["student_log_prob"].exp()).detach()
+        skew = 1 - (1 - self.initial) * self.mean_gap / (gap + 1e-5)
+        skew = torch.minimum(skew.clamp_min(self.minimum), self.initial)
+        return torch.where(self.mean_gap.isnan(), self.initial, skew)
 
-    @torch.no_grad()
-    def update(self, progress: float | Tensor, stats: Stats) -> None:
-        """Take m from the step.
+    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
+        """Remember this step's mean gap."""
+        if progress >= self.start:
+            self.mean_gap.copy_(self._sign() * torch.as_tensor(stats["gap"]))
 
-        Args:
-            progress: share of the training that is done.
-            stats: "gap", the mean of P − Q; where responses of several origins are mixed also "student_part", the share
-                of the student's, and "student_gap", the mean of P − Q with 0 for all others.
-        """
-        gap, weight = torch.as_tensor(stats["gap"]).to(self.mean_gap), torch.ones_like(self.mean_gap)
-        if "student_part" in stats:
-            part, of_student = (torch.as_tensor(stats[name]).to(gap) for name in ("student_part", "student_gap"))
-            gap, weight = (gap - of_student, 1 - part) if self.side == "teacher" else (of_student, part)
-        mean = (gap if self.side == "teacher" else -gap) / weight
-        self.mean_gap.copy_(torch.where(weight > 0, mean, self.mean_gap))
-        self.acting.copy_((torch.as_tensor(progress) >= self.start).to(gap))
+    def _sign(self) -> float:
+        return 1.0 if self.side == "teacher" else -1.0
 
 
-def column(rows: Mapping[str, Tensor] | None, name: str) -> Tensor:
-    """A column of the rows; a ValueError that names it where it is missing."""
-    if rows is None or name not in rows:
-        there = ", ".join(map(repr, rows)) if rows else "none"
-        raise ValueError(f"rows must have a column {name!r}, got {there}")
-    return rows[name]
+class Complement(Schedule):
+    """1 − another schedule, which moves by itself.
+
+    Args:
+        schedule: the other.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.columns = schedule.columns
+
+    def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """One minus its present value."""
+        return 1 - self.schedule(rows)
+
+    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
+        """Nothing: the other schedule is a part of the same module and is updated itself."""
