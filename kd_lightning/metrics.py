@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from kd_lightning.divergences import Divergence, evaluate
 from torch import Tensor
 from torchmetrics import Metric
+
+from kd_lightning.divergences import Divergence, evaluate
 
 IGNORE_INDEX = -100
 
