@@ -181,7 +181,7 @@ def prepare(sources: list[str], split: str, tokenizer: TextTokenizer) -> Any:
     """
     import datasets  # type: ignore[import-untyped]
 
-    stamp = hashlib.sha256(json.dumps([VERSION, [fingerprint(s, split) for s in sources]]).encode()).hexdigest()[:32]
+    stamp = hashlib.sha256(json.dumps([VERSION, split, [fingerprint(s, split) for s in sources]]).encode()).hexdigest()[:32]
     text = {name: datasets.Value("string") for name in ("row", "conversation", "place")}
     features = datasets.Features({**text, "row_id": datasets.Value("int64")})
     try:
@@ -190,6 +190,7 @@ def prepare(sources: list[str], split: str, tokenizer: TextTokenizer) -> Any:
             features=features,
             gen_kwargs={"sources": tuple(sources), "split": split},
             cache_dir=cache_folder(),
+            split=datasets.NamedSplit(split),
             fingerprint=stamp,
         )
     except datasets.exceptions.DatasetGenerationError as error:
