@@ -61,8 +61,9 @@ def load_causal_lm(
         model: hf.PreTrainedModel = (
             _pretrained(place, role, options) if init == "pretrained" else _random(place, role, config, options)
         )
+    model.train(False)
     check_finite(model, role)
-    model.eval()
+    check_causal(model, role)
     return model
 
 
@@ -121,6 +122,23 @@ def check_finite(model: nn.Module, role: Role) -> None:
         if not torch.isfinite(parameter).all():
             bad = "NaN" if torch.isnan(parameter).any() else "inf"
             raise ValueError(f"{role}: the weights of '{name}' hold {bad}")
+
+
+def check_causal(model: hf.PreTrainedModel, role: Role) -> None:
+    """See that a token changes nothing before it: an encoder read as a language model would be told its answers.
+
+    Raises:
+        ValueError: it does.
+    """
+    ids = torch.arange(8).repeat(2, 1).to(model.device)
+    ids[1, -1] = 0
+    with torch.no_grad():
+        one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    if (one - other).norm() > 1e-2 * one.norm():
+        raise ValueError(
+            f"{role}: {type(model).__name__} looks at later tokens, so it is no causal language model "
+            f"(some become one with {role}_kwargs is_decoder: true)"
+        )
 
 
 def check_tokenizers(teacher: str, tokenizer: Any) -> None:

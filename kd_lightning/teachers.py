@@ -17,17 +17,19 @@ from torch.nn import functional as F
 from kd_lightning.engine import Head
 from kd_lightning.models import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
 
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # as configurations call them
-SOFTCAPS = ("final_logit_softcapping", "softcap")
+# As configurations call them.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 
 
 # ------------------------------------------------------------------------------------------------------ body and head
 def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
-    r"""Cut a causal language model where its hidden states become logits, checked against its own logits.
+    r"""Cut a causal language model where its hidden states become logits, checked against what it does itself.
 
     The body gives hidden states h, the head says \(\mathrm{logits} = \mathrm{cap}(\mathrm{scale} (h W^\top + b))\).
-    Which factors of its configuration a model really applies is found out by trying them on a few tokens, once plainly
-    and once with noise added behind the head's matrix, so that a factor shows even where the logits are near zero.
+    Which factors of its configuration a model really applies is seen on a few tokens: what enters the last layer is
+    compared with h, what leaves it with \(h W^\top + b\), and in its place noise goes on to the logits, so that a
+    factor shows whatever the weights are.
 
     Args:
         model: a Hugging Face causal language model, also wrapped by PEFT.
@@ -43,20 +45,28 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     layer = base.get_output_embeddings()
     weight, bias = _matrix(model, layer)
-    body: nn.Module | None = base.get_decoder()
-    if base.config.is_encoder_decoder or body is None or body is base:
+    body: nn.Module = base.get_decoder()
+    if body is base:  # Llama 4, whose decoder goes by another name than it says
+        body = getattr(base, "model", base)
+    if base.config.is_encoder_decoder or body is base:
         raise _no_cut(model, "it has no body that can be called alone")
     config = base.config.get_text_config(decoder=True)
-    factors = [x for number in _numbers(config, SCALES) for x in (number, 1 / number)]  # some multiply, some divide
-    caps = [cap for cap in _numbers(config, SOFTCAPS) if cap > 0]
-    hidden, found, noise = _probe(model, body, layer, max(caps, default=1.0) * max(map(abs, factors), default=1.0))
-    if weight.shape != (found.shape[-1], hidden.shape[-1]):
-        raise _no_cut(model, "its hidden states or its logits have another width than its head")
-    product = F.linear(hidden, weight.detach(), None if bias is None else bias.detach()).float()
-    for scale, cap in itertools.product(dict.fromkeys([*factors, 1.0]), dict.fromkeys([*caps, None])):
-        if any(_agree(_capped(x, cap), found, weight.dtype) for x in _scaled(product, scale, noise, bias is None)):
-            return body, Head(weight, bias, scale=scale, softcap=cap)
-    raise _no_cut(model, "there is more between its body and its logits than a matrix, a factor and a soft-cap")
+    numbers = _numbers(config, SCALES)
+    scales = list(dict.fromkeys([1.0, *numbers, *(1 / number for number in numbers)]))  # some multiply, some divide
+    caps = [None, *(cap for cap in _numbers(config, SOFTCAPS) if cap > 0)]
+    hidden, entered, noise, found = _probe(model, body, layer, max(cap or 1.0 for cap in caps) * max(map(abs, scales)))
+    before = next((scale for scale in scales if _agree(scale * hidden, entered, weight.dtype)), None)
+    behind = next(
+        (
+            (scale, cap)
+            for scale, cap in itertools.product(scales, caps)
+            if _agree(scale * noise if cap is None else cap * torch.tanh(scale * noise / cap), found, weight.dtype)
+        ),
+        None,
+    )
+    if before is None or behind is None or (before != 1 and bias is not None):
+        raise _no_cut(model, "there is more between its body and its logits than a matrix, a factor and a soft-cap")
+    return body, Head(weight, bias, scale=before * behind[0], softcap=behind[1])
 
 
 def hidden_states(body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -82,6 +92,9 @@ def _matrix(model: nn.Module, layer: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
         raise _no_cut(model, "an adapter sits on its head")
     weight = getattr(layer, "weight", None)
+    own = {name for name, _ in layer.named_parameters()} if isinstance(layer, nn.Module) else set()
+    if own - {"weight", "bias"}:  # such as a factor that is learnt, and 1 at the start
+        raise _no_cut(model, "its last layer has more parameters than weight and bias")
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise _no_cut(model, "its last layer is not a plain matrix")
     return weight, getattr(layer, "bias", None)
@@ -93,49 +106,40 @@ def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
     return [float(value) for value in found if isinstance(value, (int, float)) and value]
 
 
-def _probe(model: nn.Module, body: nn.Module, layer: Any, size: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states and logits [N, ·] of a few tokens, and the noise added behind the head, zero in every other row."""
-    weight = layer.weight
+def _probe(model: nn.Module, body: nn.Module, layer: nn.Module, size: float) -> tuple[Tensor, ...]:
+    """What is seen on a few tokens, [N, ·] each: hidden states, what enters the layer, noise put out by it, logits."""
+    device = next(layer.parameters()).device
     generator = torch.Generator().manual_seed(0)  # its own: a run's random numbers stay what they were
-    vocabulary = weight.shape[0]
-    ids = torch.randint(vocabulary, (2, 6), generator=generator).to(weight.device)
+    vocabulary = next(layer.parameters()).shape[0]
+    ids = torch.randint(vocabulary, (2, 6), generator=generator).to(device)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    noise = size * torch.randn(2, 6, vocabulary, generator=generator).to(weight.device)
-    noise[:, ::2] = 0
-    calls: list[bool] = []
+    calls: list[tuple[Tensor, Tensor]] = []
 
-    def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        calls.append(True)
-        return output + noise.to(output.dtype)
+    def put_out_noise(module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+        if not _agree(F.linear(args[0], module.weight, module.bias), output, output.dtype):
+            raise _no_cut(model, "its last layer is not a plain matrix")
+        noise = size * torch.randn(output.shape, generator=generator).to(output)
+        calls.append((args[0], noise))
+        return noise
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    handle = layer.register_forward_hook(add_noise)
+    handle = layer.register_forward_hook(put_out_noise)
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = logits(model, ids, mask)
             hidden = hidden_states(body, ids, mask)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, AttributeError) as error:
         raise _no_cut(model, f"its body cannot be called alone ({error})".replace("\n", " ")) from None
     finally:
         handle.remove()
         for module, training in modes:
             module.training = training
-    if len(calls) != 1 or hidden.shape[:-1] != found.shape[:-1]:
-        raise _no_cut(model, "its logits do not come from its last layer alone")
+    if len(calls) != 1 or calls[0][0].shape != hidden.shape or calls[0][1].shape != found.shape:
+        raise _no_cut(model, "its logits do not come from its hidden states by its last layer alone")
     counted = mask.bool()
-    return hidden[counted], found[counted].float(), noise[counted].to(weight.dtype).float()
-
-
-def _scaled(product: Tensor, scale: float, noise: Tensor, unbiased: bool) -> list[Tensor]:
-    """The factor behind the matrix or, where no bias tells the two apart, before it (the noise stands behind it)."""
-    behind = scale * (product + noise)
-    return [behind, scale * product + noise] if unbiased else [behind]
-
-
-def _capped(x: Tensor, cap: float | None) -> Tensor:
-    return x if cap is None else cap * torch.tanh(x / cap)
+    return tuple(x[counted].float() for x in (hidden, *calls[0], found))
 
 
 def _agree(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
