@@ -72,6 +72,14 @@ def test_every_answer_of_a_conversation_and_no_other_turn(family: Family, kind: 
     assert squeezed(counted(tokenizer_of(family, kind), row)) == squeezed(answers(family, *WORDS[:2]))
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "phi" not in name])
+def test_a_conversation_that_ends_with_an_answer(name: str) -> None:
+    family = FAMILIES[name]
+    messages = [turn("user", USER), turn("assistant", WORDS[0]), turn("user", OTHER), turn("assistant", WORDS[2])]
+    said = counted(tokenizer_of(family), {"messages": messages})
+    assert squeezed(said) == squeezed(answers(family, WORDS[0], WORDS[2]))
+
+
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.tools])
 def test_a_call_counts_and_a_tool_does_not(name: str) -> None:
     family = FAMILIES[name]

@@ -164,12 +164,17 @@ def test_overfitting_reads_the_same_batches_again(tmp_path: Path) -> None:
     assert module.seen[:4] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
 
 
-def _fit_on_two_ranks(folder: str) -> None:
-    class Writer(Recorder):
-        def on_train_end(self) -> None:
-            seen = {"train": self.seen, "val": self.validated}
-            (Path(folder) / f"rank{self.global_rank}.json").write_text(json.dumps(seen))
+class Writer(Recorder):
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = Path(folder)
 
+    def on_train_end(self) -> None:
+        seen = {"train": self.seen, "val": self.validated}
+        (self.folder / f"rank{self.global_rank}.json").write_text(json.dumps(seen))
+
+
+def _fit_on_two_ranks(folder: str) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -181,7 +186,7 @@ def _fit_on_two_ranks(folder: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Writer(), datamodule=data_of(str(Path(folder) / "rows.jsonl")))
+    trainer.fit(Writer(folder), datamodule=data_of(str(Path(folder) / "rows.jsonl")))
 
 
 @pytest.mark.slow

@@ -137,27 +137,26 @@ class ChatTemplate:
             before, after = around
             end = len(text) - len(after)
             if text.startswith(before) and text.endswith(after) and text[len(before) : end].strip():
-                return len(before), end + self._end_of_turn(conversation, turn, after)
+                return len(before), end + self._end_of_turn(self._tail(conversation, turn), after)
         prompt = self._try(conversation, messages[:turn], ask=True)
         if prompt is None or not text.startswith(prompt):
             prompt = around[0] if around and text.startswith(around[0]) else None
         if prompt is None:
             return None
         if around is not None and text.endswith(around[1]) and len(prompt) < len(text) - len(around[1]):
-            return len(prompt), len(text) - len(around[1]) + self._end_of_turn(conversation, turn, around[1])
+            end = len(text) - len(around[1])
+            return len(prompt), end + self._end_of_turn(self._tail(conversation, turn), around[1])
         whole = self._try(conversation, messages[: turn + 1])
         if whole is None or not text.startswith(whole) or not self._special.sub("", whole[len(prompt) :]).strip():
             return None  # the end of a turn alone is nothing that was said
         return len(prompt), len(whole.rstrip())
 
-    def _end_of_turn(self, conversation: Conversation, turn: int, rest: str) -> int:
+    def _end_of_turn(self, tail: str, rest: str) -> int:
         """How many characters of `rest` (all that follows the words of a turn) still belong to the turn's end.
 
         `tail` is what follows the words when nothing else is said: the end of turn is what the two have in common, up
         to its last special token, or without trailing blanks where it has none.
         """
-        last = turn == len(conversation.messages) - 1
-        tail = rest if last else self._tail(conversation, turn)
         common = tail if rest.startswith(tail) else commonprefix([tail, rest])  # noqa: RUF071 - characters are meant
         ends = [match.end() for match in self._special.finditer(common)]
         if ends:
@@ -195,10 +194,11 @@ class ChatTemplate:
             spans = [span for span, turn in zip(spans, speakers, strict=True) if turn in turns]
         elif len(turns) != len(speakers):
             return None
+        tail = self._tail(conversation, speakers[-1])
         closed = []
         for start, end in spans:
             if not self._ends_turn(text[start:end]):
-                end += self._end_of_turn(conversation, speakers[-1], text[end:])
+                end += self._end_of_turn(tail, text[end:])
             closed.append((start, end))
         is_open = bool(closed) and self._is_open(text, closed[-1])
         return Located(text, closed, unlocated=max(0, len(turns) - len(closed)), open=is_open)

@@ -35,19 +35,19 @@ class InstructionDataModule(L.LightningDataModule):
             (`NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`), an `asset:` name, or several of these.
         val: the same, for validation.
         test: the same, for test and predict.
-        tokenizer: folder, hub name or `asset:` name; in Python also a loaded tokenizer; None: the student's own.
+        tokenizer: folder, hub name or `asset:` name; in Python also a loaded tokenizer; None: the student's own. The
+            attribute of this name holds the loaded tokenizer, from `setup` on.
         batch_size: rows per batch on each rank, at least 1.
         max_length: longest sequence in tokens, at least 8.
         shuffle: a new order of the training rows every epoch; False: file order, rank r of N takes rows r, r + N, ….
         num_workers: processes that read ahead, at least 0.
-        group_by_length: rows of similar length share a batch, inside shuffled windows; does nothing without `shuffle`.
+        group_by_length: rows of similar length share a batch, inside shuffled windows; without `shuffle` it does nothing.
         chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
         chat_template_kwargs: variables for the chat template.
         seed: of the shuffling.
         pin_memory: let batches lie in page-locked memory, for a GPU.
 
     Attributes:
-        tokenizer: the loaded tokenizer, from `setup` on.
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (cut, but kept), `cut_away` (no
             counted token left in `max_length`), and of `unlocated` answers (turns the template hides, not counted).
 
