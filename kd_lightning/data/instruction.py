@@ -41,7 +41,7 @@ class InstructionDataModule(L.LightningDataModule):
         max_length: longest sequence in tokens, at least 8.
         shuffle: a new order of the training rows every epoch; False: file order, rank r of N takes rows r, r + N, ….
         num_workers: processes that read ahead, at least 0.
-        group_by_length: rows of similar length share a batch, inside shuffled windows; without `shuffle` it does nothing.
+        group_by_length: rows of similar length share a batch, in shuffled windows; does nothing without `shuffle`.
         chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
         chat_template_kwargs: variables for the chat template.
         seed: of the shuffling.

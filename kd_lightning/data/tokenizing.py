@@ -181,7 +181,9 @@ def prepare(sources: list[str], split: str, tokenizer: TextTokenizer) -> Any:
     """
     import datasets  # type: ignore[import-untyped]
 
-    stamp = hashlib.sha256(json.dumps([VERSION, split, [fingerprint(s, split) for s in sources]]).encode()).hexdigest()[:32]
+    stamp = hashlib.sha256(json.dumps([VERSION, split, [fingerprint(s, split) for s in sources]]).encode()).hexdigest()[
+        :32
+    ]
     text = {name: datasets.Value("string") for name in ("row", "conversation", "place")}
     features = datasets.Features({**text, "row_id": datasets.Value("int64")})
     try:
