@@ -13,7 +13,7 @@ from kd_lightning.counted import Counted, check_head, check_rows
 from kd_lightning.divergences import Divergence
 from kd_lightning.engine import Given, Head, Model, Projected, Sweep
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
-from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.schedules import Schedule, Weight, check_weight
 from kd_lightning.token_loss import TokenLoss
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
@@ -93,8 +93,7 @@ class DistillationLoss(nn.Module):
                 raise ValueError(f"{name} must be a Divergence, got {part!r}")
         if taken := [name for name in monitors if name in RESERVED]:
             raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {taken[0]!r}")
-        if not isinstance(ce_weight, Schedule) and not 0 <= ce_weight <= 1:
-            raise ValueError(f"ce_weight must be in [0, 1], got {ce_weight}")
+        check_weight("ce_weight", ce_weight)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
         if reduction not in REDUCTIONS:

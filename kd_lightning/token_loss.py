@@ -19,10 +19,9 @@ from torch.nn.functional import pad
 
 from kd_lightning.compiling import BREAK_EVEN, Compiled
 from kd_lightning.divergences import Divergence, evaluate
+from kd_lightning.functional import FLOOR
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.schedules import Weight, value
-
-FLOOR = -1e4  # as in `functional.log_softmax`: exp of it is exactly 0, a difference of two of them is 0
 
 # Entries of one block on a CPU, so that its temporaries stay in the cache. Compiled, a block has at least 32 rows:
 # with fewer, inductor parallelises inside a row, and its threads fork and join once per row and pass.
@@ -166,7 +165,7 @@ class TokenLoss(nn.Module):
             values["loss"] = _mix(values["kd"], values["ce"], ce_weight)
             log_p, log_q = (log_p, student.log_probs(t)) if t == 1 else (teacher.log_probs(1.0), student.log_probs(1.0))
             for name, monitor in self.monitors.items():
-                values[name] = evaluate(monitor, log_p, log_q, columns)
+                values[name] = evaluate(monitor, log_p, log_q, columns)  # type: ignore[arg-type]
         if self.diagnostics:
             values["student_nll"] = -student.label_log_prob(1.0).clamp_min(FLOOR)
             if teacher is not None:
