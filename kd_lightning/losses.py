@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.counted import Counted, check_head, check_rows
-from kd_lightning.divergences import Divergence
+from kd_lightning.divergences import Divergence, check_divergence
 from kd_lightning.engine import Given, Head, Model, Projected, Sweep
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
 from kd_lightning.schedules import Schedule, Weight, check_weight
@@ -89,8 +89,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         monitors = {} if monitors is None else monitors
         for name, part in {"objective": objective, **{f"monitors[{k!r}]": v for k, v in monitors.items()}}.items():
-            if not isinstance(part, Divergence):
-                raise ValueError(f"{name} must be a Divergence, got {part!r}")
+            check_divergence(name, part)
         if taken := [name for name in monitors if name in RESERVED]:
             raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {taken[0]!r}")
         check_weight("ce_weight", ce_weight)

@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from kd_lightning.divergences import Divergence
-from kd_lightning.schedules import Schedule
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_lightning.compiling
 import kd_lightning.token_loss
+from kd_lightning.divergences import Divergence, evaluate
 from kd_lightning.engine import Head
 from kd_lightning.losses import DistillationLoss, fused_distillation_loss
+from kd_lightning.schedules import Schedule
+from leaves import ALL
 from slow_reference import DetachedMixture, Forward, Hellinger, Reverse, error, logits, reduce, token_losses
+
+# inductor itself calls what torch has deprecated
+ignore_torch = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 def problem(
@@ -402,10 +406,6 @@ class Mixed(Divergence):
         return weight * Forward()(log_p, log_q) + (1 - weight) * Reverse()(log_p, log_q)
 
 
-# inductor itself calls what torch has deprecated
-ignore_torch = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-
 @pytest.mark.slow
 @ignore_torch
 def test_one_graph_serves_all_steps_rows_and_schedule_values_with_the_eager_numbers() -> None:
@@ -449,15 +449,41 @@ def test_more_than_eight_objectives_compile_in_one_process() -> None:
             assert max(map(error, results(arguments, objective=objective, compile=True), expected)) < 2e-6
 
 
-@pytest.mark.slow
-@ignore_torch
-def test_compiled_gradients_are_as_exact_as_eager_ones_on_a_large_vocabulary() -> None:
-    arguments = problem(40, 20011, torch.float32, (16, 24))
-    leaves = [arguments[name].detach().double().requires_grad_() for name in ("student_hidden", "student_head")]
-    teacher = torch.log_softmax(logits(arguments["teacher_hidden"], Head(arguments["teacher_head"])), -1)
-    student = torch.log_softmax(leaves[0] @ leaves[1].T, -1)
-    for objective in (Forward(), Reverse(), Hellinger(), DetachedMixture()):
-        wanted = torch.autograd.grad(objective(teacher, student).mean(), leaves, retain_graph=True)
-        for compile in (False, True):
-            _, *mine = results(arguments, objective=objective, compile=compile)
-            assert max(map(error, mine, wanted)) < 3e-6
+# ------------------------------------------------------------------------------------------------------- every leaf
+def models(dtype: torch.dtype, near: bool) -> dict[str, Any]:
+    """Two models on 48 tokens, in a dtype; nearly the same, or not."""
+    g = torch.Generator().manual_seed(4)
+    n, vocabulary, width = 48, 2048, 64
+    hidden, weight, other, elsewhere = (
+        torch.randn(*shape, generator=g).to(dtype)
+        for shape in ((1, n, width), (vocabulary, width), (vocabulary, width), (1, n, width))
+    )
+    return {
+        "student_hidden": hidden.requires_grad_(),
+        "student_head": (weight / 4).requires_grad_(),
+        "teacher_hidden": hidden.detach() if near else elsewhere,
+        "teacher_head": (weight + 0.05 * other if near else other) / 4,
+        "labels": torch.randint(0, vocabulary, (1, n), generator=g),
+    }
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=(pytest.mark.slow, ignore_torch))])
+@pytest.mark.parametrize("name", ALL)
+def test_every_leaf_is_as_exact_as_its_dtype_far_and_near(name: str, compile: bool) -> None:
+    leaf = ALL[name]
+    objective = leaf.make()
+    has_kinks = name in (
+        "TotalVariation",
+        "WeightedSum",
+    )  # |p − q|: where p = q to rounding, its sign is anybody's guess
+    for near in (False, True):
+        for dtype, bound in ((torch.float32, 5e-5 if near else 3e-6), (torch.bfloat16, 2.5e-3)):
+            arguments = models(dtype, near)
+            leaves = [arguments[key].detach().double().requires_grad_() for key in ("student_hidden", "student_head")]
+            teacher = arguments["teacher_hidden"].double() @ arguments["teacher_head"].double().T
+            log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(leaves[0] @ leaves[1].T, -1)
+            expected = evaluate(objective, log_p, log_q, leaf.columns(log_p)).mean()
+            loss, *mine = results(arguments, objective=objective, compile=compile, rows=leaf.columns(log_p))
+            assert error(loss, expected) < (5e-4 if near else 3e-6)
+            worst = max(map(error, mine, torch.autograd.grad(expected, leaves)))
+            assert worst < (2e-3 if has_kinks and near and dtype == torch.float32 else bound)
