@@ -19,9 +19,18 @@ from transformers.utils import logging
 from kd_lightning.assets import resolve
 
 Role = Literal["student", "teacher"]
-RESERVED = ("trust_remote_code", "use_safetensors", "weights_only", "output_loading_info", "ignore_mismatched_sizes")
 auto: Any = hf  # its factories are not typed
 hf_log: Any = logging
+RESERVED = (
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+    "output_loading_info",
+    "ignore_mismatched_sizes",
+    "device_map",
+)
+FILES = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")  # which are meant
+REFUSALS = (TypeError, ValueError, KeyError, AttributeError, ImportError, StrictDataclassError)  # when one is built
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
@@ -56,11 +65,17 @@ def load_causal_lm(
     options = checked_kwargs(kwargs, role)
     options.setdefault("dtype", torch.float32 if role == "student" or init == "random" else "auto")
     place = locate(name, role)
-    config = _read_config(place, role, options)
-    with _quiet():
-        model: hf.PreTrainedModel = (
-            _pretrained(place, role, options) if init == "pretrained" else _random(place, role, config, options)
-        )
+    _check_config(place, role, options)
+    if init == "pretrained":
+        _check_weights(Path(place), role)
+    try:
+        with _quiet():
+            model = _pretrained(place, role, options) if init == "pretrained" else _random(place, options)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{role} '{place}': its weights cannot be read: {_line(error)}") from None
+    except REFUSALS as error:
+        given = f" with {role}_kwargs {dict(kwargs)}" if kwargs else ""
+        raise ValueError(f"{role} '{place}'{given} cannot be built: {_line(error)}") from None
     model.train(False)
     check_finite(model, role)
     check_causal(model, role)
@@ -97,7 +112,7 @@ def locate(name: str, role: Role) -> str:
     """
     place = resolve(name)
     folder = Path(place).expanduser()
-    if folder.is_dir():
+    if place and folder.is_dir():
         if (folder / "config.json").is_file():
             return str(folder)
         adapter = (folder / "adapter_config.json").is_file()
@@ -105,7 +120,7 @@ def locate(name: str, role: Role) -> str:
             "it holds a PEFT adapter, which must be merged into its model first" if adapter else "no config.json in it"
         )
         raise ValueError(f"{role} '{name}' is no folder of a Hugging Face model: {reason}")
-    if folder.exists():
+    if place and folder.exists():
         raise ValueError(f"{role} '{name}' is a file; it must be the folder of a Hugging Face model")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", place):
         raise ModelNotFoundError(f"{role} '{name}': there is no such folder")
@@ -134,7 +149,7 @@ def check_causal(model: hf.PreTrainedModel, role: Role) -> None:
     ids[1, -1] = 0
     with torch.no_grad():
         one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
-    if (one - other).norm() > 1e-2 * one.norm():
+    if (one - other).norm() > max(1e-4, 4 * torch.finfo(model.dtype).eps) * one.norm():
         raise ValueError(
             f"{role}: {type(model).__name__} looks at later tokens, so it is no causal language model "
             f"(some become one with {role}_kwargs is_decoder: true)"
@@ -178,75 +193,68 @@ def check_tokenizers(teacher: str, tokenizer: Any) -> None:
             )
 
 
-def _read_config(place: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedConfig:
-    """The configuration of a causal language model."""
+def _check_config(place: str, role: Role, options: dict[str, Any]) -> None:
+    """See that there is the configuration of a causal language model."""
+    where = {name: options[name] for name in FILES if name in options}
     try:
         with _quiet():
-            config: hf.PreTrainedConfig = auto.AutoConfig.from_pretrained(
-                place, trust_remote_code=False, **_where(options)
-            )
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            config = auto.AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
+    except (OSError, *REFUSALS) as error:
         if Path(place).is_dir():
             raise ValueError(f"{role} '{place}': config.json cannot be read: {_line(error)}") from None
         reason = "no such folder, and the Hugging Face hub does not give it (misspelt, private, or no network)"
         raise ModelNotFoundError(f"{role} '{place}': {reason}") from None
     if type(config) not in auto.AutoModelForCausalLM._model_mapping:
         raise ValueError(f"{role} '{place}' is of type {config.model_type!r}, which is no causal language model")
-    return config
 
 
-def _where(options: dict[str, Any]) -> dict[str, Any]:
-    """Those options that say which files are meant."""
-    names = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
-    return {name: options[name] for name in names if name in options}
+def _check_weights(folder: Path, role: Role) -> None:
+    """See that a folder, where it is one, has weights that are safe to open."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{role} '{folder}' has its weights in {pickles[0]}, which can run code when opened: only safetensors are "
+            "read (open it where you trust it and `save_pretrained` it)"
+        )
+    hint = ": give --model.student_init random to start from its configuration alone" if role == "student" else ""
+    raise ValueError(f"{role} '{folder}' has no weights (model.safetensors){hint}")
 
 
 def _pretrained(place: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedModel:
     """The model with its saved weights, every one of them."""
-    folder = Path(place)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise ValueError(
-                f"{role} '{place}' has its weights in {pickles[0]}, which can run code when opened: only safetensors "
-                "are read (open it where you trust it and `save_pretrained` it)"
-            )
-        hint = ": give --model.student_init random to start from its configuration alone" if role == "student" else ""
-        raise ValueError(f"{role} '{place}' has no weights (model.safetensors){hint}")
-    try:
-        loaded: tuple[hf.PreTrainedModel, dict[str, Any]] = auto.AutoModelForCausalLM.from_pretrained(
-            place,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{role} '{place}': its weights cannot be read: {_line(error)}") from None
-    except (TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"{role} '{place}' with {role}_kwargs {options}: {_line(error)}") from None
+    loaded: tuple[hf.PreTrainedModel, dict[str, Any]] = auto.AutoModelForCausalLM.from_pretrained(
+        place,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below
+        **options,
+    )
     model, report = loaded
-    unset = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
-    if unset:
-        more = f" and {len(unset) - 1} more" if len(unset) > 1 else ""
-        why = "are not in its files" if report["missing_keys"] else "have another shape in its files"
-        raise ValueError(f"{role} '{place}': weights of '{unset[0]}'{more} {why} and would be random")
+    missing, reshaped = sorted(report["missing_keys"]), sorted(key[0] for key in report["mismatched_keys"])
+    if missing or reshaped:
+        why = "are not in its files" if missing else "have another shape in its files"
+        count = len(missing) + len(reshaped)
+        more = f" and {count - 1} more" if count > 1 else ""
+        raise ValueError(f"weights of '{(missing + reshaped)[0]}'{more} {why} and would be random")
     if report["unexpected_keys"]:
         first = min(report["unexpected_keys"])
         rank_zero_info(f"{role} '{place}': {len(report['unexpected_keys'])} saved weights have no place ('{first}' …)")
     return model
 
 
-def _random(place: str, role: Role, config: hf.PreTrainedConfig, options: dict[str, Any]) -> hf.PreTrainedModel:
+def _random(place: str, options: dict[str, Any]) -> hf.PreTrainedModel:
     """The model as its configuration draws it, with the generation settings that lie beside it."""
-    kwargs = {name: value for name, value in options.items() if name not in _where(options)}
-    if kwargs["dtype"] == "auto":
-        kwargs["dtype"] = config.dtype or torch.float32
-    try:
-        model: hf.PreTrainedModel = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"{role} '{place}' with {role}_kwargs {options}: {_line(error)}") from None
+    options = dict(options)
+    dtype = options.pop("dtype")
+    config, rest = auto.AutoConfig.from_pretrained(place, trust_remote_code=False, return_unused_kwargs=True, **options)
+    rest = {name: value for name, value in rest.items() if name not in FILES}
+    dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    model: hf.PreTrainedModel = auto.AutoModelForCausalLM.from_config(
+        config, trust_remote_code=False, dtype=dtype, **rest
+    )
     if (Path(place) / "generation_config.json").is_file():
         model.generation_config = hf.GenerationConfig.from_pretrained(place)
     return model
@@ -267,7 +275,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error, cut where transformers begins to list every model it knows."""
-    text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0].split(". Should have")[0]
-    return line if len(line) <= 240 else line[:237] + "…"
+    """An error of others in one line: the first, and the next where that one only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    text = f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text
+    return text if len(text) <= 240 else text[:239] + "…"

@@ -1,4 +1,4 @@
-"""Tiny causal language models of every kind that transformers has: what differs between them, and what their heads do."""
+"""Tiny causal language models of the kinds that transformers has, and what stands behind their heads."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BIASED, CUT, SCALE, SOFTCAP, UNCUT, VOCABULARY, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
+from architectures import BIASED, CUT, SCALE, SOFTCAP, UNCUT, VOCABULARY, tiny
 from kd_lightning import teachers
 from kd_lightning.engine import Head
 from kd_lightning.teachers import HFTeacher, Teacher, body_and_head, hidden_states
