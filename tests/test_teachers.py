@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from architectures import BIASED, CUT, SCALE, SOFTCAP, UNCUT, VOCABULARY, tiny
-from kd_lightning import teachers
+from kd_lightning import ReverseKL, distillation_loss, fused_distillation_loss, teachers
 from kd_lightning.engine import Head
 from kd_lightning.teachers import HFTeacher, Teacher, body_and_head, hidden_states
 
@@ -116,6 +116,25 @@ def test_gradients_reach_the_models_own_parameters(model_type: str, tied: bool) 
     said(head, hidden_states(body, **tokens)).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "gemma2", "gptj", "minicpm3"])
+def test_the_loss_of_hidden_states_is_the_loss_of_whole_logits(model_type: str) -> None:
+    student, teacher = tiny(model_type), tiny("recurrent_gemma")
+    (body, head), (teacher_body, teacher_head) = body_and_head(student), body_and_head(teacher)
+    tokens = batch()
+    labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
+    settings = {"objective": ReverseKL(), "ce_weight": 0.3, "temperature": 2.0}
+    with torch.no_grad():
+        hidden, whole = hidden_states(teacher_body, **tokens), teachers.logits(teacher, **tokens)
+    expected = distillation_loss(teachers.logits(student, **tokens), whole, labels, **settings)
+    found = fused_distillation_loss(hidden_states(body, **tokens), head, hidden, teacher_head, labels, **settings)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    for one, other in zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
 class Wrapped(nn.Module):
