@@ -2,7 +2,6 @@ r"""Assistant distributions r between teacher p and student q."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import final
@@ -10,7 +9,7 @@ from typing import final
 from torch import Tensor, nn
 
 from kd_lightning import functional
-from kd_lightning.schedules import Weight, check_weight, value
+from kd_lightning.schedules import Weight, check_number, check_weight, numbers, value
 
 
 class Assistant(nn.Module, ABC):
@@ -29,17 +28,21 @@ class Assistant(nn.Module, ABC):
             [..., V].
         """
 
+    def extra_repr(self) -> str:
+        """The numbers it was made with."""
+        return numbers(self)
+
 
 @final
 class AlphaMixture(Assistant):
     r"""\(r \propto (\lambda p^{(1-\alpha)/2} + (1-\lambda) q^{(1-\alpha)/2})^{2/(1-\alpha)}\); geometric at α = 1.
 
-    Reduces to `ArithmeticMixture` at −1, `GeometricMixture` at 1; harmonic at 3. Below 1 it lives where either model does,
-    from 1 on where both do.
+    Reduces to `ArithmeticMixture` at −1, `GeometricMixture` at 1; harmonic at 3. Below 1 it lives where either model
+    does, from 1 on where both do.
 
     Args:
         alpha: any finite number.
-        teacher_weight: λ in (0, 1), or a schedule.
+        teacher_weight: λ in (0, 1), or a schedule, which may reach the ends.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -49,9 +52,8 @@ class AlphaMixture(Assistant):
 
     def __init__(self, alpha: float, teacher_weight: Weight) -> None:
         super().__init__()
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f"alpha must be a finite number, got {alpha!r}")
-        check_weight("teacher_weight", teacher_weight, ends=False)
+        check_number("alpha", alpha)
+        check_weight("teacher_weight", teacher_weight, ends="()")
         self.alpha = alpha
         self.teacher_weight = teacher_weight
 
@@ -65,7 +67,7 @@ class ArithmeticMixture(Assistant):
     r"""\(r = \lambda p + (1-\lambda) q\): DistiLLM's skew mixture.
 
     Args:
-        teacher_weight: λ in (0, 1), or a schedule.
+        teacher_weight: λ in (0, 1), or a schedule, which may reach the ends.
 
     Raises:
         ValueError: the weight is out of its range.
@@ -73,7 +75,7 @@ class ArithmeticMixture(Assistant):
 
     def __init__(self, teacher_weight: Weight) -> None:
         super().__init__()
-        check_weight("teacher_weight", teacher_weight, ends=False)
+        check_weight("teacher_weight", teacher_weight, ends="()")
         self.teacher_weight = teacher_weight
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -86,7 +88,7 @@ class GeometricMixture(Assistant):
     r"""\(r \propto p^\lambda q^{1-\lambda}\): TAID's interpolation of logits.
 
     Args:
-        teacher_weight: λ in (0, 1), or a schedule.
+        teacher_weight: λ in (0, 1), or a schedule, which may reach the ends.
 
     Raises:
         ValueError: the weight is out of its range.
@@ -94,7 +96,7 @@ class GeometricMixture(Assistant):
 
     def __init__(self, teacher_weight: Weight) -> None:
         super().__init__()
-        check_weight("teacher_weight", teacher_weight, ends=False)
+        check_weight("teacher_weight", teacher_weight, ends="()")
         self.teacher_weight = teacher_weight
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -9,7 +9,6 @@ A new one is a class with one method of two lines, here or in the user's own fil
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, final
@@ -17,7 +16,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from kd_lightning import functional
-from kd_lightning.schedules import Schedule, Weight, check_weight, value
+from kd_lightning.schedules import Schedule, Weight, check_number, check_weight, numbers, value
 
 
 class Divergence(nn.Module, ABC):
@@ -34,6 +33,10 @@ class Divergence(nn.Module, ABC):
         Returns:
             [...].
         """
+
+    def extra_repr(self) -> str:
+        """The numbers it was made with."""
+        return numbers(self)
 
 
 class Composite(Divergence):
@@ -53,9 +56,7 @@ class Composite(Divergence):
         """
 
 
-def evaluate(
-    divergence: Divergence, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None
-) -> Tensor:
+def evaluate(divergence: Divergence, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
     """Value of any divergence; only a `Composite` sees the rows."""
     if isinstance(divergence, Composite):
         return divergence(log_p, log_q, rows)  # type: ignore[no-any-return]
@@ -100,7 +101,7 @@ class SymmetricKL(Divergence):
 
     def __init__(self, forward_weight: Weight = 0.5) -> None:
         super().__init__()
-        check_weight("forward_weight", forward_weight)
+        check_weight("forward_weight", forward_weight, per_row=False)
         self.forward_weight = forward_weight
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -113,10 +114,11 @@ class SymmetricKL(Divergence):
 class GeneralizedJSD(Divergence):
     r"""\(\beta\,\mathrm{KL}(p\|m) + (1-\beta)\,\mathrm{KL}(q\|m)\), \(m = \beta p + (1-\beta)q\); bounded.
 
-    Symmetric at 0.5. Towards its ends it vanishes: \(D/\beta\) → forward KL as β → 0, \(D/(1-\beta)\) → reverse KL as β → 1.
+    Symmetric at 0.5. Towards its ends it vanishes: \(D/\beta\) → forward KL as β → 0, \(D/(1-\beta)\) → reverse KL as
+    β → 1.
 
     Args:
-        beta: in (0, 1).
+        beta: in (0, 1), or a schedule.
 
     Raises:
         ValueError: beta is at an end or beyond.
@@ -124,21 +126,15 @@ class GeneralizedJSD(Divergence):
     Reference: Agarwal et al., arXiv 2306.13649.
     """
 
-    def __init__(self, beta: float = 0.5) -> None:
+    def __init__(self, beta: Weight = 0.5) -> None:
         super().__init__()
-        if beta in (0, 1):
-            end = "ForwardKL" if beta == 0 else "ReverseKL"
-            raise ValueError(
-                f"beta must be in (0, 1), got {beta}: the divergence is 0 there; what others call beta {beta:g} is {end} "
-                "(0: ForwardKL, 1: ReverseKL)"
-            )
-        if not _number(beta) or not 0 < beta < 1:
-            raise ValueError(f"beta must be in (0, 1), got {beta!r}; at its ends use ForwardKL and ReverseKL")
+        hint = " (it vanishes at the ends: what others call beta 0 is ForwardKL, beta 1 ReverseKL)"
+        check_weight("beta", beta, ends="()", hint=hint, per_row=False)
         self.beta = beta
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Divergence per token."""
-        return functional.generalized_jsd(log_p, log_q, self.beta)
+        return functional.generalized_jsd(log_p, log_q, value(self.beta))
 
 
 @final
@@ -169,8 +165,7 @@ class AdaptiveKL(Divergence):
 
     def __init__(self, mu: float = 0.5, head_rule: str = "covering") -> None:
         super().__init__()
-        if not _number(mu) or not 0 < mu <= 1:
-            raise ValueError(f"mu must be in (0, 1], got {mu!r}")
+        check_number("mu", mu, 0, 1, "(]")
         if head_rule not in ("covering", "official"):
             raise ValueError(f"head_rule must be 'covering' or 'official', got {head_rule!r}")
         self.mu = mu
@@ -194,8 +189,7 @@ class AlphaDivergence(Divergence):
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
-        if not _number(alpha):
-            raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+        check_number("alpha", alpha)
         self.alpha = alpha
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -208,8 +202,8 @@ class AlphaBeta(Divergence):
     r"""α-β-divergence (ABKD): smaller α concentrates on hard tokens, larger β on confident ones.
 
     \(-\frac{1}{\alpha\beta}\sum\bigl[p^\alpha q^\beta - \frac{\alpha}{\alpha+\beta}p^{\alpha+\beta} -
-    \frac{\beta}{\alpha+\beta}q^{\alpha+\beta}\bigr]\), and by continuity where a factor is 0. Reduces to FKL at (1, 0), RKL
-    at (0, 1), the α-divergence where α + β = 1.
+    \frac{\beta}{\alpha+\beta}q^{\alpha+\beta}\bigr]\), and by continuity where a factor is 0. Reduces to FKL at (1, 0),
+    RKL at (0, 1), the α-divergence where α + β = 1.
 
     Args:
         alpha: any finite number.
@@ -223,9 +217,8 @@ class AlphaBeta(Divergence):
 
     def __init__(self, alpha: float, beta: float) -> None:
         super().__init__()
-        for name, number in (("alpha", alpha), ("beta", beta)):
-            if not _number(number):
-                raise ValueError(f"{name} must be a finite number, got {number!r}")
+        check_number("alpha", alpha)
+        check_number("beta", beta)
         self.alpha = alpha
         self.beta = beta
 
@@ -254,7 +247,8 @@ class WeightedSum(Composite):
             )
         for i, (divergence, weight) in enumerate(zip(divergences, weights, strict=True)):
             check_divergence(f"divergences[{i}]", divergence)
-            check_weight(f"weights[{i}]", weight, high=math.inf)
+            if not isinstance(weight, Schedule):
+                check_number(f"weights[{i}]", weight, 0)
         self.parts = nn.ModuleList(divergences)
         self.weights = weights
         self.schedules = nn.ModuleDict({str(i): w for i, w in enumerate(weights) if isinstance(w, Schedule)})
@@ -262,11 +256,7 @@ class WeightedSum(Composite):
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """Divergence per token."""
         terms = [
-            value(weight, rows) * evaluate(part, log_p, log_q, rows)  # type: ignore[arg-type]
+            value(weight, rows) * evaluate(part, log_p, log_q, rows)  # type: ignore[arg-type, operator]
             for part, weight in zip(self.parts, self.weights, strict=True)
         ]
         return sum(terms[1:], terms[0])
-
-
-def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

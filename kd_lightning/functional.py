@@ -35,7 +35,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return forward_kl(log_q, log_p)
 
 
-def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float | Tensor) -> Tensor:
     r"""\(\beta\,\mathrm{KL}(p\|m) + (1-\beta)\,\mathrm{KL}(q\|m)\), \(m = \beta p + (1-\beta) q\) (GKD)."""
     log_m = arithmetic_mixture(log_p, log_q, beta)
     return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
@@ -78,9 +78,12 @@ def head_mask(log_p: Tensor, mu: float, rule: str = "covering") -> Tensor:
 
 def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float, rule: str = "covering") -> Tensor:
     r"""\(w\,\mathrm{KL}(p\|q) + (1-w)\,\mathrm{KL}(q\|p)\), w the head's share of \(\sum|p-q|\), without gradient."""
-    gap = (log_p.exp() - log_q.detach().exp()).abs()
+    if mu == 1:  # everything is head; a sum that rounds to 1 + ε must not say otherwise
+        return forward_kl(log_p, log_q)
+    a, b = log_p.detach(), log_q.detach()  # either may be the student or a mixture, inside an objective
+    gap = (a.exp() - b.exp()).abs()
     total = gap.sum(-1)
-    in_head = torch.where(head_mask(log_p, mu, rule), gap, 0.0).sum(-1)
+    in_head = torch.where(head_mask(a, mu, rule), gap, 0.0).sum(-1)
     weight = torch.where(total > 0, in_head / torch.where(total > 0, total, 1.0), 0.5)
     return weight * forward_kl(log_p, log_q) + (1 - weight) * reverse_kl(log_p, log_q)
 
@@ -97,10 +100,13 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tenso
     """
     if abs(beta) < abs(alpha):
         return alpha_beta(log_q, log_p, beta, alpha)
+    total = alpha + beta
     x = log_p - log_q
+    if total <= 0:  # q^s does not vanish in a dead column; a mixture's may lie somewhat off the floor
+        dead = torch.maximum(log_p, log_q) < FLOOR / 2
+        x, log_q = x.masked_fill(dead, 0.0), log_q.masked_fill(dead, 0.0)
     if beta == 0:
         return 0.5 * (x * x).sum(-1)
-    total = alpha + beta
     u = total * log_q
     return ((_weighted_phi(u, x, total) - _weighted_phi(u, x, alpha)) / beta).sum(-1)
 
@@ -130,8 +136,8 @@ def arithmetic_mixture(log_p: Tensor, log_q: Tensor, teacher_weight: float | Ten
 def geometric_mixture(log_p: Tensor, log_q: Tensor, teacher_weight: float | Tensor) -> Tensor:
     r"""\(\log(p^\lambda q^{1-\lambda}/Z)\), [..., V]; shapes as in `arithmetic_mixture`."""
     w = _per_row(teacher_weight)
-    h = w * log_p + (1 - w) * log_q
-    return h - torch.logsumexp(h, -1, keepdim=True)
+    h = log_q + w * (log_p - log_q)  # exact where they agree
+    return torch.log_softmax(h, -1)
 
 
 def alpha_mixture(log_p: Tensor, log_q: Tensor, alpha: float, teacher_weight: float | Tensor) -> Tensor:
@@ -139,9 +145,9 @@ def alpha_mixture(log_p: Tensor, log_q: Tensor, alpha: float, teacher_weight: fl
 
     Reduces to the arithmetic mixture at α = −1, the geometric at α = 1 (the limit), the harmonic at α = 3.
 
-    With \(g = k(\log p - \log q)\) the larger of the two stands outside:
-    \(\log\tilde r = \log q + \log(1 + \lambda(e^g - 1))/k\) for g ≤ 0 and
-    \(\log p + \log(1 + (1-\lambda)(e^{-g} - 1))/k\) for g > 0, accurate through k → 0 and without overflow.
+    With \(g = k(\log p - \log q)\) it is logaddexp(k log p + log λ, k log q + log(1 − λ))/k, up to its sum. For
+    |k| < 1/2 and |g| < 1, where 1/k would enlarge its rounding, \(\log q + \log(1 + \lambda(e^g - 1))/k\) instead. Both
+    hold for any λ in [0, 1], whose ends a schedule may reach.
     """
     k = (1 - alpha) / 2
     if k == 1:
@@ -149,14 +155,13 @@ def alpha_mixture(log_p: Tensor, log_q: Tensor, alpha: float, teacher_weight: fl
     if k == 0:
         return geometric_mixture(log_p, log_q, teacher_weight)
     w = _per_row(teacher_weight)
-    if isinstance(w, Tensor):
-        w = w.clamp(1e-6, 1 - 1e-6)  # a schedule may reach its ends, where the logarithm would not be finite
-    g = k * (log_p - log_q)
-    positive = torch.relu(g)
-    outside = torch.where(g > 0, log_p, log_q)
-    other = torch.where(g > 0, 1 - w, w)
-    h = outside + torch.log1p(other * torch.expm1(g - 2 * positive)) / k
-    return h - torch.logsumexp(h, -1, keepdim=True)
+    log_w, log_v = _logs(teacher_weight)
+    h = torch.logaddexp(k * log_p + log_w, k * log_q + log_v) / k
+    if abs(k) < 0.5:
+        g = k * (log_p - log_q)
+        near = g.abs() < 1
+        h = torch.where(near, log_q + torch.log1p(w * torch.expm1(torch.where(near, g, 0.0))) / k, h)
+    return torch.log_softmax(h, -1)
 
 
 def _per_row(weight: float | Tensor) -> float | Tensor:

@@ -9,6 +9,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.schedules import check_number, column
+
 
 class LabelLoss(nn.Module, ABC):
     """A loss of log q at the label; `temperature` is where it wants log q (None: at the loss's own)."""
@@ -28,17 +30,6 @@ class LabelLoss(nn.Module, ABC):
         """
 
 
-def column(rows: Mapping[str, Tensor], name: str, reader: str) -> Tensor:
-    """One column.
-
-    Raises:
-        ValueError: it is missing; naming it and who reads it.
-    """
-    if name not in rows:
-        raise ValueError(f"{reader} reads the column {name!r} of rows, which is missing")
-    return rows[name]
-
-
 @final
 class CrossEntropy(LabelLoss):
     r"""\(-\log q_y\), at temperature 1: plain fine-tuning on the labels."""
@@ -53,7 +44,8 @@ class ClippedPolicyGradient(LabelLoss):
     r"""MiniLLM's and PPO's clipped surrogate, \(\max(-A\rho, -A\,\mathrm{clip}(\rho, 1-c, 1+c))\).
 
     \(\rho = w\,e^{\log q_y - \log q_y^{old}}\), clipped after the importance weight w is in it. Reads the columns
-    "advantage" (A), "old_log_prob", and "importance" (w; 1 where it is absent), at the sampling temperature.
+    "advantage" (A), "old_log_prob", and "importance" (w: 1 where the student alone was sampled), at the sampling
+    temperature. Beside `ReverseKL` with `ce_weight=0.5` it is half of the authors' loss.
 
     Args:
         clip: c in (0, 1).
@@ -68,29 +60,28 @@ class ClippedPolicyGradient(LabelLoss):
 
     def __init__(self, clip: float = 0.2) -> None:
         super().__init__()
-        if not 0 < clip < 1:
-            raise ValueError(f"clip must be in (0, 1), got {clip}")
+        check_number("clip", clip, 0, 1, "()")
         self.clip = clip
 
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Loss per token."""
         advantage = column(rows, "advantage", "ClippedPolicyGradient")
         ratio = (log_q_label - column(rows, "old_log_prob", "ClippedPolicyGradient")).exp()
-        if "importance" in rows:
-            ratio = ratio * rows["importance"]
+        ratio = ratio * column(rows, "importance", "ClippedPolicyGradient")
         return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - self.clip, 1 + self.clip))
 
 
 @final
 class SampledReverseKL(LabelLoss):
-    r"""An estimate of reverse KL from the student's own sampled tokens: gradient in expectation \(\nabla\mathrm{KL}(q\|p)\).
+    r"""Reverse KL estimated from the student's own sampled tokens; in expectation the gradient of `ReverseKL`.
 
-    With \(k = \log q_y - \log p_y\): "k2": \(k^2/2\); "reward": \(\mathrm{sg}[k]\log q_y\). (Differentiating k itself gives
-    0 in expectation, and the popular \(e^{-k} - 1 + k\) gives the gradient of **forward** KL: neither is offered.) Reads the
+    With \(k = \log q_y - \log p_y\) both estimators have the gradient \(k \nabla \log q_y\): "k2" has the value
+    \(k^2/2\), never negative, "k1_reward" the value k, unbiased. (Differentiating k itself gives 0 in expectation,
+    and the popular \(e^{-k} - 1 + k\) gives the gradient of **forward** KL: neither is offered.) Reads the
     column "teacher_token_log_prob", at the sampling temperature.
 
     Args:
-        estimator: "k2" or "reward".
+        estimator: "k2" or "k1_reward".
 
     Raises:
         ValueError: the estimator is neither; in a call, the column is missing.
@@ -100,11 +91,14 @@ class SampledReverseKL(LabelLoss):
 
     def __init__(self, estimator: str = "k2") -> None:
         super().__init__()
-        if estimator not in ("k2", "reward"):
-            raise ValueError(f"estimator must be 'k2' or 'reward', got {estimator!r}")
+        if estimator not in ("k2", "k1_reward"):
+            raise ValueError(f"estimator must be 'k2' or 'k1_reward', got {estimator!r}")
         self.estimator = estimator
 
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Loss per token."""
         k = log_q_label - column(rows, "teacher_token_log_prob", "SampledReverseKL")
-        return 0.5 * k * k if self.estimator == "k2" else k.detach() * log_q_label
+        if self.estimator == "k2":
+            return 0.5 * k * k
+        reward = k.detach()
+        return reward + reward * (k - reward)  # the value k, the gradient k ∇ log q

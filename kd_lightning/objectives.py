@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_lightning.assistants import AlphaMixture, ArithmeticMixture, Assistant, GeometricMixture
 from kd_lightning.divergences import Composite, Divergence, ForwardKL, check_divergence, evaluate
-from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_weight
+from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_weight, column, value
 
 SOURCES = ("dataset", "teacher", "student")
 ROLES = ("teacher", "student", "assistant")
@@ -46,7 +46,11 @@ class Objective(Composite):
             raise ValueError(f"pair must be two different names of {', '.join(ROLES)}, got {pair!r}")
         if ("assistant" in pair) != (assistant is not None):
             there = "is none" if assistant is None else "is one"
-            raise ValueError(f"pair must name the assistant exactly where there is one, got {pair!r}, and there {there}")
+            raise ValueError(
+                f"pair must name the assistant exactly where there is one, got {pair!r}, and there {there}"
+            )
+        if detach_assistant and "student" not in pair:
+            raise ValueError(f"detach_assistant must be False where the student is not in the pair, got {pair!r}")
         self.divergence = divergence
         self.assistant = assistant
         self.pair = pair
@@ -77,7 +81,7 @@ class SkewKL(Objective):
     """
 
     def __init__(self, alpha: Weight = 0.1) -> None:
-        check_weight("alpha", alpha, ends=False)
+        check_weight("alpha", alpha, ends="()")
         super().__init__(ForwardKL(), ArithmeticMixture(alpha), ("teacher", "assistant"))
 
 
@@ -97,7 +101,7 @@ class SkewReverseKL(Objective):
     """
 
     def __init__(self, alpha: Weight = 0.1, detach_assistant: bool = False) -> None:
-        check_weight("alpha", alpha, ends=False)
+        check_weight("alpha", alpha, ends="()")
         teacher_weight = Complement(alpha) if isinstance(alpha, Schedule) else 1 - alpha
         super().__init__(ForwardKL(), ArithmeticMixture(teacher_weight), ("student", "assistant"), detach_assistant)
 
@@ -129,7 +133,7 @@ class AMiD(Objective):
     Args:
         divergence: D, any divergence.
         alpha: of the mixture.
-        teacher_weight: λ in (0, 1), or a schedule.
+        teacher_weight: λ in (0, 1), or a schedule, which may reach the ends.
         pair: which two are compared.
 
     Raises:
@@ -157,7 +161,7 @@ class Contrastive(Composite):
     Args:
         teacher_responses: objective of responses from the data set or the teacher; None: `SkewKL(0.1)`.
         student_responses: objective of the student's responses; None: `SkewReverseKL(0.1)`.
-        teacher_share: s in [0, 1].
+        teacher_share: s in [0, 1], or a schedule.
 
     Raises:
         ValueError: an argument is out of its range; in a call, the column `source` is missing.
@@ -169,22 +173,19 @@ class Contrastive(Composite):
         self,
         teacher_responses: Divergence | None = None,
         student_responses: Divergence | None = None,
-        teacher_share: float = 0.5,
+        teacher_share: Weight = 0.5,
     ) -> None:
         super().__init__()
         self.teacher_responses = SkewKL(0.1) if teacher_responses is None else teacher_responses
         self.student_responses = SkewReverseKL(0.1) if student_responses is None else student_responses
         check_divergence("teacher_responses", self.teacher_responses)
         check_divergence("student_responses", self.student_responses)
-        if isinstance(teacher_share, Schedule):
-            raise ValueError("teacher_share must be a number in [0, 1], got a schedule")
         check_weight("teacher_share", teacher_share)
         self.teacher_share = teacher_share
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """Divergence per token."""
-        if rows is None or "source" not in rows:
-            raise ValueError("Contrastive reads the column 'source' of rows, which is missing: who wrote each response")
-        teacher = 2 * self.teacher_share * evaluate(self.teacher_responses, log_p, log_q, rows)
-        student = 2 * (1 - self.teacher_share) * evaluate(self.student_responses, log_p, log_q, rows)
-        return torch.where(rows["source"] == SOURCES.index("student"), student, teacher)
+        source, share = column(rows, "source", "Contrastive"), value(self.teacher_share, rows)
+        teacher = 2 * share * evaluate(self.teacher_responses, log_p, log_q, rows)
+        student = 2 * (1 - share) * evaluate(self.student_responses, log_p, log_q, rows)
+        return torch.where(source == SOURCES.index("student"), student, teacher)

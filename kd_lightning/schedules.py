@@ -33,10 +33,18 @@ class Schedule(nn.Module, ABC):
             stats: means of this step's tokens over all ranks: "loss", "kd", "ce", and "gap" where it is measured.
         """
 
+    def state(self, name: str, number: float) -> None:
+        """Register a number as a buffer."""
+        self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        """The numbers it was made with."""
+        return numbers(self)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow the device only: a cast of the model must not round t."""
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
@@ -52,18 +60,54 @@ def value(weight: Weight, rows: Mapping[str, Tensor] | None = None) -> float | T
     return weight(rows) if isinstance(weight, Schedule) else weight
 
 
-def check_weight(name: str, weight: Any, low: float = 0.0, high: float = 1.0, ends: bool = True) -> None:
-    """Refuse a weight that is neither a schedule nor a number in its range.
+def check_number(
+    name: str, number: Any, low: float = -math.inf, high: float = math.inf, ends: str = "[]", hint: str = ""
+) -> None:
+    """Refuse what is no finite number in the interval; a bracket of `ends` that is round leaves its end out.
 
     Raises:
         ValueError: naming argument, value and range.
     """
-    if isinstance(weight, Schedule):
-        return
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
-    if not number or not (low <= weight <= high if ends else low < weight < high):
-        around = f"[{low:g}, {high:g}]" if ends else f"({low:g}, {high:g})"
-        raise ValueError(f"{name} must be a number in {around} or a schedule, got {weight!r}")
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+        above = low <= number if ends[0] == "[" else low < number
+        below = number <= high if ends[1] == "]" else number < high
+        if above and below:
+            return
+    if high < math.inf:
+        allowed = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
+    else:
+        allowed = "a finite number" + (f" {'≥' if ends[0] == '[' else '>'} {low:g}" if low > -math.inf else "")
+    raise ValueError(f"{name} must be {allowed}{hint}, got {number!r}")
+
+
+def check_weight(
+    name: str, weight: Any, high: float = 1.0, ends: str = "[]", hint: str = "", per_row: bool = True
+) -> None:
+    """Refuse a weight that is neither a schedule nor a number from 0 to `high`; `per_row`: it may read columns.
+
+    Raises:
+        ValueError: naming argument, value and range.
+    """
+    if not isinstance(weight, Schedule):
+        check_number(name, weight, 0.0, high, ends, f"{hint} or a schedule")
+    elif weight.columns and not per_row:
+        raise ValueError(f"{name} must be a number or a schedule with one value for all rows, got {weight!r}")
+
+
+def numbers(part: nn.Module) -> str:
+    """The plain attributes of a part, for its representation."""
+    return ", ".join(f"{name}={x!r}" for name, x in vars(part).items() if name[0] != "_" and name != "training")
+
+
+def column(rows: Mapping[str, Tensor] | None, name: str, reader: str) -> Tensor:
+    """One column.
+
+    Raises:
+        ValueError: it is missing; naming it and who reads it.
+    """
+    if rows is None or name not in rows:
+        raise ValueError(f"{reader} reads the column {name!r} of rows, which is missing")
+    return rows[name]
 
 
 class Linear(Schedule):
@@ -78,10 +122,10 @@ class Linear(Schedule):
 
     def __init__(self, start: float, end: float) -> None:
         super().__init__()
-        check_weight("start", start)
-        check_weight("end", end)
+        check_number("start", start, 0, 1)
+        check_number("end", end, 0, 1)
         self.start, self.end = start, end
-        self.register_buffer("now", torch.tensor(float(start)))
+        self.state("now", start)
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """The present value, 0-d."""
@@ -104,10 +148,10 @@ class Cosine(Schedule):
 
     def __init__(self, start: float, end: float) -> None:
         super().__init__()
-        check_weight("start", start)
-        check_weight("end", end)
+        check_number("start", start, 0, 1)
+        check_number("end", end, 0, 1)
         self.start, self.end = start, end
-        self.register_buffer("now", torch.tensor(float(start)))
+        self.state("now", start)
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """The present value, 0-d."""
@@ -122,8 +166,8 @@ class TAIDSchedule(Schedule):
     r"""TAID's weight of the teacher, which rises faster while the loss falls.
 
     \(t \leftarrow \min(\text{end}, \max(\text{linear}(\text{progress}),\; t + \alpha\,\sigma(m)(1 - t)))\),
-    \(m \leftarrow \beta m + (1-\beta)(L_{prev} - L)/L_{prev}\); the first step only remembers its loss L, the step's mean
-    divergence. Reduces to `Linear(start, end)` with `adaptive=False`.
+    \(m \leftarrow \beta m + (1-\beta)(L_{prev} - L)/L_{prev}\); the first step only remembers its loss L, the step's
+    mean divergence. Reduces to `Linear(start, end)` with `adaptive=False`.
 
     Args:
         start: t at the beginning, in [0, 1].
@@ -151,16 +195,14 @@ class TAIDSchedule(Schedule):
         adaptive: bool = True,
     ) -> None:
         super().__init__()
-        check_weight("start", start)
-        check_weight("end", end, low=start)
-        if not 0 <= step_size < math.inf:
-            raise ValueError(f"step_size must be a number ≥ 0, got {step_size}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        check_number("start", start, 0, 1)
+        check_number("end", end, start, 1)
+        check_number("step_size", step_size, 0)
+        check_number("momentum", momentum, 0, 1, "[)")
         self.start, self.end, self.step_size, self.momentum, self.adaptive = start, end, step_size, momentum, adaptive
-        self.register_buffer("t", torch.tensor(float(start)))
-        self.register_buffer("previous", torch.tensor(math.nan))  # NaN: no loss seen yet
-        self.register_buffer("trend", torch.tensor(0.0))
+        self.state("t", start)
+        self.state("previous", math.nan)  # no loss seen yet
+        self.state("trend", 0.0)
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """The present t, 0-d."""
@@ -186,13 +228,14 @@ class ResponseGap(Schedule):
     r"""DistiLLM-2's skew of each response: small where the two models are far apart.
 
     \(\alpha = 1 - (1 - \alpha_0)\,m / (g + 10^{-5})\), clipped to [minimum, \(\alpha_0\)];
-    \(g = e^{\overline{\log p}} - e^{\overline{\log q}}\) over the response's labels, m the mean of g in the last optimizer
-    step. Constant in the gradient; \(\alpha_0\) until `start`, and without columns.
+    \(g = e^{\overline{\log p}} - e^{\overline{\log q}}\) over the response's labels, m the mean of g in the last
+    optimizer step. Constant in the gradient; \(\alpha_0\) until `start`, and without rows.
 
     Args:
         initial: α0, in (0, 1).
         minimum: lower end, in (0, initial].
-        side: "teacher": g as above; "student": with the roles swapped, for the student's responses.
+        side: "teacher": g as above, for responses of data set and teacher; "student": with the roles swapped, for the
+            student's own. m is the mean over the responses of that side.
         start: progress from which m is followed (the paper: the end of the first epoch), in [0, 1].
 
     Raises:
@@ -203,38 +246,42 @@ class ResponseGap(Schedule):
 
     columns = ("teacher_log_prob", "student_log_prob")
     mean_gap: Tensor
-    initial: Tensor
 
-    def __init__(
-        self, initial: float = 0.1, minimum: float = 0.01, side: str = "teacher", start: float = 0.0
-    ) -> None:
+    def __init__(self, initial: float = 0.1, minimum: float = 0.01, side: str = "teacher", start: float = 0.0) -> None:
         super().__init__()
-        for name, number, high in (("initial", initial, 1.0), ("minimum", minimum, initial)):
-            if not (0 < number <= high) or number >= 1:
-                raise ValueError(f"{name} must be in (0, {high:g}{')' if high == 1 else ']'}, got {number}")
+        check_number("initial", initial, 0, 1, "()")
+        check_number("minimum", minimum, 0, initial, "(]")
+        check_number("start", start, 0, 1)
         if side not in ("teacher", "student"):
             raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
-        check_weight("start", start)
-        self.minimum, self.side, self.start = minimum, side, start
-        self.register_buffer("initial", torch.tensor(float(initial)))
-        self.register_buffer("mean_gap", torch.tensor(math.nan))  # NaN: not followed yet
+        self.initial, self.minimum, self.side, self.start = initial, minimum, side, start
+        self.state("mean_gap", math.nan)  # not followed yet
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """One skew per row; the initial one, 0-d, without rows."""
         if rows is None:
-            return self.initial
-        for name in self.columns:
-            if name not in rows:
-                raise ValueError(f"ResponseGap reads the column {name!r} of rows, which is missing")
-        gap = self._sign() * (rows["teacher_log_prob"].exp() - rows["student_log_prob"].exp()).detach()
-        skew = 1 - (1 - self.initial) * self.mean_gap / (gap + 1e-5)
-        skew = torch.minimum(skew.clamp_min(self.minimum), self.initial)
+            return torch.full_like(self.mean_gap, self.initial)
+        teacher, student = (column(rows, name, "ResponseGap").detach().exp() for name in self.columns)
+        gap = self._sign() * (teacher - student)
+        skew = (1 - (1 - self.initial) * (self.mean_gap / (gap + 1e-5))).clamp(self.minimum, self.initial)
         return torch.where(self.mean_gap.isnan(), self.initial, skew)
 
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """Remember this step's mean gap."""
-        if progress >= self.start:
-            self.mean_gap.copy_(self._sign() * torch.as_tensor(stats["gap"]))
+        """Remember this step's mean gap.
+
+        Args:
+            progress: share of the run that is done.
+            stats: "gap", the mean of g; where responses of both sides are mixed also "student_part", the share of the
+                student's, and "student_gap", the mean of g with 0 for all others.
+        """
+        if progress < self.start:
+            return
+        gap, part = torch.as_tensor(stats["gap"]).to(self.mean_gap), torch.ones_like(self.mean_gap)
+        if "student_part" in stats:
+            part, of_student = (torch.as_tensor(stats[name]).to(gap) for name in ("student_part", "student_gap"))
+            gap, part = (gap - of_student, 1 - part) if self.side == "teacher" else (of_student, part)
+        # A step without a response of this side tells nothing of it.
+        self.mean_gap.copy_(torch.where(part > 0, self._sign() * gap / part, self.mean_gap))
 
     def _sign(self) -> float:
         return 1.0 if self.side == "teacher" else -1.0
@@ -254,7 +301,7 @@ class Complement(Schedule):
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """One minus its present value."""
-        return 1 - self.schedule(rows)
+        return 1 - self.schedule(rows)  # type: ignore[no-any-return]
 
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
         """Nothing: the other schedule is a part of the same module and is updated itself."""

@@ -1,0 +1,228 @@
+"""The one list of all leaves: whoever adds a divergence, an assistant, an objective or a schedule adds a line here.
+
+With each divergence comes the same formula as a slow loop over Python floats, written from the definition alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kd_lightning.assistants import AlphaMixture, ArithmeticMixture, Assistant, GeometricMixture
+from kd_lightning.divergences import (
+    AdaptiveKL,
+    AlphaBeta,
+    AlphaDivergence,
+    Divergence,
+    ForwardKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SymmetricKL,
+    TotalVariation,
+    WeightedSum,
+)
+from kd_lightning.objectives import TAID, AMiD, Contrastive, Objective, SkewKL, SkewReverseKL
+from kd_lightning.schedules import Cosine, Linear, ResponseGap, Schedule, TAIDSchedule
+
+Row = Sequence[float]  # probabilities, all > 0
+Slow = Callable[[Row, Row], float]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A divergence and what is known of it.
+
+    Args:
+        make: builds it.
+        slow: its definition, from the probabilities of one row.
+        detached: part of it gets no gradient, so that finite differences say nothing.
+        negative: it has a negative exponent: on peaked rows it may truly exceed fp32.
+        rows: columns it reads, one value for every row.
+    """
+
+    make: Callable[[], Divergence]
+    slow: Slow
+    detached: bool = False
+    negative: bool = False
+    rows: dict[str, float | int] = field(default_factory=dict)
+
+    def columns(self, log_p: Tensor) -> dict[str, Tensor]:
+        """The columns, as tensors that fit the rows."""
+        dtypes = {name: log_p.dtype if isinstance(x, float) else torch.int64 for name, x in self.rows.items()}
+        return {name: torch.full(log_p.shape[:-1], x, dtype=dtypes[name]) for name, x in self.rows.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- definitions
+def kl(a: Row, b: Row) -> float:
+    return math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+
+def jsd(p: Row, q: Row, beta: float) -> float:
+    m = [beta * x + (1 - beta) * y for x, y in zip(p, q, strict=True)]
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def tv(p: Row, q: Row) -> float:
+    return 0.5 * math.fsum(abs(x - y) for x, y in zip(p, q, strict=True))
+
+
+def head_share(p: Row, q: Row, mu: float, rule: str) -> float:
+    order = sorted(range(len(p)), key=lambda v: -p[v])
+    head, mass = [], 0.0
+    for rank, v in enumerate(order):
+        if rule == "covering" and mass >= mu:
+            break
+        mass += p[v]
+        if rule == "official" and mass > mu and rank > 0:
+            break
+        head.append(v)
+    gaps = [abs(x - y) for x, y in zip(p, q, strict=True)]
+    return math.fsum(gaps[v] for v in head) / math.fsum(gaps) if any(gaps) else 0.0
+
+
+def akl(p: Row, q: Row, mu: float, rule: str) -> float:
+    w = head_share(p, q, mu, rule)
+    return w * kl(p, q) + (1 - w) * kl(q, p)
+
+
+def ab(p: Row, q: Row, a: float, b: float) -> float:
+    """The α-β-divergence with its five cases, as Cichocki et al. (2011) list them."""
+    pairs = list(zip(p, q, strict=True))
+    if a == b == 0:
+        return 0.5 * math.fsum(math.log(x / y) ** 2 for x, y in pairs)
+    if b == 0:
+        return math.fsum(x**a * math.log(x**a / y**a) - x**a + y**a for x, y in pairs) / a**2
+    if a == 0:
+        return math.fsum(y**b * math.log(y**b / x**b) - y**b + x**b for x, y in pairs) / b**2
+    if a + b == 0:
+        return math.fsum(math.log(y**a / x**a) + (x / y) ** a - 1 for x, y in pairs) / a**2
+    s = a + b
+    return -math.fsum(x**a * y**b - a / s * x**s - b / s * y**s for x, y in pairs) / (a * b)
+
+
+def alpha_divergence(p: Row, q: Row, a: float) -> float:
+    return (math.fsum(x**a * y ** (1 - a) for x, y in zip(p, q, strict=True)) - 1) / (a * (a - 1))
+
+
+def mixture(p: Row, q: Row, alpha: float, weight: float) -> list[float]:
+    """The α-mixture with the teacher's weight."""
+    k = (1 - alpha) / 2
+    if k == 0:
+        r = [x**weight * y ** (1 - weight) for x, y in zip(p, q, strict=True)]
+    else:
+        r = [(weight * x**k + (1 - weight) * y**k) ** (1 / k) for x, y in zip(p, q, strict=True)]
+    total = math.fsum(r)
+    return [x / total for x in r]
+
+
+def half_and_two(p: Row, q: Row) -> float:
+    return 0.5 * kl(p, q) + 2 * tv(p, q)
+
+
+# --------------------------------------------------------------------------------------------------------------- lists
+DIVERGENCES: dict[str, Leaf] = {
+    "ForwardKL": Leaf(ForwardKL, kl),
+    "ReverseKL": Leaf(ReverseKL, lambda p, q: kl(q, p)),
+    "SymmetricKL": Leaf(SymmetricKL, lambda p, q: (kl(p, q) + kl(q, p)) / 2),
+    "SymmetricKL(0.3)": Leaf(lambda: SymmetricKL(0.3), lambda p, q: 0.3 * kl(p, q) + 0.7 * kl(q, p)),
+    "GeneralizedJSD": Leaf(GeneralizedJSD, lambda p, q: jsd(p, q, 0.5)),
+    "GeneralizedJSD(0.1)": Leaf(lambda: GeneralizedJSD(0.1), lambda p, q: jsd(p, q, 0.1)),
+    "TotalVariation": Leaf(TotalVariation, tv),
+    "AdaptiveKL": Leaf(AdaptiveKL, lambda p, q: akl(p, q, 0.5, "covering"), detached=True),
+    "AdaptiveKL(0.9)": Leaf(lambda: AdaptiveKL(0.9), lambda p, q: akl(p, q, 0.9, "covering"), detached=True),
+    "AdaptiveKL(0.25, official)": Leaf(
+        lambda: AdaptiveKL(0.25, "official"), lambda p, q: akl(p, q, 0.25, "official"), detached=True
+    ),
+    "AlphaDivergence(0.3)": Leaf(lambda: AlphaDivergence(0.3), lambda p, q: alpha_divergence(p, q, 0.3)),
+    "AlphaDivergence(0.5)": Leaf(lambda: AlphaDivergence(0.5), lambda p, q: alpha_divergence(p, q, 0.5)),
+    "AlphaDivergence(2)": Leaf(lambda: AlphaDivergence(2), lambda p, q: alpha_divergence(p, q, 2), negative=True),
+    "WeightedSum": Leaf(lambda: WeightedSum([ForwardKL(), TotalVariation()], [0.5, 2]), half_and_two),
+    **{
+        f"AlphaBeta({a}, {b})": Leaf(
+            lambda a=a, b=b: AlphaBeta(a, b),  # type: ignore[misc]
+            lambda p, q, a=a, b=b: ab(p, q, a, b),  # type: ignore[misc]
+            negative=a < 0 or b < 0,
+        )
+        for a, b in (
+            (0.2, 0.7),
+            (0.7, 0.2),
+            (1.0, 1.0),
+            (1.0, 0.0),
+            (0.0, 1.0),
+            (0.5, 0.0),
+            (0.0, 0.5),
+            (0.0, 0.0),
+            (0.5, -0.5),
+            (2.0, -0.5),
+            (-0.6, 0.2),
+        )
+    },
+}
+
+OBJECTIVES: dict[str, Leaf] = {
+    "Objective(ReverseKL)": Leaf(lambda: Objective(ReverseKL()), lambda p, q: kl(q, p)),
+    "Objective(JSD, harmonic, student, assistant)": Leaf(
+        lambda: Objective(GeneralizedJSD(), AlphaMixture(3.0, 0.4), ("student", "assistant")),
+        lambda p, q: jsd(q, mixture(p, q, 3, 0.4), 0.5),
+    ),
+    "SkewKL": Leaf(SkewKL, lambda p, q: kl(p, mixture(p, q, -1, 0.1))),
+    "SkewReverseKL": Leaf(SkewReverseKL, lambda p, q: kl(q, mixture(p, q, -1, 0.9))),
+    "SkewReverseKL(detached)": Leaf(
+        lambda: SkewReverseKL(0.1, detach_assistant=True), lambda p, q: kl(q, mixture(p, q, -1, 0.9)), detached=True
+    ),
+    "TAID": Leaf(TAID, lambda p, q: kl(mixture(p, q, 1, 0.4), q), detached=True),
+    "TAID(0.8)": Leaf(lambda: TAID(0.8), lambda p, q: kl(mixture(p, q, 1, 0.8), q), detached=True),
+    "AMiD": Leaf(lambda: AMiD(AlphaBeta(0.2, 0.7), 0.5, 0.5), lambda p, q: ab(p, mixture(p, q, 0.5, 0.5), 0.2, 0.7)),
+    **{
+        f"AMiD({alpha}, {'-'.join(pair)})": Leaf(
+            lambda alpha=alpha, pair=pair: AMiD(ForwardKL(), alpha, 0.3, pair),  # type: ignore[misc]
+            lambda p, q, alpha=alpha, pair=pair: kl(  # type: ignore[misc]
+                *({"teacher": p, "student": q, "assistant": mixture(p, q, alpha, 0.3)}[x] for x in pair)
+            ),
+        )
+        for alpha in (-5.0, 0.9, 1.0, 3.0)
+        for pair in (("teacher", "assistant"), ("assistant", "student"))
+    },
+    "Contrastive(teacher's)": Leaf(Contrastive, lambda p, q: kl(p, mixture(p, q, -1, 0.1)), rows={"source": 1}),
+    "Contrastive(student's, 0.2)": Leaf(
+        lambda: Contrastive(ForwardKL(), ReverseKL(), 0.2), lambda p, q: 1.6 * kl(q, p), rows={"source": 2}
+    ),
+    "SkewKL(ResponseGap)": Leaf(
+        lambda: SkewKL(gap()),
+        lambda p, q: kl(p, mixture(p, q, -1, 1 - 0.9 * 0.25 / (0.24 + 1e-5))),
+        rows={"teacher_log_prob": math.log(0.34), "student_log_prob": math.log(0.1)},
+    ),
+}
+
+ASSISTANTS: dict[str, tuple[Callable[[], Assistant], Callable[[Row, Row], list[float]]]] = {
+    "ArithmeticMixture": (lambda: ArithmeticMixture(0.3), lambda p, q: mixture(p, q, -1, 0.3)),
+    "GeometricMixture": (lambda: GeometricMixture(0.3), lambda p, q: mixture(p, q, 1, 0.3)),
+    **{
+        f"AlphaMixture({alpha})": (
+            lambda alpha=alpha: AlphaMixture(alpha, 0.3),  # type: ignore[misc]
+            lambda p, q, alpha=alpha: mixture(p, q, alpha, 0.3),  # type: ignore[misc]
+        )
+        for alpha in (-5.0, -1.0, 0.0, 0.5, 0.99, 1.0, 1.5, 3.0)
+    },
+}
+
+SCHEDULES: dict[str, Callable[[], Schedule]] = {
+    "Linear": lambda: Linear(0.2, 0.8),
+    "Cosine": lambda: Cosine(0.2, 0.8),
+    "TAIDSchedule": TAIDSchedule,
+    "TAIDSchedule(line)": lambda: TAIDSchedule(adaptive=False),
+    "ResponseGap": ResponseGap,
+}
+
+ALL = {**DIVERGENCES, **OBJECTIVES}
+
+
+def gap() -> ResponseGap:
+    """A schedule that has seen a step whose mean gap was 0.25."""
+    schedule = ResponseGap(minimum=0.001)
+    schedule.update(0.5, {"gap": 0.25})
+    return schedule
