@@ -74,7 +74,7 @@ def check_number(
         if above and below:
             return
     if high < math.inf:
-        allowed = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
+        allowed = f"a number in {ends[0]}{low:g}, {high:g}{ends[1]}"
     else:
         allowed = "a finite number" + (f" {'≥' if ends[0] == '[' else '>'} {low:g}" if low > -math.inf else "")
     raise ValueError(f"{name} must be {allowed}{hint}, got {number!r}")

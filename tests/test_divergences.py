@@ -338,14 +338,14 @@ def test_a_sum_hands_rows_on_and_moves_with_its_schedules() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GeneralizedJSD(0), r"beta must be in \(0, 1\) .*ForwardKL.*ReverseKL.*, got 0$"),
-        (lambda: GeneralizedJSD(1.0), r"beta must be in \(0, 1\) .*ForwardKL.*ReverseKL.*, got 1.0$"),
-        (lambda: GeneralizedJSD(True), "beta must be in .* got True"),
+        (lambda: GeneralizedJSD(0), r"beta must be a number in \(0, 1\) .*ForwardKL.*ReverseKL.*, got 0$"),
+        (lambda: GeneralizedJSD(1.0), r"beta must be a number in \(0, 1\) .*ForwardKL.*ReverseKL.*, got 1.0$"),
+        (lambda: GeneralizedJSD(True), "beta must be a number in .* got True"),
         (lambda: GeneralizedJSD(ResponseGap()), "beta must be a number or a schedule with one value for all rows"),
-        (lambda: SymmetricKL(1.5), r"forward_weight must be in \[0, 1\] or a schedule, got 1.5"),
-        (lambda: SymmetricKL("0.5"), "forward_weight must be in .*, got '0.5'"),  # type: ignore[arg-type]
-        (lambda: SymmetricKL(math.nan), "forward_weight must be in .*, got nan"),
-        (lambda: AdaptiveKL(0.0), r"mu must be in \(0, 1\], got 0.0"),
+        (lambda: SymmetricKL(1.5), r"forward_weight must be a number in \[0, 1\] or a schedule, got 1.5"),
+        (lambda: SymmetricKL("0.5"), "forward_weight must be a number in .*, got '0.5'"),  # type: ignore[arg-type]
+        (lambda: SymmetricKL(math.nan), "forward_weight must be a number in .*, got nan"),
+        (lambda: AdaptiveKL(0.0), r"mu must be a number in \(0, 1\], got 0.0"),
         (lambda: AdaptiveKL(head_rule="paper"), "head_rule must be 'covering' or 'official', got 'paper'"),
         (lambda: AlphaDivergence(math.inf), "alpha must be a finite number, got inf"),
         (lambda: AlphaBeta(None, 1.0), "alpha must be a finite number, got None"),  # type: ignore[arg-type]
