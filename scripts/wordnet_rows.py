@@ -59,11 +59,11 @@ def is_reserved(key: Key) -> bool:
     return int(hashlib.md5("".join(key).encode()).hexdigest(), 16) % 12 == 7
 
 
-def usable(synsets: dict[Key, dict[str, Any]]) -> list[Key]:
+def usable(synsets: dict[Key, dict[str, Any]], generator: random.Random) -> list[Key]:
     """Shuffled keys of one synset per definition, of 12 to 140 characters, nothing reserved."""
     seen = {synset["gloss"] for key, synset in synsets.items() if is_reserved(key)}
-    keys = [key for key, synset in synsets.items() if not is_reserved(key) and 12 <= len(synset["gloss"]) <= 140]
-    random.Random(0).shuffle(keys)
+    keys = [key for key, s in synsets.items() if s["gloss"] not in seen and 12 <= len(s["gloss"]) <= 140]
+    generator.shuffle(keys)
     kept = []
     for key in keys:
         if synsets[key]["gloss"] not in seen:
@@ -72,63 +72,58 @@ def usable(synsets: dict[Key, dict[str, Any]]) -> list[Key]:
     return kept
 
 
-def tasks(synsets: dict[Key, dict[str, Any]], keys: list[Key]) -> dict[Key, dict[str, Row]]:
-    """Every row that each synset can give, by task."""
-    found: dict[Key, dict[str, Row]] = {}
-    count: Counter[str] = Counter()
-    for key in keys:
-        synset, rows = synsets[key], {}
-        gloss = synset["gloss"]
-        if key[0] == "n":
-            name = CATEGORIES[synset["file"] - 3]
-            if name and count[name] < PER_CATEGORY:
-                count[name] += 1
-                rows["category"] = ("Which category does this definition belong to?", gloss, name)
-            kind = synset["hypernyms"][0] if synset["hypernyms"] else None
-            if kind in synsets and not is_reserved(kind):
-                rows["kind"] = ("What kind of thing is defined here?", gloss, f"a kind of {synsets[kind]['words'][0]}")
-        rows["define"] = (f"Define the {POS[key[0]][1]} below.", synset["words"][0], gloss)
-        found[key] = {
-            task: {"instruction": row[0], "input": row[1], "output": row[2], "task": task} for task, row in rows.items()
-        }
-    return found
+def rows_of(synsets: dict[Key, dict[str, Any]], key: Key) -> dict[str, Row]:
+    """Every row that a synset can give, by task."""
+    synset, rows = synsets[key], {}
+    gloss = synset["gloss"]
+    if key[0] == "n":
+        if name := CATEGORIES[synset["file"] - 3]:
+            rows["category"] = ("Which category does this definition belong to?", gloss, name)
+        kind = synset["hypernyms"][0] if synset["hypernyms"] else None
+        if kind in synsets and not is_reserved(kind):
+            rows["kind"] = ("What kind of thing is defined here?", gloss, f"a kind of {synsets[kind]['words'][0]}")
+    rows["define"] = (f"Define the {POS[key[0]][1]} below.", synset["words"][0], gloss)
+    return {t: {"instruction": row[0], "input": row[1], "output": row[2], "task": t} for t, row in rows.items()}
 
 
 def split(synsets: dict[Key, dict[str, Any]]) -> dict[str, list[Row]]:
     """Rows of test, validation and train (one per synset) and of the teacher's pool (all rows of the other synsets).
 
-    A word of a synset held out by an earlier file is defined in no later one.
+    A word of a test or validation synset is not defined for the teacher.
     """
-    keys = usable(synsets)
-    rows = tasks(synsets, keys)
+    generator = random.Random(0)
+    keys = usable(synsets, generator)
     held: set[str] = set()
     files: dict[str, list[Row]] = {}
     used: set[Key] = set()
     for name, wanted in SPLITS.items():
         left = dict(wanted)
         files[name] = []
-        new: set[str] = set()
         for key in keys:
             if key in used:
                 continue
-            if synsets[key]["words"][0].lower() in held:
-                rows[key].pop("define", None)
-            open_tasks = [task for task in rows[key] if left[task]]
+            rows = rows_of(synsets, key)
+            open_tasks = [task for task in left if left[task] and task in rows]
             if open_tasks:
                 task = max(open_tasks, key=lambda task: left[task] / wanted[task])
                 left[task] -= 1
                 used.add(key)
-                files[name].append(rows[key][task])
-                new.update(word.lower() for word in synsets[key]["words"])
-        if name != "train":
-            held |= new
-    files["pool"] = [
-        row
-        for key in keys
-        if key not in used
-        for row in rows[key].values()
-        if row["task"] != "define" or row["input"].lower() not in held
-    ]
-    for name in files:
-        random.Random(name).shuffle(files[name])
+                files[name].append(rows[task])
+                if name != "train":
+                    held.update(synsets[key]["words"])
+        generator.shuffle(files[name])
+    files["pool"] = []
+    count: Counter[str] = Counter()
+    for key in keys:
+        if key in used:
+            continue
+        rows = rows_of(synsets, key)
+        if synsets[key]["words"][0] in held:
+            rows.pop("define", None)
+        if "category" in rows:
+            count[rows["category"]["output"]] += 1
+            if count[rows["category"]["output"]] > PER_CATEGORY:
+                rows.pop("category")
+        files["pool"] += rows.values()
+    generator.shuffle(files["pool"])
     return files
