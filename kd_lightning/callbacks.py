@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from kd_lightning.storage import whole_file, whole_folder
 
@@ -135,6 +136,7 @@ class HFExport(Checkpoint):
 
 def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> None:
     """Write model, generation config and tokenizer; what lay at `path` stays whole until the new folder is."""
+    logging.disable_progress_bar()  # one file: a bar of one step
     with whole_folder(path) as part:
         student.save_pretrained(part)
         if tokenizer is not None:

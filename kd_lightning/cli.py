@@ -54,6 +54,7 @@ def quiet() -> None:
         r".*does not have many workers.*",  # the bundled data is tokenised once and needs none
         r".*module\(s\) in eval mode at the start of training.*",  # dropout-free parts of Hugging Face models
         r".*Checkpoint directory .* exists and is not empty.*",  # a resume writes where it wrote
+        r".*LightningCLI's args parameter is intended to run from within Python.*",  # names of configs are expanded
         r".*You have overridden `.*` in .* but have passed.*",
         r".*logging interval \(log_every_n_steps=.*",  # short runs and tests
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # inside Lightning

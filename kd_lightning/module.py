@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from typing import Any
@@ -20,7 +19,7 @@ from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_tokenizers, load_causal_lm
 from kd_lightning.objectives import SOURCES
 from kd_lightning.schedules import Schedule, Weight
-from kd_lightning.teachers import HFTeacher, Teacher, body_and_head, hidden_states
+from kd_lightning.teachers import HFTeacher, Teacher, body_and_head, head_of, hidden_states
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
 NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
@@ -48,10 +47,7 @@ class StudentWithLoss(nn.Module):
 
     def head(self) -> Head | None:
         """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
-        if self._reading is None:
-            return None
-        layer = self.student.get_output_embeddings()
-        return dataclasses.replace(self._reading, weight=layer.weight, bias=getattr(layer, "bias", None))
+        return None if self._reading is None else head_of(self.student, self._reading)
 
     def forward(
         self, batch: dict[str, Tensor], teacher: Teacher | None, loss: DistillationLoss | None = None
@@ -164,7 +160,7 @@ class DistillationModule(L.LightningModule):
         self.evaluation = nn.ModuleDict()
         self._window: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
-        self._unchecked: tuple[int, Tensor, Tensor] | None = None
+        self._unchecked: tuple[int, Tensor | None, Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------ construction
     @property
@@ -224,7 +220,7 @@ class DistillationModule(L.LightningModule):
             self.teacher.to(self.device)
         parts: LossParts = self.model(batch, self._training_teacher())
         self._gather(batch, parts)
-        self._unchecked = (self.trainer.global_step, batch["row_ids"] if "row_ids" in batch else None, parts.loss.detach())
+        self._unchecked = (self.trainer.global_step, batch.get("row_ids"), parts.loss.detach())
         return parts.loss
 
     def _training_teacher(self) -> Teacher | None:
@@ -300,8 +296,13 @@ class DistillationModule(L.LightningModule):
         step, row_ids, loss = self._unchecked
         self._unchecked = None
         if not torch.isfinite(loss):
-            rows = "" if row_ids is None else f", on rows {row_ids.tolist()}"
-            raise ValueError(f"the loss is {loss.item()} at step {step}{rows}; the last checkpoint was written before it")
+            rows = "" if row_ids is None else f", on rows {self._places(row_ids.tolist())}"
+            raise ValueError(f"the loss is {loss.item()} at step {step}{rows}; checkpoints written before it are kept")
+
+    def _places(self, row_ids: list[int]) -> str:
+        """File and line of rows where the data module knows them."""
+        places = getattr(getattr(self.trainer, "datamodule", None), "places", None)
+        return ", ".join(map(str, row_ids if places is None else places("train", row_ids)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep a step that was not finite out of the checkpoints."""
@@ -345,7 +346,14 @@ class DistillationModule(L.LightningModule):
             if key not in self.evaluation:
                 self.evaluation[key] = TokenMean().to(self.device)
             self.evaluation[key].update(value)
-            self.log(f"{stage}/{name}", self.evaluation[key], prog_bar=name == "kd", on_epoch=True, on_step=False)
+            self.log(
+                f"{stage}/{name}",
+                self.evaluation[key],
+                metric_attribute=f"evaluation.{key}",
+                prog_bar=name == "kd",
+                on_epoch=True,
+                on_step=False,
+            )
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Greedy responses to left-padded prompts."""

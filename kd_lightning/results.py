@@ -99,7 +99,7 @@ class ResultsTable(Checkpoint):
             "student": {
                 "nll": means["student_nll"],
                 "forward_kl": means.get("forward_kl"),
-                "exact_match": self._exact_match(trainer, module.student, datamodule.tokenizer, rows),
+                "exact_match": self._exact_match(trainer, module.student, rows),
             }
         }
         if teacher:
@@ -108,7 +108,7 @@ class ResultsTable(Checkpoint):
                 out["teacher"] = {
                     "nll": means["teacher_nll"],
                     "forward_kl": 0.0,
-                    "exact_match": self._exact_match(trainer, module.teacher.model, datamodule.tokenizer, rows),
+                    "exact_match": self._exact_match(trainer, getattr(module.teacher, "model", None), rows),
                 }
         return out
 
@@ -119,15 +119,16 @@ class ResultsTable(Checkpoint):
             return rows
         return [row for row in rows if row["row"].get("task") == self.task]
 
-    def _exact_match(self, trainer: L.Trainer, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float | None:
+    def _exact_match(self, trainer: L.Trainer, model: Any, rows: list[dict[str, Any]]) -> float | None:
         """Share of rows answered word for word, over all ranks."""
         if model is None or not rows:
             return None
         mine = sorted(rows[trainer.global_rank :: trainer.world_size], key=lambda row: len(row["prompt_ids"]))
+        tokenizer, pad_id = trainer.datamodule.tokenizer, trainer.datamodule.pad_id
         right = 0
         for start in range(0, len(mine), self.batch_size):
             part = mine[start : start + self.batch_size]
-            inputs = left_pad([row["prompt_ids"] for row in part], tokenizer.pad_token_id)
+            inputs = left_pad([row["prompt_ids"] for row in part], pad_id)
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
             responses = generate(model, **inputs, max_new_tokens=self.max_new_tokens)
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
