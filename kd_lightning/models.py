@@ -159,27 +159,32 @@ def check_causal(model: hf.PreTrainedModel, role: Role) -> None:
 def check_tokenizers(teacher: str, tokenizer: Any) -> None:
     """Compare the teacher's vocabulary with the student's, id by id, as far as both go.
 
-    Padding at the end may differ. A teacher without tokenizer files is taken on trust, with a notice.
+    Padding at the end may differ. A teacher without tokenizer files is taken on trust, with a notice; one that is
+    nowhere is left to `load_causal_lm`, which says so.
 
     Args:
         teacher: folder, hub name or `asset:` name of the teacher.
         tokenizer: the student's.
 
     Raises:
-        ValueError: an id stands for different tokens; the first is named.
+        ValueError: an id stands for different tokens, and the first is named; the teacher's tokenizer is broken.
     """
-    place = locate(teacher, "teacher")
-    unknown = f"teacher '{teacher}' has no tokenizer of its own: the student's is taken on trust"
-    if Path(place).is_dir() and not any(found for files in TOKENIZER_FILES for found in Path(place).glob(files)):
-        rank_zero_info(unknown)
-        return
     try:
-        with _quiet():
-            own = auto.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if Path(place).is_dir():
-            raise ValueError(f"teacher '{teacher}': its tokenizer cannot be read: {_line(error)}") from None
-        rank_zero_info(unknown)
+        place = locate(teacher, "teacher")
+        _check_config(place, "teacher", {})
+    except ModelNotFoundError:
+        return
+    folder = Path(place)
+    own: Any = None
+    if not folder.is_dir() or any(path for files in TOKENIZER_FILES for path in folder.glob(files)):
+        try:
+            with _quiet():
+                own = auto.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except (OSError, *REFUSALS) as error:
+            if folder.is_dir():
+                raise ValueError(f"teacher '{teacher}': its tokenizer cannot be read: {_line(error)}") from None
+    if own is None:
+        rank_zero_info(f"teacher '{teacher}' has no tokenizer of its own: the student's is taken on trust")
         return
     theirs, ours = own.get_vocab(), tokenizer.get_vocab()
     if theirs == ours:
