@@ -453,8 +453,8 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
     ("arguments", "message"),
     [
         ({"objective": lambda p, q: p}, "objective must be a Divergence, got"),
-        ({"ce_weight": 1.5}, r"ce_weight must be a number in \[0, 1\] or a schedule, got 1.5"),
-        ({"ce_weight": -0.1}, r"ce_weight must be a number in \[0, 1\] or a schedule, got -0.1"),
+        ({"ce_weight": 1.5}, r"ce_weight must be .*\[0, 1\].* got 1.5"),
+        ({"ce_weight": -0.1}, r"ce_weight must be .*\[0, 1\].* got -0.1"),
         ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
         ({"temperature": math.nan}, "temperature must be a finite number > 0, got nan"),
         ({"reduction": "mean"}, "reduction must be one of token_mean, sequence_mean, sum, none, got 'mean'"),
