@@ -27,7 +27,7 @@ _NAMES = {
     ),
     "assistants": ("Assistant", "AlphaMixture", "ArithmeticMixture", "GeometricMixture"),
     "objectives": ("Objective", "SkewKL", "SkewReverseKL", "TAID", "AMiD", "Contrastive"),
-    "label_losses": ("LabelLoss", "CrossEntropy"),
+    "label_losses": ("LabelLoss", "CrossEntropy", "ClippedPolicyGradient", "SampledReverseKL"),
     "engine": ("Head",),
     "losses": ("DistillationLoss", "LossParts", "distillation_loss", "fused_distillation_loss"),
     "metrics": ("TokenMean", "DivergenceMetric", "NLL", "Agreement", "Entropy"),
@@ -72,8 +72,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.divergences import TotalVariation as TotalVariation
     from kd_lightning.divergences import WeightedSum as WeightedSum
     from kd_lightning.engine import Head as Head
+    from kd_lightning.label_losses import ClippedPolicyGradient as ClippedPolicyGradient
     from kd_lightning.label_losses import CrossEntropy as CrossEntropy
     from kd_lightning.label_losses import LabelLoss as LabelLoss
+    from kd_lightning.label_losses import SampledReverseKL as SampledReverseKL
     from kd_lightning.losses import DistillationLoss as DistillationLoss
     from kd_lightning.losses import LossParts as LossParts
     from kd_lightning.losses import distillation_loss as distillation_loss
