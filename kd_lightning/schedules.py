@@ -81,15 +81,15 @@ def check_number(
 
 
 def check_weight(
-    name: str, weight: Any, high: float = 1.0, ends: str = "[]", hint: str = "", per_row: bool = True
+    name: str, weight: Any, ends: str = "[]", hint: str = "", per_row: bool = True
 ) -> None:
-    """Refuse a weight that is neither a schedule nor a number from 0 to `high`; `per_row`: it may read columns.
+    """Refuse a weight that is neither a schedule nor a number from 0 to 1; `per_row`: it may read columns.
 
     Raises:
         ValueError: naming argument, value and range.
     """
     if not isinstance(weight, Schedule):
-        check_number(name, weight, 0.0, high, ends, f"{hint} or a schedule")
+        check_number(name, weight, 0, 1, ends, f"{hint} or a schedule")
     elif weight.columns and not per_row:
         raise ValueError(f"{name} must be a number or a schedule with one value for all rows, got {weight!r}")
 
