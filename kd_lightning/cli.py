@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def expand_configs(args: Sequence[str]) -> list[str]:
 
 def quiet() -> None:
     """Silence what a user can do nothing about; each line says why."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # calls that Lightning makes, not the user
     for pattern in (
         r".*does not have many workers.*",  # the bundled data is tokenised once and needs none
         r".*module\(s\) in eval mode at the start of training.*",  # dropout-free parts of Hugging Face models
@@ -61,7 +63,9 @@ def quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(word in record.getMessage() for word in ("TPU available", "HPU available", "💡", "GPU available"))
+        lambda record: (
+            not any(word in record.getMessage() for word in ("TPU available", "HPU available", "💡", "GPU available"))
+        )
     )
 
 
@@ -117,6 +121,15 @@ def build_cli() -> type:
                 parsed.ckpt_path = None
                 kwargs["callbacks"].append(RunConfig(parser.dump(parsed, skip_none=False)))
             return super().instantiate_trainer(**kwargs)
+
+        def _parse_ckpt_path(self) -> None:
+            """Nothing: checkpoints hold no hyper-parameters, and what is typed at a resume is honoured."""
+
+        def before_fit(self) -> None:
+            """Refuse a taken or unwritable ROOT before anything is written into it."""
+            export = next(c for c in self.trainer.callbacks if isinstance(c, HFExport))
+            if not self.trainer.fast_dev_run:
+                export.check(self.trainer.default_root_dir, resuming=bool(self.config["fit"].ckpt_path))
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
             return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
@@ -178,9 +191,35 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not expected(error):
             raise
-        print(f"kd-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"kd-lightning: error: {explain(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def explain(error: BaseException) -> str:
+    """The error in one line; where a class name was misspelt, with the names there are."""
+    text = " ".join(str(error).split())
+    found = re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\w+)$', text)
+    if found is None:
+        return text
+    from kd_lightning.assistants import Assistant
+    from kd_lightning.divergences import Divergence
+    from kd_lightning.label_losses import LabelLoss
+    from kd_lightning.schedules import Schedule
+
+    key, name = found.groups()
+    last = key.split(".")[-1]
+    base: type = {"assistant": Assistant, "label_loss": LabelLoss}.get(last, Divergence)
+    if last.endswith(("weight", "alpha", "share")):
+        base = Schedule
+    leaves = sorted(leaf.__name__ for leaf in _leaves(base))
+    return f"{key}: there is no class {name}; the classes are {', '.join(leaves)} (or the dotted path of your own)"
+
+
+def _leaves(base: type) -> set[type]:
+    """Every class below `base` that can be built."""
+    below = {leaf for child in base.__subclasses__() for leaf in {child, *_leaves(child)}}
+    return {leaf for leaf in below if not getattr(leaf, "__abstractmethods__", None)}
 
 
 def expected(error: BaseException) -> bool:

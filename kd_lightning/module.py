@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -133,6 +134,8 @@ class DistillationModule(L.LightningModule):
         self.student_init = student_init
         self.student_kwargs = student_kwargs
         self.reduction = reduction
+        if teacher_kwargs and isinstance(teacher, Teacher):
+            raise ValueError(f"teacher_kwargs {teacher_kwargs} go to the Teacher itself where one is given")
         self.teacher = _as_teacher(teacher, teacher_kwargs)
         self.loss = DistillationLoss(
             objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
@@ -204,9 +207,21 @@ class DistillationModule(L.LightningModule):
             "lr_scheduler": {"scheduler": self.lr_scheduler_callable(optimizer), "interval": "step"},
         }
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights and schedules.
+
+        Raises:
+            ValueError: the state is another model's or another objective's.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"the checkpoint belongs to another model or objective: {lines[:400]}") from error
+
     # ---------------------------------------------------------------------------------------------------- training
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Derive this micro-batch's randomness from (seed, counter, rank): stored generator states shift at a resume."""
+        """Randomness of this micro-batch from (seed, counter, rank): stored generator states shift at a resume."""
         self._check_finite()
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         counter = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -261,7 +276,7 @@ class DistillationModule(L.LightningModule):
         self._means["student_share"] = by_student / counted.clamp_min(1)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then move the schedules: here and not at the end of the batch, where checkpoints are already written."""
+        """Step, then move the schedules: at the end of the batch the checkpoints are already written."""
         super().optimizer_step(*args, **kwargs)
         total = self.trainer.estimated_stepping_batches
         progress = (self.trainer.global_step + 1) / total if total and total != float("inf") else 0.0

@@ -85,7 +85,9 @@ class ResultsTable(Checkpoint):
             and getattr(datamodule, "test", None) is not None
         )
 
-    def _measure(self, trainer: L.Trainer, module: Any, teacher: bool = True) -> dict[str, dict[str, float | None] | None]:
+    def _measure(
+        self, trainer: L.Trainer, module: Any, teacher: bool = True
+    ) -> dict[str, dict[str, float | None] | None]:
         """NLL, forward KL and exact match of the student, and of the teacher where asked."""
         datamodule = trainer.datamodule
         datamodule.setup("test")

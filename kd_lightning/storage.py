@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,15 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from safetensors import SafetensorError
+
+NEEDED = ("state_dict", "loops", "global_step", "pytorch-lightning_version")
+
+
+def _say_if_full(error: Exception, path: Path) -> None:
+    """Turn what a writer says on a full disk (an unexpected position, an iostream error) into the reason."""
+    if shutil.disk_usage(path.parent).free < 1 << 16:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
 
 
 @contextmanager
@@ -24,6 +35,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
+    except RuntimeError as error:
+        _say_if_full(error, path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -49,6 +63,9 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(part, path)
         shutil.rmtree(old, ignore_errors=True)
+    except (RuntimeError, SafetensorError) as error:
+        _say_if_full(error, path)
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -65,5 +82,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Read tensors and plain values; anything else in the file is refused, whatever `weights_only` says."""
-        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        """Read tensors and plain values; anything else in the file is refused, whatever `weights_only` says.
+
+        Raises:
+            ValueError: the file is no checkpoint of a run.
+        """
+        try:
+            checkpoint = super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
+        if missing := [key for key in NEEDED if key not in checkpoint]:
+            raise ValueError(f"{path} is no checkpoint of a run: it has no {missing[0]!r}")
+        return checkpoint

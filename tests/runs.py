@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch  # noqa: F401 - its log handler keeps the stream it meets at import, which must outlive one test
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from kd_lightning.divergences import Composite, Divergence
 from torch import Tensor
 
+from kd_lightning.divergences import Composite, Divergence
 from kd_lightning.engine import Head
 
 

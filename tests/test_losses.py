@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from kd_lightning.label_losses import LabelLoss
-from kd_lightning.schedules import Schedule
 from torch import Tensor
 
 from kd_lightning.engine import Head
+from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, distillation_loss, fused_distillation_loss
+from kd_lightning.schedules import Schedule
 from slow_reference import (
     ByColumn,
     DetachedMixture,

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-import runs
 import torch
+
+import runs
 from kd_lightning.cli import main
 
 CASES = {
@@ -28,8 +29,8 @@ CASES = {
 
 
 def words(root: Path, data: Path, config: str, *extra: str) -> list[str]:
-    little = runs.little(root, config, steps=120)
-    return [*little, "--data.train", str(data), "--data.batch_size", "4", "--checkpoint.every_n_train_steps", "5", *extra]
+    few = ["--data.batch_size", "4", "--checkpoint.every_n_train_steps", "5"]
+    return [*runs.little(root, config, steps=120), *few, "--data.train", str(data), *extra]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kd_lightning.storage import WholeCheckpointIO, whole_file, whole_folder
 
 
