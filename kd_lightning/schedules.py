@@ -208,6 +208,7 @@ class TAIDSchedule(Schedule):
         """The present t, 0-d."""
         return self.t
 
+    @torch.no_grad()
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
         """Move t by the paper's rule, without waiting for the device."""
         target = self.start + (self.end - self.start) * progress
@@ -266,6 +267,7 @@ class ResponseGap(Schedule):
         skew = (1 - (1 - self.initial) * (self.mean_gap / (gap + 1e-5))).clamp(self.minimum, self.initial)
         return torch.where(self.mean_gap.isnan(), self.initial, skew)
 
+    @torch.no_grad()
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
         """Remember this step's mean gap.
 

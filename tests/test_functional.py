@@ -42,7 +42,7 @@ def test_log_softmax_is_clamped_where_exp_is_zero() -> None:
 
 # -------------------------------------------------------------------------------------------------------- AKL's head
 def head_by_sorting(log_p: torch.Tensor, mu: float, rule: str) -> torch.Tensor:
-    values, order = log_p.sort(-1, descending=True, stable=True)
+    values, order = log_p.sort(dim=-1, descending=True, stable=True)
     mass = values.exp().cumsum(-1)
     head = mass - values.exp() < mu if rule == "covering" else mass <= mu
     head[..., 0] = True
@@ -71,7 +71,7 @@ def test_the_head_of_a_certain_teacher_is_one_token() -> None:
         assert functional.head_mask(log_p, 0.5, rule).tolist() == [False, True, False, False]
 
 
-# --------------------------------------------------------------------------------------------------------- the α-β plane
+# ------------------------------------------------------------------------------------------------------- the α-β plane
 def test_the_gradient_is_right_where_single_entries_agree() -> None:
     log_p, log_q = pair(3, 9)
     log_q[:, :3] = log_p[:, :3]  # x = 0: where sign, abs, copysign and clamp have another gradient
@@ -92,7 +92,7 @@ def test_the_accuracy_does_not_depend_on_small_exponents() -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- mixtures
+# ------------------------------------------------------------------------------------------------------------- mixtures
 @pytest.mark.parametrize("k", [-3.0, -1e-2, -1e-7, 0.0, 1e-7, 1e-5, 1e-3, 1e-2, 0.25, 0.49, 0.5, 1.0, 3.0])
 def test_mixtures_are_accurate_for_every_exponent(k: float) -> None:
     log_p, log_q = pair(20, 300, scale=3.0)
