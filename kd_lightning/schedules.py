@@ -80,9 +80,7 @@ def check_number(
     raise ValueError(f"{name} must be {allowed}{hint}, got {number!r}")
 
 
-def check_weight(
-    name: str, weight: Any, ends: str = "[]", hint: str = "", per_row: bool = True
-) -> None:
+def check_weight(name: str, weight: Any, ends: str = "[]", hint: str = "", per_row: bool = True) -> None:
     """Refuse a weight that is neither a schedule nor a number from 0 to 1; `per_row`: it may read columns.
 
     Raises:
