@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -25,19 +28,19 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(self, save_last: bool | None = True, **kwargs: Any) -> None:
         super().__init__(save_last=save_last, **kwargs)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle the folder, then Lightning's own set-up."""
         if self.dirpath is None:
             self.dirpath = str(checkpoint_folder(trainer))
         super().setup(trainer, pl_module, stage)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Write `last` for the final step where no trigger has."""
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def checkpoint_folder(trainer: L.Trainer) -> Path:
+def checkpoint_folder(trainer: Trainer) -> Path:
     """`ROOT/checkpoints`."""
     return Path(trainer.default_root_dir).absolute() / "checkpoints"
 
@@ -92,7 +95,7 @@ class HFExport(Checkpoint):
                 "or --export.overwrite true to replace it, or --ckpt_path last to go on with it"
             )
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Ask everything that can be asked before step 0."""
         if stage != "fit" or trainer.fast_dev_run:
             return
@@ -100,7 +103,7 @@ class HFExport(Checkpoint):
         if self.monitor_name is None:
             self.monitor_name = "val/ce" if getattr(pl_module, "teacher", None) is None else "val/kd"
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Keep the weights where they are the best so far."""
         if self.which != "best" or trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -112,15 +115,15 @@ class HFExport(Checkpoint):
             self.best = float(value)
             trainer.save_checkpoint(checkpoint_folder(trainer) / "best.ckpt", weights_only=True)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Export while the models are still on their device."""
         self._export(trainer, pl_module)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Export where a resumed run had no step left to do."""
         self._export(trainer, pl_module)
 
-    def _export(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def _export(self, trainer: Trainer, pl_module: Any) -> None:
         if self._done or trainer.fast_dev_run:
             return
         self._done = True
@@ -154,8 +157,43 @@ class RunConfig(L.Callback):
         self.text = text
 
     @rank_zero_only
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
         if not trainer.fast_dev_run:
             with whole_file(Path(trainer.default_root_dir) / "config.yaml") as part:
                 part.write_text(self.text, encoding="utf-8")
+
+
+class Predictions(L.Callback):
+    """Write `ROOT/predictions.jsonl` after `predict`: each test row, all its fields and its `response`, in file order."""
+
+    def __init__(self) -> None:
+        self.responses: dict[int, str] = {}
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Keep this batch's responses as text."""
+        texts = _datamodule(trainer).tokenizer.batch_decode(outputs["responses"], skip_special_tokens=True)
+        self.responses |= dict(zip(outputs["row_ids"].tolist(), texts, strict=True))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
+        """Gather the ranks' responses and write them."""
+        found = [self.responses]
+        if trainer.world_size > 1:
+            found = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(found, self.responses)
+        if not trainer.is_global_zero:
+            return
+        responses = {row_id: text for part in found for row_id, text in part.items()}
+        path = Path(trainer.default_root_dir) / "predictions.jsonl"
+        with whole_file(path) as part, part.open("w", encoding="utf-8") as lines:
+            for row in _datamodule(trainer).generation_rows("test"):
+                if row["index"] in responses:
+                    fields = {**row["row"], "response": responses[row["index"]].strip()}
+                    lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        rank_zero_info(f"responses written to {path}")
+
+
+def _datamodule(trainer: Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]

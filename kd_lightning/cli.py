@@ -81,7 +81,7 @@ def build_cli() -> type:
     import kd_lightning.objectives
     import kd_lightning.schedules
     import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
-    from kd_lightning.callbacks import HFExport, RunCheckpoint, RunConfig
+    from kd_lightning.callbacks import HFExport, Predictions, RunCheckpoint, RunConfig
     from kd_lightning.results import ResultsTable
     from kd_lightning.storage import WholeCheckpointIO
 
@@ -120,6 +120,8 @@ def build_cli() -> type:
                 parser, parsed = self._parser(self.subcommand), self.config[self.subcommand].clone()
                 parsed.ckpt_path = None
                 kwargs["callbacks"].append(RunConfig(parser.dump(parsed, skip_none=False)))
+            if self.subcommand == "predict":
+                kwargs["callbacks"].append(Predictions())
             return super().instantiate_trainer(**kwargs)
 
         def _parse_ckpt_path(self) -> None:
