@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
+import lightning.pytorch as L
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -45,6 +45,11 @@ def checkpoint_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir).absolute() / "checkpoints"
 
 
+def is_dry(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which leaves nothing behind."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 class HFExport(Checkpoint):
     """Leave the student under `ROOT/student` as plain Hugging Face: model, tokenizer, generation config.
 
@@ -69,6 +74,7 @@ class HFExport(Checkpoint):
         self.overwrite = overwrite
         self.monitor_name = monitor
         self.best: float | None = None
+        self.resuming = False
         self._done = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,10 +82,11 @@ class HFExport(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the lowest value back."""
+        """Take the lowest value back; a run that has a state to take back goes on in its own folder."""
         self.best = state_dict["best"]
+        self.resuming = True
 
-    def check(self, root: str | Path, resuming: bool) -> None:
+    def check(self, root: str | Path) -> None:
         """Refuse a folder that holds a finished run or that cannot be written to."""
         root = Path(root)
         try:
@@ -89,19 +96,21 @@ class HFExport(Checkpoint):
             probe.unlink()
         except OSError as error:
             raise ValueError(f"trainer.default_root_dir {root} cannot be written to: {error.strerror}") from error
-        if (root / "student").exists() and not resuming and not self.overwrite:
+        if (root / "student").exists() and not self.resuming and not self.overwrite:
             raise ValueError(
                 f"{root / 'student'} holds the student of a finished run: choose another --trainer.default_root_dir, "
                 "or --export.overwrite true to replace it, or --ckpt_path last to go on with it"
             )
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Ask everything that can be asked before step 0."""
-        if stage != "fit" or trainer.fast_dev_run:
-            return
-        self.check(trainer.default_root_dir, resuming=trainer.ckpt_path is not None)
+        """Settle what `best` goes by."""
         if self.monitor_name is None:
             self.monitor_name = "val/ce" if getattr(pl_module, "teacher", None) is None else "val/kd"
+
+    def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
+        """Check the folder before step 0 (the command line has done so earlier still)."""
+        if not is_dry(trainer):
+            self.check(trainer.default_root_dir)
 
     def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Keep the weights where they are the best so far."""
@@ -124,7 +133,7 @@ class HFExport(Checkpoint):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._done or trainer.fast_dev_run:
+        if self._done or is_dry(trainer):
             return
         self._done = True
         best = checkpoint_folder(trainer) / "best.ckpt"
@@ -139,7 +148,7 @@ class HFExport(Checkpoint):
 
 def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> None:
     """Write model, generation config and tokenizer; what lay at `path` stays whole until the new folder is."""
-    logging.disable_progress_bar()  # one file: a bar of one step
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one file: a bar of one step
     with whole_folder(path) as part:
         student.save_pretrained(part)
         if tokenizer is not None:
@@ -159,13 +168,13 @@ class RunConfig(L.Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
-        if not trainer.fast_dev_run:
+        if not is_dry(trainer):
             with whole_file(Path(trainer.default_root_dir) / "config.yaml") as part:
                 part.write_text(self.text, encoding="utf-8")
 
 
 class Predictions(L.Callback):
-    """Write `ROOT/predictions.jsonl` after `predict`: each test row, all its fields and its `response`, in file order."""
+    """Write `ROOT/predictions.jsonl` after `predict`: each test row with its `response`, in file order."""
 
     def __init__(self) -> None:
         self.responses: dict[int, str] = {}

@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
+import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
@@ -20,7 +21,7 @@ from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_tokenizers, load_causal_lm
 from kd_lightning.objectives import SOURCES
 from kd_lightning.schedules import Schedule, Weight
-from kd_lightning.teachers import HFTeacher, Teacher, body_and_head, head_of, hidden_states
+from kd_lightning.teachers import HFTeacher, Teacher, body_and_head, head_of, hidden_states, logits
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
 NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
@@ -39,12 +40,12 @@ class StudentWithLoss(nn.Module):
         self.student = student
         self.loss = loss
         self._reading: Head | None = None
+        self._body: list[nn.Module] = []  # in a list: a second name for a part of the student, not a second part
         try:
             body, self._reading = body_and_head(student)
+            self._body.append(body)
         except ValueError as error:
-            L.pytorch.utilities.rank_zero_info(f"student: {error}; its whole logits are used instead")
-        else:
-            object.__setattr__(self, "_body", body)  # a second name for a part of the student, not a second part
+            rank_zero_info(f"student: {error}; its whole logits are used instead")
 
     def head(self) -> Head | None:
         """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
@@ -68,14 +69,14 @@ class StudentWithLoss(nn.Module):
             if name not in NOT_COLUMNS
         }
         inputs = {name: batch[name] for name in MODEL_INPUTS}
-        head = self.head()
-        if head is not None and (teacher is None or teacher.head is not None):
+        head, teacher_head = self.head(), None if teacher is None else teacher.head
+        if head is not None and (teacher is None or teacher_head is not None):
             teacher_hidden = None if teacher is None else teacher.hidden(inputs)[:, :-1]
-            hidden = hidden_states(self._body, **inputs)[:, :-1]
-            return loss.from_hidden(hidden, head, teacher_hidden, teacher and teacher.head, labels, rows=rows)
+            hidden = hidden_states(self._body[0], **inputs)[:, :-1]
+            return loss.from_hidden(hidden, head, teacher_hidden, teacher_head, labels, rows=rows)
         teacher_logits = None if teacher is None else teacher.logits(inputs)[:, :-1]
-        logits = self.student(**inputs, use_cache=False).logits[:, :-1]
-        return loss.from_logits(logits, teacher_logits, labels, rows=rows)
+        student_logits = logits(self.student, **inputs)[:, :-1]
+        return loss.from_logits(student_logits, teacher_logits, labels, rows=rows)
 
 
 class DistillationModule(L.LightningModule):
@@ -140,20 +141,21 @@ class DistillationModule(L.LightningModule):
         self.loss = DistillationLoss(
             objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
         )
-        default = {
+        default: dict[str, Divergence] = {
             "forward_kl": ForwardKL(),
             "reverse_kl": ReverseKL(),
             "jsd": GeneralizedJSD(0.5),
             "total_variation": TotalVariation(),
         }
-        self.monitors = nn.ModuleDict(({} if teacher is None else default) if monitors is None else monitors)
+        wanted = ({} if teacher is None else default) if monitors is None else monitors
+        self.monitors = nn.ModuleDict(wanted)
         evaluation_loss = DistillationLoss(
             objective,
             ce_weight=ce_weight,
             temperature=temperature,
             reduction=reduction,
             label_loss=label_loss,
-            monitors=dict(self.monitors.items()),
+            monitors=wanted,
             diagnostics=True,
         )
         object.__setattr__(self, "evaluation_loss", evaluation_loss)  # made of parts that are registered already
@@ -189,7 +191,7 @@ class DistillationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load student and teacher; Lightning calls this more than once."""
         if self.model is None:
-            student = self.student_source
+            student: Any = self.student_source
             if isinstance(student, str):
                 student = load_causal_lm(student, init=self.student_init, kwargs=self.student_kwargs, role="student")
             self.model = StudentWithLoss(student.train(), self.loss)
@@ -240,6 +242,7 @@ class DistillationModule(L.LightningModule):
 
     def _training_teacher(self) -> Teacher | None:
         """The teacher, unless the loss has no use for it."""
+        assert self.model is not None
         ce_weight = self.model.loss.ce_weight
         return None if not isinstance(ce_weight, Schedule) and ce_weight == 1 else self.teacher
 
@@ -360,10 +363,11 @@ class DistillationModule(L.LightningModule):
             key = f"{stage}_{name}"
             if key not in self.evaluation:
                 self.evaluation[key] = TokenMean().to(self.device)
-            self.evaluation[key].update(value)
+            metric: Any = self.evaluation[key]
+            metric.update(value)
             self.log(
                 f"{stage}/{name}",
-                self.evaluation[key],
+                metric,
                 metric_attribute=f"evaluation.{key}",
                 prog_bar=name == "kd",
                 on_epoch=True,
@@ -374,7 +378,8 @@ class DistillationModule(L.LightningModule):
         """Greedy responses to left-padded prompts."""
         from kd_lightning.rollout import generate
 
-        return {"row_ids": batch["row_ids"], "responses": generate(self.student, **{k: batch[k] for k in MODEL_INPUTS})}
+        responses = generate(self.student, batch["input_ids"], batch["attention_mask"])
+        return {"row_ids": batch["row_ids"], "responses": responses}
 
 
 def _as_teacher(teacher: Any, kwargs: dict[str, Any] | None) -> Teacher | None:

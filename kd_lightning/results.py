@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from kd_lightning.callbacks import is_dry
 from kd_lightning.data.batch import left_pad
 from kd_lightning.rollout import generate
 from kd_lightning.storage import whole_file
@@ -79,17 +80,13 @@ class ResultsTable(Checkpoint):
     @staticmethod
     def _wanted(trainer: L.Trainer) -> bool:
         datamodule = getattr(trainer, "datamodule", None)
-        return (
-            not trainer.fast_dev_run
-            and trainer.limit_test_batches != 0
-            and getattr(datamodule, "test", None) is not None
-        )
+        return not is_dry(trainer) and trainer.limit_test_batches != 0 and getattr(datamodule, "test", None) is not None
 
     def _measure(
         self, trainer: L.Trainer, module: Any, teacher: bool = True
     ) -> dict[str, dict[str, float | None] | None]:
         """NLL, forward KL and exact match of the student, and of the teacher where asked."""
-        datamodule = trainer.datamodule
+        datamodule: Any = getattr(trainer, "datamodule", None)
         datamodule.setup("test")
         loader = datamodule.test_dataloader()
         limit = trainer.limit_test_batches
@@ -126,7 +123,8 @@ class ResultsTable(Checkpoint):
         if model is None or not rows:
             return None
         mine = sorted(rows[trainer.global_rank :: trainer.world_size], key=lambda row: len(row["prompt_ids"]))
-        tokenizer, pad_id = trainer.datamodule.tokenizer, trainer.datamodule.pad_id
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        tokenizer, pad_id = datamodule.tokenizer, datamodule.pad_id
         right = 0
         for start in range(0, len(mine), self.batch_size):
             part = mine[start : start + self.batch_size]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
 
 
-def generate(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 32) -> Tensor:
+def generate(model: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 32) -> Tensor:
     """Greedy responses to left-padded prompts, dropout off.
 
     Args:
@@ -24,7 +25,6 @@ def generate(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, 
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    assert isinstance(model, GenerationMixin)
     config = model.generation_config
     eos = config.eos_token_id
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
@@ -32,7 +32,7 @@ def generate(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, 
     model.eval()
     try:
         with torch.no_grad():
-            tokens = model.generate(
+            tokens: Tensor = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
