@@ -164,8 +164,7 @@ def test_two_ranks_are_one_process() -> None:
 def test_a_schedule_moves_once_per_optimizer_step() -> None:
     student, teacher = tiny("llama"), tiny("llama")
     batches = split(rows(vocabulary=VOCABULARY), *(2,) * 6)
-    objective = TAID()
-    schedule = objective.assistant.teacher_weight
+    schedule = (objective := TAID()).assistant.teacher_weight
     seen: list[float] = []
     update = schedule.update
     schedule.update = lambda progress, stats: (seen.append(progress), update(progress, stats))  # type: ignore[assignment]
@@ -242,11 +241,11 @@ def test_modes_and_the_teachers_place() -> None:
         model.transformer.register_forward_pre_hook(lambda body, _, name=name: modes[name].append(body.training))
     batch = rows(vocabulary=VOCABULARY)
     fit(module, [batch, batch], [batch, batch], val_check_interval=1)
-    assert modes == {"student": [True, False, False] * 2, "teacher": [False] * 6}
+    module.train().evaluate_batch(batch)
+    assert modes == {"student": [True, False, False] * 2 + [False], "teacher": [False] * 7} and student.training
     first, second = (logged["train/loss"] for logged in module.logged)
     assert abs(first - second) > 1e-4 * first  # another dropout on the same rows and weights
-    expected = measured(*counted(teacher, student.eval(), [batch]))
-    for name, value in expected.items():
+    for name, value in measured(*counted(teacher, student.eval(), [batch])).items():
         assert float(module.trainer.callback_metrics[name]) == pytest.approx(value, rel=1e-4), name
 
     own = {id(p) for p in module.parameters()}
