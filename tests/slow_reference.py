@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd_lightning.divergences import Composite, Divergence
 from kd_lightning.engine import Head
+from kd_lightning.losses import fused_distillation_loss
+
+B, T, V, HS, HT = 3, 5, 17, 4, 6  # of `Problem`
 
 
 class Hellinger(Divergence):
@@ -98,3 +102,57 @@ def reduce(losses: list[list[Tensor]], reduction: str) -> Tensor:
 def error(mine: Tensor, reference: Tensor) -> float:
     """Relative L2 distance."""
     return ((mine.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+class Problem:
+    """Hidden states, heads and labels of two models; the second response has one counted token, the third none."""
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float64, pad: int = 0, scale: float = 1.0, near: bool = False
+    ) -> None:
+        g = torch.Generator().manual_seed(1)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        hidden, weight = randn(B, T, HS), randn(V + pad, HS)
+        self.student_hidden = hidden.to(dtype).requires_grad_()
+        self.student_head = Head(weight.to(dtype).requires_grad_())
+        self.teacher_hidden, self.teacher_head = randn(B, T, HT).to(dtype), Head(randn(V, HT).to(dtype))
+        self.labels = torch.randint(0, V, (B, T), generator=g)
+        self.labels[0, 1] = self.labels[1, :4] = self.labels[2] = -100
+
+    @property
+    def hidden(self) -> tuple[Any, ...]:
+        return self.student_hidden, self.student_head, self.teacher_hidden, self.teacher_head, self.labels
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.student_hidden, self.student_head.weight
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        return logits(self.student_hidden, self.student_head), logits(self.teacher_hidden, self.teacher_head)
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, self.leaves)
+
+
+def problem(
+    n: int = 11, vocabulary: int = 23, dtype: torch.dtype = torch.float64, widths: tuple[int, int] = (4, 6)
+) -> dict[str, Any]:
+    """Arguments of `fused_distillation_loss` for one response of n tokens, all counted."""
+    g = torch.Generator().manual_seed(3)
+    student, teacher = widths
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    return {
+        "student_hidden": randn(1, n, student).requires_grad_(),
+        "student_head": randn(vocabulary, student).requires_grad_(),
+        "teacher_hidden": randn(1, n, teacher),
+        "teacher_head": randn(vocabulary, teacher),
+        "labels": torch.randint(0, vocabulary, (1, n), generator=g),
+    }
+
+
+def results(arguments: dict[str, Any], **settings: Any) -> tuple[Tensor, ...]:
+    loss = fused_distillation_loss(**arguments, **{"compile": False, **settings})
+    return loss, *torch.autograd.grad(loss, (arguments["student_hidden"], arguments["student_head"]))
