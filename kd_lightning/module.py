@@ -18,7 +18,7 @@ from kd_lightning.engine import Head
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.metrics import TokenMean
-from kd_lightning.models import check_tokenizers, load_causal_lm
+from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.objectives import SOURCES
 from kd_lightning.schedules import Schedule, Weight
 from kd_lightning.teachers import HFTeacher, Teacher, body_and_head, head_of, hidden_states, logits
@@ -107,6 +107,8 @@ class DistillationModule(L.LightningModule):
         ValueError: an argument is out of its range, or a model cannot be read.
     """
 
+    student_source: Any
+
     def __init__(
         self,
         student: str,
@@ -131,7 +133,11 @@ class DistillationModule(L.LightningModule):
             raise ValueError(f"student_init must be 'pretrained' or 'random', got {student_init!r}")
         if teacher is None and ce_weight != 1:
             raise ValueError(f"ce_weight must be 1 where there is no teacher, got {ce_weight}")
-        self.student_source = student
+        if teacher is not None and not isinstance(student, str) and student is teacher:
+            raise ValueError(
+                "student and teacher must be two objects, as the teacher is frozen: give copy.deepcopy of one"
+            )
+        object.__setattr__(self, "student_source", student)  # a loaded model is registered under one name: `model`
         self.student_init = student_init
         self.student_kwargs = student_kwargs
         self.reduction = reduction
@@ -192,7 +198,10 @@ class DistillationModule(L.LightningModule):
         """Load student and teacher; Lightning calls this more than once."""
         if self.model is None:
             student: Any = self.student_source
-            if isinstance(student, str):
+            if not isinstance(student, str):
+                check_finite(student, "student")
+                check_causal(student.eval(), "student")
+            else:
                 student = load_causal_lm(student, init=self.student_init, kwargs=self.student_kwargs, role="student")
             self.model = StudentWithLoss(student.train(), self.loss)
             del self.loss  # it lives in the wrapped model, under one name
@@ -201,7 +210,10 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the parameters that learn, scheduler stepped once per optimizer step."""
-        optimizer = self.optimizer_callable([p for p in self.parameters() if p.requires_grad])
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("none of the student's parameters requires a gradient: there is nothing that could learn")
+        optimizer = self.optimizer_callable(parameters)
         if self.lr_scheduler_callable is None:
             return optimizer
         return {
