@@ -1,0 +1,65 @@
+"""Student and loss under one forward: body, head, loss."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from kd_lightning.engine import Head
+from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.teachers import Teacher, body_and_head, head_of, hidden_states, logits
+
+MODEL_INPUTS = ("input_ids", "attention_mask")
+NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
+
+
+class StudentWithLoss(nn.Module):
+    """Student and loss under one forward, body -> head -> loss: what DDP and FSDP2 wrap as a whole.
+
+    Args:
+        student: a Hugging Face causal LM.
+        loss: the loss it is trained on.
+    """
+
+    def __init__(self, student: nn.Module, loss: DistillationLoss) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self._reading: Head | None = None
+        self._body: list[nn.Module] = []  # in a list: a second name for a part of the student, not a second part
+        try:
+            body, self._reading = body_and_head(student)
+            self._body.append(body)
+        except ValueError as error:
+            rank_zero_info(f"student: {error}; its whole logits are used instead")
+
+    def head(self) -> Head | None:
+        """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
+        return None if self._reading is None else head_of(self.student, self._reading)
+
+    def forward(
+        self, batch: dict[str, Tensor], teacher: Teacher | None, loss: DistillationLoss | None = None
+    ) -> LossParts:
+        """Undivided loss of one batch; position t is scored on the label at t + 1.
+
+        Args:
+            batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T].
+            teacher: read here, without gradient; None where nothing asks for it.
+            loss: another loss on the same models (monitors in validation); None: the one it was built with.
+        """
+        loss = loss or self.loss
+        labels = batch["labels"][:, 1:]
+        rows = {
+            name: column[:, 1:] if column.ndim == 2 else column
+            for name, column in batch.items()
+            if name not in NOT_COLUMNS
+        }
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        head, teacher_head = self.head(), None if teacher is None else teacher.head
+        if head is not None and (teacher is None or teacher_head is not None):
+            teacher_hidden = None if teacher is None else teacher.hidden(inputs)[:, :-1]
+            hidden = hidden_states(self._body[0], **inputs)[:, :-1]
+            return loss.from_hidden(hidden, head, teacher_hidden, teacher_head, labels, rows=rows)
+        teacher_logits = None if teacher is None else teacher.logits(inputs)[:, :-1]
+        student_logits = logits(self.student, **inputs)[:, :-1]
+        return loss.from_logits(student_logits, teacher_logits, labels, rows=rows)
