@@ -59,7 +59,7 @@ class Recipe:
 
 
 TEACHER = Recipe(192, 4, 512, 6, "pool", 3400, 64, 2.5e-3, 0.3, True, torch.bfloat16)
-STUDENT = Recipe(64, 3, 176, 4, "train", 300, 32, 3e-3, 0.0, False, torch.float32)
+STUDENT = Recipe(64, 3, 176, 4, "train", 600, 32, 3e-3, 0.0, True, torch.float32)
 
 
 # ---- rows ----
