@@ -60,5 +60,5 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
 def test_a_checkpoint_with_anything_but_tensors_and_plain_values_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "foreign.ckpt"
     torch.save({"module": torch.nn.Linear(1, 1)}, path)
-    with pytest.raises(ValueError, match="foreign.ckpt is no checkpoint that can be read safely"):
+    with pytest.raises(ValueError, match=r"foreign\.ckpt is no checkpoint that can be read safely"):
         WholeCheckpointIO().load_checkpoint(path, weights_only=False)
