@@ -108,13 +108,8 @@ def column(rows: Mapping[str, Tensor] | None, name: str, reader: str) -> Tensor:
     return rows[name]
 
 
-class Linear(Schedule):
-    r"""\(\text{start} + (\text{end} - \text{start})\cdot\text{progress}\).
-
-    Args:
-        start: value at the beginning, in [0, 1].
-        end: value at the end, in [0, 1].
-    """
+class _Between(Schedule):
+    """A value between start and end that depends on progress alone."""
 
     now: Tensor
 
@@ -125,31 +120,9 @@ class Linear(Schedule):
         self.start, self.end = start, end
         self.state("now", start)
 
-    def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The present value, 0-d."""
-        return self.now
-
-    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """Move along the line."""
-        self.now.fill_(self.start + (self.end - self.start) * progress)
-
-
-class Cosine(Schedule):
-    r"""Half a cosine from start to end: \(\text{end} + (\text{start} - \text{end})(1 + \cos\pi\,\text{progress})/2\).
-
-    Args:
-        start: value at the beginning, in [0, 1].
-        end: value at the end, in [0, 1].
-    """
-
-    now: Tensor
-
-    def __init__(self, start: float, end: float) -> None:
-        super().__init__()
-        check_number("start", start, 0, 1)
-        check_number("end", end, 0, 1)
-        self.start, self.end = start, end
-        self.state("now", start)
+    @abstractmethod
+    def at(self, progress: float) -> float:
+        """The value at a share of the run, in [0, 1]."""
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """The present value, 0-d."""
@@ -157,7 +130,33 @@ class Cosine(Schedule):
 
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
         """Move along the curve."""
-        self.now.fill_(self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2)
+        self.now.fill_(self.at(progress))
+
+
+class Linear(_Between):
+    r"""\(\text{start} + (\text{end} - \text{start})\cdot\text{progress}\).
+
+    Args:
+        start: value at the beginning, in [0, 1].
+        end: value at the end, in [0, 1].
+    """
+
+    def at(self, progress: float) -> float:
+        """On the line."""
+        return self.start + (self.end - self.start) * progress
+
+
+class Cosine(_Between):
+    r"""Half a cosine from start to end: \(\text{end} + (\text{start} - \text{end})(1 + \cos\pi\,\text{progress})/2\).
+
+    Args:
+        start: value at the beginning, in [0, 1].
+        end: value at the end, in [0, 1].
+    """
+
+    def at(self, progress: float) -> float:
+        """On the curve."""
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class TAIDSchedule(Schedule):
