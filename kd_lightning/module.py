@@ -17,10 +17,10 @@ from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
-from kd_lightning.objectives import SOURCES
 from kd_lightning.schedules import Schedule, Weight
 from kd_lightning.student import StudentWithLoss
 from kd_lightning.teachers import HFTeacher, Teacher
+from kd_lightning.window import Window
 
 
 class DistillationModule(L.LightningModule):
@@ -85,7 +85,6 @@ class DistillationModule(L.LightningModule):
         object.__setattr__(self, "student_source", student)  # a loaded model is registered under one name: `model`
         self.student_init = student_init
         self.student_kwargs = student_kwargs
-        self.reduction = reduction
         if teacher_kwargs and isinstance(teacher, Teacher):
             raise ValueError(f"teacher_kwargs {teacher_kwargs} go to the Teacher itself where one is given")
         self.teacher = _as_teacher(teacher, teacher_kwargs)
@@ -114,7 +113,7 @@ class DistillationModule(L.LightningModule):
         self.lr_scheduler_callable = lr_scheduler
         self.model: StudentWithLoss | None = None
         self.evaluation = nn.ModuleDict()
-        self._window: dict[str, Tensor] = {}
+        self._window = Window(reduction)
         self._means: dict[str, Tensor] = {}
         self._unchecked: tuple[int, Tensor | None, Tensor] | None = None
 
@@ -193,7 +192,7 @@ class DistillationModule(L.LightningModule):
         if self.teacher is not None:
             self.teacher.to(self.device)
         parts: LossParts = self.model(batch, self._training_teacher())
-        self._gather(batch, parts)
+        self._window.add(batch, parts)
         self._unchecked = (self.trainer.global_step, batch.get("row_ids"), parts.loss.detach())
         return parts.loss
 
@@ -203,37 +202,21 @@ class DistillationModule(L.LightningModule):
         ce_weight = self.model.loss.ce_weight
         return None if not isinstance(ce_weight, Schedule) and ce_weight == 1 else self.teacher
 
-    def _gather(self, batch: dict[str, Tensor], parts: LossParts) -> None:
-        """Add one micro-batch's sums to the window's; nothing here waits for the device."""
-        sums = {name: (value * parts.weights).sum(dtype=torch.float32) for name, value in parts.values.items()}
-        sums["divisor"] = parts.divisor.float()
-        counted = batch["labels"][:, 1:] != -100
-        sums["counted"] = counted.sum().float()
-        source = batch.get("source")
-        by_student = source == SOURCES.index("student") if source is not None else counted.new_zeros(len(counted))
-        sums["by_student"] = (counted & by_student.bool().view(-1, 1)).sum().float()
-        for name, value in sums.items():
-            self._window[name] = self._window[name] + value if name in self._window else value
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the whole window's divisor, over all ranks; before clipping.
 
         Lightning has divided every loss by `accumulate_grad_batches` and the strategy averages over ranks: both are
         taken back here, and the divisor is what was really accumulated, also in a last, shorter window.
         """
-        names = sorted(self._window)
-        totals = torch.stack([self._window[name] for name in names])
-        if self.trainer.world_size > 1:
-            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        total = dict(zip(names, totals.unbind(), strict=True))
-        self._window = {}
-        divisor, counted, by_student = (total.pop(name) for name in ("divisor", "counted", "by_student"))
-        nonzero = torch.ones_like(divisor) if self.reduction == "sum" else divisor.clamp_min(1)
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / nonzero
+        divisor, self._means = self._window.close(self._sum_over_ranks)
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(grads, factor)
-        self._means = {name: value / nonzero for name, value in total.items()}
-        self._means["student_share"] = by_student / counted.clamp_min(1)
+        torch._foreach_mul_(grads, self.trainer.accumulate_grad_batches * self.trainer.world_size / divisor)
+
+    def _sum_over_ranks(self, totals: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return totals
+        summed: Tensor = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        return summed
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the schedules: at the end of the batch the checkpoints are already written."""

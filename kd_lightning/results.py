@@ -132,7 +132,8 @@ class ResultsTable(Checkpoint):
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
             # a response longer than every answer and its end of turn equals none of them
             longest = max(len(ids) for ids in tokenizer([row["answer"] for row in part])["input_ids"]) + 1
-            responses = generate(model, **inputs, max_new_tokens=min(self.max_new_tokens, longest))
+            new = min(self.max_new_tokens, longest)
+            responses = generate(model, inputs["input_ids"], inputs["attention_mask"], new)
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
         total = torch.tensor(float(right), device=trainer.strategy.root_device)

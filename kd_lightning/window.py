@@ -1,0 +1,57 @@
+"""Sums over the micro-batches of one optimizer step, on all ranks, and the one division that makes means of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kd_lightning.losses import LossParts
+from kd_lightning.objectives import SOURCES
+
+
+class Window:
+    """What was accumulated since the last optimizer step; nothing in it waits for the device.
+
+    A window knows what was really accumulated, also where the last one of an epoch is shorter.
+
+    Args:
+        reduction: `token_mean`, `sequence_mean` or `sum`, as the loss has it.
+    """
+
+    def __init__(self, reduction: str) -> None:
+        self.reduction = reduction
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, batch: dict[str, Tensor], parts: LossParts) -> None:
+        """Add the sums of one micro-batch."""
+        sums = {name: (value * parts.weights).sum(dtype=torch.float32) for name, value in parts.values.items()}
+        sums["divisor"] = parts.divisor.float()
+        counted = batch["labels"][:, 1:] != -100
+        sums["counted"] = counted.sum().float()
+        source = batch.get("source")
+        by_student = source == SOURCES.index("student") if source is not None else counted.new_zeros(len(counted))
+        sums["by_student"] = (counted & by_student.bool().view(-1, 1)).sum().float()
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def close(self, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Start anew, and give what the window held.
+
+        Args:
+            reduce: sums one tensor over the ranks, by one call.
+
+        Returns:
+            The divisor of the sums (never 0), and the means by name with `student_share`, the share of counted tokens
+            that the student wrote.
+        """
+        names = sorted(self._sums)
+        totals = reduce(torch.stack([self._sums[name] for name in names]))
+        total = dict(zip(names, totals.unbind(), strict=True))
+        self._sums = {}
+        divisor, counted, by_student = (total.pop(name) for name in ("divisor", "counted", "by_student"))
+        divisor = torch.ones_like(divisor) if self.reduction == "sum" else divisor.clamp_min(1)
+        means = {name: value / divisor for name, value in total.items()}
+        means["student_share"] = by_student / counted.clamp_min(1)
+        return divisor, means
