@@ -59,7 +59,7 @@ class HFExport(Checkpoint):
         which: `last`: the weights at the end; `best`: those with the lowest `monitor` in validation, kept as
             `ROOT/checkpoints/best.ckpt`.
         overwrite: allow a fresh run into a folder that already holds an exported student.
-        monitor: what `best` goes by; None: `val/kd` with a teacher, `val/ce` without.
+        monitor: what `best` goes by; None: `val/kd`, and `val/ce` where the labels alone are learned (`ce_weight: 1`).
 
     Raises:
         ValueError: before step 0, where the folder is taken or cannot be written to, or `which` is neither.
@@ -105,7 +105,7 @@ class HFExport(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle what `best` goes by."""
         if self.monitor_name is None:
-            self.monitor_name = "val/ce" if getattr(pl_module, "teacher", None) is None else "val/kd"
+            self.monitor_name = "val/ce" if getattr(pl_module, "labels_only", False) else "val/kd"
 
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Check the folder before step 0 (the command line has done so earlier still)."""

@@ -52,6 +52,7 @@ class DistillationModule(L.LightningModule):
     """
 
     student_source: Any
+    evaluation_loss: DistillationLoss
 
     def __init__(
         self,
@@ -191,16 +192,16 @@ class DistillationModule(L.LightningModule):
         assert self.model is not None
         if self.teacher is not None:
             self.teacher.to(self.device)
-        parts: LossParts = self.model(batch, self._training_teacher())
+        parts: LossParts = self.model(batch, None if self.labels_only else self.teacher)
         self._window.add(batch, parts)
         self._unchecked = (self.trainer.global_step, batch.get("row_ids"), parts.loss.detach())
         return parts.loss
 
-    def _training_teacher(self) -> Teacher | None:
-        """The teacher, unless the loss has no use for it."""
-        assert self.model is not None
-        ce_weight = self.model.loss.ce_weight
-        return None if not isinstance(ce_weight, Schedule) and ce_weight == 1 else self.teacher
+    @property
+    def labels_only(self) -> bool:
+        """Whether the loss is the label loss alone (`ce_weight` is the number 1), so that it never asks the teacher."""
+        ce_weight = self.evaluation_loss.ce_weight
+        return not isinstance(ce_weight, Schedule) and ce_weight == 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the whole window's divisor, over all ranks; before clipping.

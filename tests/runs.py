@@ -38,10 +38,10 @@ def little(root: Path, config: str = "quickstart", steps: int = 4, test: bool = 
     return words if test else [*words, "--trainer.limit_test_batches", "0"]
 
 
-def start(words: list[str], **kwargs: Any) -> subprocess.Popen[str]:
+def start(words: list[str], program: tuple[str, ...] = ("-m", "kd_lightning"), **kwargs: Any) -> subprocess.Popen[str]:
     """The program in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "kd_lightning", *words],
+        [sys.executable, *program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,9 +57,11 @@ def finish(words: list[str], **kwargs: Any) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def kill_when(words: list[str], path: Path, timeout: float = 300) -> None:
+def kill_when(
+    words: list[str], path: Path, timeout: float = 300, program: tuple[str, ...] = ("-m", "kd_lightning")
+) -> None:
     """Start the program and `kill -9` it as soon as `path` is there."""
-    process = start(words)
+    process = start(words, program)
     end = time.monotonic() + timeout
     while not path.exists():
         if process.poll() is not None:

@@ -47,6 +47,30 @@ def test_killed_and_resumed_equals_untouched(case: list[str], tmp_path: Path) ->
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["checkpoint", "export"])
+def test_killed_while_writing_keeps_what_was_there(what: str, tmp_path: Path) -> None:
+    data, sign = runs.little_data(tmp_path, rows=29), tmp_path / "sign"
+    common = ["--data.train", str(data), "--data.batch_size", "4", "--checkpoint.every_n_train_steps", "2"]
+    assert main([*runs.little(tmp_path / "whole", "taid", steps=12), *common]) == 0
+    cut = [*runs.little(tmp_path / "cut", "taid", steps=12), *common]
+    if what == "export":  # there is an older student, of a shorter run
+        assert main([*runs.little(tmp_path / "cut", "taid", steps=2), *common]) == 0
+        older = runs.student(tmp_path / "cut")
+        cut += ["--export.overwrite", "true"]
+    half = str(Path(__file__).with_name("half_writes.py"))
+    runs.kill_when([what, str(sign), *cut], sign, program=(half,))
+
+    last = torch.load(tmp_path / "cut" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 0 < last["global_step"] <= 12
+    if what == "export":
+        kept = runs.student(tmp_path / "cut")
+        assert all(torch.equal(kept[name], older[name]) for name in older)
+    assert main([*cut, "--ckpt_path", "last"]) == 0
+    whole, resumed = runs.student(tmp_path / "whole"), runs.student(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_resumed_in_one_process_equals_untouched(tmp_path: Path) -> None:
     data = runs.little_data(tmp_path, rows=29)  # 8 batches an epoch, across the end of two
     common = ["--data.train", str(data), "--data.batch_size", "4", "--checkpoint.every_n_train_steps", "3"]
