@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".yaml", ".yml", ".json")
+VERBS = {
+    "fit": "Distil a student, measure it on the test rows, export it under --trainer.default_root_dir.",
+    "validate": "Measure a student on the validation rows.",
+    "test": "Measure a student on the test rows.",
+    "predict": "Write a student's responses to the test rows.",
+}
 
 
 def config_folder() -> Path:
@@ -94,6 +99,12 @@ def build_cli() -> type:
             parser.add_lightning_class_args(HFExport, "export")
             parser.add_lightning_class_args(ResultsTable, "results")
 
+        def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+            super()._add_subcommands(parser, **kwargs)
+            actions: Any = parser._subcommands_action
+            for choice in actions._choices_actions:
+                choice.help = VERBS[choice.dest]  # Lightning takes the first lines of Trainer's documentation
+
         def before_instantiate_classes(self) -> None:
             """Refuse what does not fit two models, and find the checkpoint that `last` means."""
             config = self.config[self.subcommand]
@@ -161,6 +172,14 @@ def checkpoint_path(name: str, root: str | Path) -> str:
     return str(found[-1])
 
 
+def parser_words() -> dict[str, Any]:
+    """What `--help` says around the arguments, in place of a usage of ninety lines."""
+    usage = "kd-lightning {} --config NAME_OR_FILE [--GROUP.ARGUMENT VALUE ...]"
+    verbs = {verb: {"description": text, "usage": usage.format(verb)} for verb, text in VERBS.items()}
+    about = "Distil a causal language model. `kd-lightning VERB --help` lists the arguments of a verb."
+    return {"exit_on_error": False, "prog": "kd-lightning", "description": about, **verbs}
+
+
 def run(args: Sequence[str]) -> None:
     """Parse and run one of the trainer's verbs."""
     from kd_lightning.data import InstructionDataModule
@@ -175,7 +194,7 @@ def run(args: Sequence[str]) -> None:
         trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"exit_on_error": False},
+        parser_kwargs=parser_words(),
         args=expand_configs(args),
     )
 

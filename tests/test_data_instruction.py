@@ -226,3 +226,18 @@ def test_left_pad() -> None:
 def test_no_validation_data_is_no_error(tmp_path: Path) -> None:
     data = module(write(tmp_path / "a.jsonl", rows(4)))
     assert data.val_dataloader() == [] and data.test_dataloader() == []
+
+
+def test_the_order_follows_the_seed_of_the_run_unless_it_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows(40))
+
+    def order(seed: int | None) -> list[int]:
+        return [i for batch in module(path, seed=seed).train_dataloader() for i in batch["row_ids"].tolist()]
+
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    of_its_own = {seed: order(seed) for seed in (0, 7)}
+    assert order(None) == of_its_own[0] != of_its_own[7]
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert order(None) == of_its_own[7] and order(0) == of_its_own[0]

@@ -44,7 +44,7 @@ class InstructionDataModule(L.LightningDataModule):
         group_by_length: rows of similar length share a batch, in shuffled windows; does nothing without `shuffle`.
         chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
         chat_template_kwargs: variables for the chat template.
-        seed: of the shuffling.
+        seed: of the shuffling; None: the run's own (`seed_everything`), or 0 where none is set.
         pin_memory: let batches lie in page-locked memory, for a GPU.
 
     Attributes:
@@ -68,7 +68,7 @@ class InstructionDataModule(L.LightningDataModule):
         group_by_length: bool = True,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class InstructionDataModule(L.LightningDataModule):
             shuffle=shuffle,
             group_by_length=grouped,
             fill=fill,
-            seed=self.seed,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
             rank=rank,
             world_size=world_size,
         )
