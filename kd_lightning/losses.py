@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from kd_lightning.counted import Counted, check_head, check_rows
 from kd_lightning.divergences import Divergence, check_divergence
 from kd_lightning.engine import Given, Head, Model, Projected, Sweep
+from kd_lightning.gaps import Mean, gap, label_columns, response_means
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
-from kd_lightning.schedules import Schedule, Weight, check_weight
+from kd_lightning.schedules import Weight, check_weight
 from kd_lightning.token_loss import TokenLoss
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
-LABEL_COLUMNS = ("teacher_log_prob", "student_log_prob")
 RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap")
 
 
@@ -33,12 +33,15 @@ class LossParts:
         values: by name, [N] without gradient: "loss", "ce" (the label loss), with a teacher "kd" (the divergence as it
             enters the loss, T² included), each monitor, and what was asked for by `diagnostics`; "gap" where a schedule
             reads the responses' log-probabilities: exp(teacher) − exp(student) of the token's response.
+        by_response: where a schedule reads columns, means over responses, as a sum and a number (both 0-d): "gap",
+            "teacher_gap" and "student_gap" (by the column `source`), and "schedule/PATH" for each such schedule.
     """
 
     loss: Tensor
     divisor: Tensor
     weights: Tensor
     values: dict[str, Tensor]
+    by_response: dict[str, Mean] = field(default_factory=dict)
 
     @property
     def mean(self) -> Tensor:
@@ -204,7 +207,7 @@ class DistillationLoss(nn.Module):
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
         columns = {name: counted.column(name, column, dtype) for name, column in (rows or {}).items()}
         if teacher is not None:
-            columns |= self._label_columns(student, teacher, counted, columns, dtype)
+            columns |= label_columns(self.token_loss, student, teacher, counted, columns, dtype, self.chunk)
         sweep = Sweep(self.token_loss, student, teacher, columns | {"labels": counted.labels}, self.chunk)
 
         ones = torch.ones(len(counted.index), dtype=dtype, device=counted.index.device)
@@ -220,22 +223,10 @@ class DistillationLoss(nn.Module):
         else:
             loss = sweep.loss(weights)
         values = sweep.values
-        if all(name in columns for name in LABEL_COLUMNS):
-            values["gap"] = columns["teacher_log_prob"].exp() - columns["student_log_prob"].exp()
-        return LossParts(loss, divisor, weights, values)
-
-    def _label_columns(
-        self, student: Model, teacher: Model, counted: Counted, given: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Mean log-probability of each response's labels under both models, where a schedule wants it; no gradient."""
-        wanted = {name for part in self.modules() if isinstance(part, Schedule) for name in part.columns}
-        missing = [name for name in LABEL_COLUMNS if name in wanted and name not in given]
-        if not missing:
-            return {}
-        read = TokenLoss(_Zero(), CrossEntropy(), 0.0, 1.0, False, {}, diagnostics=True, compile=False)
-        weights = torch.ones(len(counted.index), dtype=dtype, device=counted.index.device)
-        values, _ = Sweep(read, student, teacher, {"labels": counted.labels}, self.chunk).run(weights, ())
-        return {name: -counted.response_mean(values[name.replace("log_prob", "nll")]) for name in missing}
+        if (wide := gap(columns)) is not None:
+            values["gap"] = wide
+        means = {} if teacher is None else response_means(self.token_loss, counted, columns)
+        return LossParts(loss, divisor, weights, values, means)
 
 
 def distillation_loss(
@@ -334,10 +325,3 @@ def _reduced(parts: LossParts, reduction: str) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-class _Zero(Divergence):
-    """Nothing: for a pass that only reads the labels' log-probabilities."""
-
-    def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_q.new_zeros(log_q.shape[:-1])

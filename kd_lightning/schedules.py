@@ -19,6 +19,7 @@ class Schedule(nn.Module, ABC):
     """A weight that `update` moves; `forward` gives its present value."""
 
     columns: tuple[str, ...] = ()  # columns of `rows` it reads, which the loss then fills
+    side: str | None = None  # whose responses it is for: "teacher" (and the data set), "student"; None: all
 
     @abstractmethod
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -30,7 +31,8 @@ class Schedule(nn.Module, ABC):
 
         Args:
             progress: share of the run that is done, in [0, 1].
-            stats: means of this step's tokens over all ranks: "loss", "kd", "ce", and "gap" where it is measured.
+            stats: means of this step's tokens over all ranks: "loss", "kd", "ce"; "epoch", how many passes over the
+                data are done; where a schedule reads columns "gap", "teacher_gap", "student_gap", over responses.
         """
 
     def state(self, name: str, number: float) -> None:
@@ -113,16 +115,17 @@ class _Between(Schedule):
 
     now: Tensor
 
-    def __init__(self, start: float, end: float) -> None:
+    def __init__(self, start: float, end: float, until: float = 1.0) -> None:
         super().__init__()
         check_number("start", start, 0, 1)
         check_number("end", end, 0, 1)
-        self.start, self.end = start, end
+        check_number("until", until, 0, 1, "(]")
+        self.start, self.end, self.until = start, end, until
         self.state("now", start)
 
     @abstractmethod
     def at(self, progress: float) -> float:
-        """The value at a share of the run, in [0, 1]."""
+        """The value at a share of the way, in [0, 1]."""
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """The present value, 0-d."""
@@ -130,15 +133,16 @@ class _Between(Schedule):
 
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
         """Move along the curve."""
-        self.now.fill_(self.at(progress))
+        self.now.fill_(self.at(min(progress / self.until, 1.0)))
 
 
 class Linear(_Between):
-    r"""\(\text{start} + (\text{end} - \text{start})\cdot\text{progress}\).
+    r"""\(\text{start} + (\text{end} - \text{start})\cdot\text{progress}\), progress counted up to `until`.
 
     Args:
         start: value at the beginning, in [0, 1].
         end: value at the end, in [0, 1].
+        until: share of the run after which it stays, in (0, 1].
     """
 
     def at(self, progress: float) -> float:
@@ -152,6 +156,7 @@ class Cosine(_Between):
     Args:
         start: value at the beginning, in [0, 1].
         end: value at the end, in [0, 1].
+        until: share of the run after which it stays, in (0, 1].
     """
 
     def at(self, progress: float) -> float:
@@ -223,18 +228,19 @@ class TAIDSchedule(Schedule):
 
 
 class ResponseGap(Schedule):
-    r"""DistiLLM-2's skew of each response: small where the two models are far apart.
+    r"""DistiLLM-2's skew of each response: lowered where the two models are closer than on the average response.
 
     \(\alpha = 1 - (1 - \alpha_0)\,m / (g + 10^{-5})\), clipped to [minimum, \(\alpha_0\)];
-    \(g = e^{\overline{\log p}} - e^{\overline{\log q}}\) over the response's labels, m the mean of g in the last
-    optimizer step. Constant in the gradient; \(\alpha_0\) until `start`, and without rows.
+    \(g = e^{\overline{\log p}} - e^{\overline{\log q}}\) over the response's labels, m the mean of g over the
+    responses of the last optimizer step. Constant in the gradient; \(\alpha_0\) until `start`, and without rows.
 
     Args:
         initial: α0, in (0, 1).
         minimum: lower end, in (0, initial].
         side: "teacher": g as above, for responses of data set and teacher; "student": with the roles swapped, for the
             student's own. m is the mean over the responses of that side.
-        start: progress from which m is followed (the paper: the end of the first epoch), in [0, 1].
+        start: progress from which m is followed, in [0, 1]; None: from the second pass over the data on, as the paper
+            has it (at once in a loop that does not tell its passes).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -245,11 +251,14 @@ class ResponseGap(Schedule):
     columns = ("teacher_log_prob", "student_log_prob")
     mean_gap: Tensor
 
-    def __init__(self, initial: float = 0.1, minimum: float = 0.01, side: str = "teacher", start: float = 0.0) -> None:
+    def __init__(
+        self, initial: float = 0.1, minimum: float = 0.01, side: str = "teacher", start: float | None = None
+    ) -> None:
         super().__init__()
         check_number("initial", initial, 0, 1, "()")
         check_number("minimum", minimum, 0, initial, "(]")
-        check_number("start", start, 0, 1)
+        if start is not None:
+            check_number("start", start, 0, 1)
         if side not in ("teacher", "student"):
             raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
         self.initial, self.minimum, self.side, self.start = initial, minimum, side, start
@@ -262,7 +271,7 @@ class ResponseGap(Schedule):
         teacher, student = (column(rows, name, "ResponseGap").detach().exp() for name in self.columns)
         gap = self._sign() * (teacher - student)
         skew = (1 - (1 - self.initial) * (self.mean_gap / (gap + 1e-5))).clamp(self.minimum, self.initial)
-        return torch.where(self.mean_gap.isnan(), self.initial, skew)
+        return torch.where(skew.isnan(), self.initial, skew)  # not followed yet, or 0 / 0
 
     @torch.no_grad()
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
@@ -270,17 +279,14 @@ class ResponseGap(Schedule):
 
         Args:
             progress: share of the run that is done.
-            stats: "gap", the mean of g; where responses of both sides are mixed also "student_part", the share of the
-                student's, and "student_gap", the mean of g with 0 for all others.
+            stats: "teacher_gap" and "student_gap", the means of exp(teacher) − exp(student) over the responses of each
+                side, nan where there was none; where the two are not told apart "gap", the mean over all.
         """
-        if progress < self.start:
-            return
-        gap, part = torch.as_tensor(stats["gap"]).to(self.mean_gap), torch.ones_like(self.mean_gap)
-        if "student_part" in stats:
-            part, of_student = (torch.as_tensor(stats[name]).to(gap) for name in ("student_part", "student_gap"))
-            gap, part = (gap - of_student, 1 - part) if self.side == "teacher" else (of_student, part)
-        # A step without a response of this side tells nothing of it.
-        self.mean_gap.copy_(torch.where(part > 0, self._sign() * gap / part, self.mean_gap))
+        followed = float(stats.get("epoch", 1)) >= 1 if self.start is None else progress >= self.start
+        if followed:
+            gap = torch.as_tensor(stats.get(f"{self.side}_gap", stats["gap"])).to(self.mean_gap)
+            # A step without a response of this side tells nothing of it.
+            self.mean_gap.copy_(torch.where(gap.isnan(), self.mean_gap, self._sign() * gap))
 
     def _sign(self) -> float:
         return 1.0 if self.side == "teacher" else -1.0
@@ -296,7 +302,7 @@ class Complement(Schedule):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
-        self.columns = schedule.columns
+        self.columns, self.side = schedule.columns, schedule.side
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """One minus its present value."""

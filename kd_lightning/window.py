@@ -27,6 +27,8 @@ class Window:
     def add(self, batch: dict[str, Tensor], parts: LossParts) -> None:
         """Add the sums of one micro-batch."""
         sums = {name: (value * parts.weights).sum(dtype=torch.float32) for name, value in parts.values.items()}
+        for name, (total, number) in parts.by_response.items():
+            sums[f"sum of {name}"], sums[f"number of {name}"] = total.float(), number.float()
         sums["divisor"] = parts.divisor.float()
         counted = batch["labels"][:, 1:] != -100
         sums["counted"] = counted.sum().float()
@@ -43,8 +45,8 @@ class Window:
             reduce: sums one tensor over the ranks, by one call.
 
         Returns:
-            The divisor of the sums (never 0), and the means by name with `student_share`, the share of counted tokens
-            that the student wrote.
+            The divisor of the sums (never 0), and the means by name (those over responses are nan where there was none)
+            with `student_share`, the share of counted tokens that the student wrote.
         """
         names = sorted(self._sums)
         totals = reduce(torch.stack([self._sums[name] for name in names]))
@@ -52,6 +54,8 @@ class Window:
         self._sums = {}
         divisor, counted, by_student = (total.pop(name) for name in ("divisor", "counted", "by_student"))
         divisor = torch.ones_like(divisor) if self.reduction == "sum" else divisor.clamp_min(1)
-        means = {name: value / divisor for name, value in total.items()}
+        responses = {name.removeprefix("sum of ") for name in total if name.startswith("sum of ")}
+        over_responses = {name: total.pop(f"sum of {name}") / total.pop(f"number of {name}") for name in responses}
+        means = {name: value / divisor for name, value in total.items()} | over_responses
         means["student_share"] = by_student / counted.clamp_min(1)
         return divisor, means

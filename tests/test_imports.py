@@ -27,6 +27,7 @@ ORDER = (
     "token_loss",
     "engine",
     "counted",
+    "gaps",
     "losses",
 )
 ABOVE_THE_LINE = (*ORDER, "metrics")

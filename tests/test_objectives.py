@@ -131,7 +131,7 @@ def test_each_side_follows_its_own_gap() -> None:
     schedules = [part for part in objective.modules() if isinstance(part, ResponseGap)]
     assert schedules == [teacher, student]
     for schedule in schedules:
-        schedule.update(0.0, {"gap": 0.0, "student_gap": -0.1, "student_part": 0.5})
+        schedule.update(0.0, {"gap": 0.0, "teacher_gap": 0.2, "student_gap": -0.2})
     rows = {
         "source": torch.tensor([1, 2]),
         "teacher_log_prob": torch.tensor([0.5, 0.1]).double().log(),

@@ -181,14 +181,29 @@ def test_nothing_is_followed_before_its_start_nor_without_rows() -> None:
 
 
 def test_each_side_follows_the_mean_of_its_own_responses() -> None:
-    # Of four responses three are the student's: their gaps average −0.3, the teacher's is 0.1.
-    stats = {"gap": (0.1 - 0.9) / 4, "student_gap": -0.9 / 4, "student_part": 3 / 4}
+    stats = {"gap": -0.2, "teacher_gap": 0.1, "student_gap": -0.3}
     for side, mean in (("teacher", 0.1), ("student", 0.3)):
         schedule = ResponseGap(side=side)
         schedule.update(0.1, stats)
         assert schedule.mean_gap.item() == pytest.approx(mean)
-    schedule.update(0.2, {"gap": 0.4, "student_gap": 0.0, "student_part": 0.0})
+    schedule.update(0.2, {"gap": 0.4, "teacher_gap": 0.4, "student_gap": math.nan})
     assert schedule.mean_gap.item() == pytest.approx(0.3)  # no response of the student in this step
+
+
+def test_the_first_pass_over_the_data_is_left_out() -> None:
+    paper, at_once = ResponseGap(), ResponseGap(start=0.0)
+    for epoch, followed in ((0.5, False), (0.99, False), (1.0, True), (1.5, True)):
+        for schedule in (paper, at_once):
+            schedule.update(0.1, {"epoch": epoch, "gap": epoch / 10})
+        assert at_once.mean_gap.item() == pytest.approx(epoch / 10)
+        assert not paper.mean_gap.isnan() if followed else paper.mean_gap.isnan()
+
+
+def test_a_line_may_end_before_the_run() -> None:
+    for schedule, middle in ((Linear(0.5, 0.25, until=0.5), 0.375), (Cosine(0.5, 0.25, until=0.5), 0.375)):
+        for progress, expected in ((0.25, middle), (0.5, 0.25), (0.9, 0.25)):
+            schedule.update(progress, {})
+            assert schedule().item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("missing", ["teacher_log_prob", "student_log_prob"])
@@ -203,6 +218,7 @@ def test_a_missing_column_is_named(missing: str) -> None:
     [
         (lambda: Linear(-0.1, 1.0), r"start must be a number in \[0, 1\], got -0.1"),
         (lambda: Cosine(0.0, math.nan), r"end must be a number in \[0, 1\], got nan"),
+        (lambda: Linear(0.0, 1.0, until=0.0), r"until must be a number in \(0, 1\], got 0.0"),
         (lambda: Linear(True, 1.0), r"start must be a number in \[0, 1\], got True"),
         (lambda: TAIDSchedule(start=1.1), r"start must be a number in \[0, 1\], got 1.1"),
         (lambda: TAIDSchedule(start=0.5, end=0.4), r"end must be a number in \[0.5, 1\], got 0.4"),
