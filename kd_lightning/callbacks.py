@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from kd_lightning.sharding import whole_state
 from kd_lightning.storage import whole_file, whole_folder
 
 
@@ -139,18 +141,31 @@ class HFExport(Checkpoint):
         best = checkpoint_folder(trainer) / "best.ckpt"
         if self.which == "best" and self.best is not None:
             state = trainer.strategy.load_checkpoint(best, weights_only=True)
-            pl_module.load_state_dict(state["state_dict"])
+            trainer.strategy.load_model_state_dict(state)
+        state = whole_state(pl_module.student, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-            save_student(pl_module.student, tokenizer, Path(trainer.default_root_dir) / "student")
+            save_student(pl_module.student, tokenizer, Path(trainer.default_root_dir) / "student", state)
         trainer.strategy.barrier("export")
 
 
-def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> None:
-    """Write model, generation config and tokenizer; what lay at `path` stays whole until the new folder is."""
+def save_student(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: Path,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write model, generation config and tokenizer; what lay at `path` stays whole until the new folder is.
+
+    Args:
+        student: the model.
+        tokenizer: its tokenizer; None: none is written.
+        path: the folder.
+        state: the model's tensors, where it does not hold them whole itself.
+    """
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one file: a bar of one step
     with whole_folder(path) as part:
-        student.save_pretrained(part)
+        student.save_pretrained(part, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
 

@@ -18,6 +18,8 @@ from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.sharding import local
+from kd_lightning.strategies import data_ranks
 from kd_lightning.student import StudentWithLoss
 from kd_lightning.teachers import HFTeacher, Teacher
 from kd_lightning.window import Window
@@ -184,7 +186,7 @@ class DistillationModule(L.LightningModule):
         self._check_finite()
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         counter = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        digest = hashlib.sha256(f"{seed}/{counter}/{self.global_rank}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}/{counter}/{data_ranks(self.trainer)[0]}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -210,22 +212,28 @@ class DistillationModule(L.LightningModule):
         taken back here, and the divisor is what was really accumulated, also in a last, shorter window.
         """
         divisor, self._means = self._window.close(self._sum_over_ranks)
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(grads, self.trainer.accumulate_grad_batches * self.trainer.world_size / divisor)
+        grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(grads, self.trainer.accumulate_grad_batches * data_ranks(self.trainer)[1] / divisor)
 
     def _sum_over_ranks(self, totals: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return totals
         summed: Tensor = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        return summed
+        return summed * data_ranks(self.trainer)[1] / self.trainer.world_size  # the same rows may be on several ranks
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the schedules: at the end of the batch the checkpoints are already written."""
         super().optimizer_step(*args, **kwargs)
         total = self.trainer.estimated_stepping_batches
         progress = (self.trainer.global_step + 1) / total if total and total != float("inf") else 0.0
+        stats = {**self._means, "epoch": torch.tensor(self._passes())}
         for schedule in self.schedules().values():
-            schedule.update(min(progress, 1.0), self._means)
+            schedule.update(min(progress, 1.0), stats)
+
+    def _passes(self) -> float:
+        """How many passes over the data are done with this batch; Lightning's epoch skips a number at a resume."""
+        batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        return batches / self.trainer.num_training_batches  # 0 where the data has no end
 
     def schedules(self) -> dict[str, Schedule]:
         """Every schedule of the loss by its dotted path in the objective (or `ce_weight`)."""
@@ -242,7 +250,7 @@ class DistillationModule(L.LightningModule):
         means, self._means = self._means, {}
         scalars = {f"train/{name}": means[name] for name in ("loss", "kd", "ce", "student_share") if name in means}
         for path, schedule in self.schedules().items():
-            value = schedule()
+            value = means.get(f"schedule/{path}", schedule())
             if value.ndim == 0:
                 scalars[f"schedule/{path}"] = value
         self.log("train/loss", scalars.pop("train/loss"), prog_bar=True)

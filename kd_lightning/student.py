@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.engine import Head
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.teachers import Teacher, body_and_head, head_of, hidden_states, logits
+from kd_lightning.teachers import Teacher, body_and_head, factors, head_of, hidden_states, logits
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
 NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
@@ -28,7 +31,8 @@ class StudentWithLoss(nn.Module):
         self._reading: Head | None = None
         self._body: list[nn.Module] = []  # in a list: a second name for a part of the student, not a second part
         try:
-            body, self._reading = body_and_head(student)
+            body, reading = body_and_head(student)
+            self._reading = factors(reading)
             self._body.append(body)
         except ValueError as error:
             rank_zero_info(f"student: {error}; its whole logits are used instead")
@@ -36,6 +40,13 @@ class StudentWithLoss(nn.Module):
     def head(self) -> Head | None:
         """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
         return None if self._reading is None else head_of(self.student, self._reading)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `function(*args, **kwargs)` gives: whatever reads the student outside of `forward` goes through here.
+
+        A strategy that shards the parameters gathers them around both.
+        """
+        return function(*args, **kwargs)
 
     def forward(
         self, batch: dict[str, Tensor], teacher: Teacher | None, loss: DistillationLoss | None = None

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kd_lightning.engine import Head
 from kd_lightning.models import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
+from kd_lightning.sharding import whole
 
 # As configurations call them.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
@@ -85,6 +86,11 @@ def head_of(model: nn.Module, reading: Head) -> Head:
     """The same reading with the parameters that the model holds now (a strategy may have put others in their place)."""
     layer: Any = model.get_output_embeddings()  # type: ignore[operator]
     return dataclasses.replace(reading, weight=layer.weight, bias=getattr(layer, "bias", None))
+
+
+def factors(reading: Head) -> Head:
+    """What stays of a reading while a strategy changes the parameters: scale and soft-cap, for `head_of`."""
+    return dataclasses.replace(reading, weight=reading.weight.new_empty(0, 0), bias=None)
 
 
 def _matrix(model: nn.Module, layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -178,6 +184,14 @@ class Teacher(ABC):
     def to(self, device: torch.device | str) -> None:
         """Move to a device; nothing happens where it is there already."""
 
+    def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:  # noqa: B027 - most teachers have nothing to shard
+        """Let a strategy spread the parameters over ranks; called again, nothing happens.
+
+        Args:
+            wrap: shards a model where it is, and gives what its parameters are gathered by: `wrap(model)(f, *args)` is
+                `f(*args)` with all of them whole.
+        """
+
     @abstractmethod
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states [B, T, H]."""
@@ -208,6 +222,7 @@ class HFTeacher(Teacher):
         self.model: Any = None
         self._body: nn.Module | None = None
         self._reading: Head | None = None
+        self._root: nn.Module | None = None
         if kwargs and not isinstance(self._given, str):
             raise ValueError(f"teacher_kwargs {kwargs} cannot be applied to a model that is loaded already")
 
@@ -218,15 +233,21 @@ class HFTeacher(Teacher):
 
     @property
     def head(self) -> Head | None:
-        """Its head; None where it cannot be cut."""
-        return None if self._reading is None else head_of(self._loaded(), self._reading)
+        """Its head; None where it cannot be cut. Where it is sharded, all ranks ask together."""
+        if self._reading is None:
+            return None
+        head = head_of(self._loaded(), self._reading)
+        return dataclasses.replace(
+            head, weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias)
+        )
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Read and freeze the model, and find where to cut it."""
         if self.model is None:
             self.model = self._read().eval().requires_grad_(False)
             try:
-                self._body, self._reading = body_and_head(self.model)
+                self._body, reading = body_and_head(self.model)
+                self._reading = factors(reading)
             except ValueError as error:
                 rank_zero_info(f"teacher: {error}; its whole logits are used instead")
         self.to(device)
@@ -242,10 +263,15 @@ class HFTeacher(Teacher):
             raise ModelNotFoundError(f"{error}, and no class of that name (there is {classes})") from None
 
     def to(self, device: torch.device | str) -> None:
-        """Move the model."""
+        """Move the model; one that is sharded stays where its strategy has put it."""
         model = self._loaded()
-        if next(model.parameters()).device != torch.device(device):
+        if self._root is None and next(model.parameters()).device != torch.device(device):
             model.to(device)
+
+    def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Let a strategy spread the model over ranks."""
+        if self._root is None:
+            self._root = wrap(self._loaded())
 
     @torch.no_grad()
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -257,12 +283,20 @@ class HFTeacher(Teacher):
         self._loaded()
         if self._body is None:
             raise ValueError(f"teacher '{self.name}' has no cut between body and head: ask for its logits")
-        return hidden_states(self._body, batch["input_ids"], batch["attention_mask"])
+        return self._run(hidden_states, self._body, batch)
 
     @torch.no_grad()
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, T, V]."""
-        return logits(self._loaded(), batch["input_ids"], batch["attention_mask"])
+        return self._run(logits, self._loaded(), batch)
+
+    def _run(self, function: Callable[..., Tensor], part: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """`function` of a part of the model, with the parameters whole."""
+        inputs = (batch["input_ids"], batch["attention_mask"])
+        if self._root is None:
+            return function(part, *inputs)
+        found: Tensor = self._root(function, part, *inputs)
+        return found
 
     def fingerprint(self) -> str:
         """SHA-256 over names, types and bytes of all its tensors."""
@@ -270,7 +304,7 @@ class HFTeacher(Teacher):
         digest = hashlib.sha256()
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def _loaded(self) -> Any:

@@ -1,0 +1,174 @@
+"""Models whose parameters are spread over ranks: how they are cut, gathered where they are read, and made whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+
+class Root(nn.Module):
+    """What holds the parameters around the layers: whatever reads them runs inside its forward, and finds them whole.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `function(*args, **kwargs)` gives."""
+        return function(*args, **kwargs)
+
+
+def shard_student(
+    model: nn.Module, mesh: DeviceMesh, layer_dtype: torch.dtype | None = None, offload_policy: OffloadPolicy | None = None
+) -> None:
+    """Shard a `StudentWithLoss`: each layer by itself, the rest as one group that is there from forward to backward.
+
+    Args:
+        model: the student with its loss; both are left in their place.
+        mesh: one dimension to shard over; or two: to replicate and to shard over.
+        layer_dtype: what layers are gathered and computed in; None: as they are. Gradients are summed in fp32.
+        offload_policy: where the shards are.
+    """
+    student: Any = model.student
+    shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload_policy or OffloadPolicy())
+    for layer in layers(model):
+        shard(layer, mp_policy=_policy(layer_dtype))
+    shard(model, mp_policy=_policy(None))
+    register_fsdp_forward_method(model, "call")
+    model.register_forward_hook(_reshard_unless_training)
+    student.generate = _inside(model.call, student.generate, then=model.reshard)  # type: ignore[arg-type]
+
+
+def shard_teacher(
+    model: nn.Module, mesh: DeviceMesh, layer_dtype: torch.dtype | None = None, offload_policy: OffloadPolicy | None = None
+) -> Root:
+    """Shard a frozen model, and give what its parameters are gathered by: nothing is whole longer than it is read.
+
+    Args:
+        model: a Hugging Face model; left in its place.
+        mesh: as for `shard_student`.
+        layer_dtype: as for `shard_student`.
+        offload_policy: as for `shard_student`.
+    """
+    hf: Any = model
+    root = Root(model)
+    shard = functools.partial(
+        fully_shard, mesh=mesh, offload_policy=offload_policy or OffloadPolicy(), reshard_after_forward=True
+    )
+    for layer in layers(model):
+        shard(layer, mp_policy=_policy(layer_dtype))
+    shard(root, mp_policy=_policy(None))
+    hf.generate = _inside(root, hf.generate)
+    return root
+
+
+def _inside(root: Callable[..., Any], generate: Callable[..., Any], then: Callable[[], Any] | None = None) -> Any:
+    """Let a model's `generate` run with the parameters around the layers gathered."""
+
+    @functools.wraps(generate)
+    def gathered(*args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("synced_gpus", True)  # ranks that are done go on gathering for the others
+        found = root(generate, *args, **kwargs)
+        if then is not None:
+            then()
+        return found
+
+    return gathered
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a model: members of its outermost `ModuleList`s that share no parameter with the rest."""
+    found: dict[int, nn.Module] = {}
+    _collect(model, found)
+    owners: dict[int, set[int]] = {}
+    for module in found.values():
+        for parameter in module.parameters():
+            owners.setdefault(id(parameter), set()).add(id(module))
+    inside = {id(part) for module in found.values() for part in module.modules()}
+    for part in model.modules():
+        if id(part) not in inside:
+            for parameter in part.parameters(recurse=False):
+                owners.setdefault(id(parameter), set()).add(0)
+    return [
+        module
+        for module in found.values()
+        if (own := list(module.parameters())) and all(len(owners[id(parameter)]) == 1 for parameter in own)
+    ]
+
+
+def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            found |= {id(member): member for member in child}
+        else:
+            _collect(child, found)
+
+
+def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Inputs are left to autocast, as on one device."""
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _reshard_unless_training(module: Any, args: Any, output: Any) -> None:
+    """Without a backward nobody would: the whole parameters would outlive the next change of the shards."""
+    if not torch.is_grad_enabled():
+        module.reshard()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a Hugging Face model compute its layers again in backward.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(f"activation_checkpointing: {type(model).__name__} cannot compute its layers again")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+# ------------------------------------------------------------------------------------------------- shards, and the whole
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, sharing its memory; a tensor that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered on every rank; one that is not sharded as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """The state of a model with every tensor whole, on the CPU; names that are one tensor stay one.
+
+    Args:
+        model: any module; all ranks call this together.
+        keep: whether this rank wants the result; otherwise it is empty.
+    """
+    state: dict[str, Tensor] = {}
+    found: dict[int, Tensor] = {}
+    persistent = model.state_dict().keys()
+    for name, tensor in _tensors(model):
+        if name not in persistent:
+            continue
+        if id(tensor) not in found:
+            full = whole(tensor.detach())
+            found[id(tensor)] = full.cpu() if keep else full.new_empty(0)
+        if keep:
+            state[name] = found[id(tensor)]
+    return state
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
