@@ -30,7 +30,8 @@ _NAMES = {
     "label_losses": ("LabelLoss", "CrossEntropy", "ClippedPolicyGradient", "SampledReverseKL"),
     "engine": ("Head",),
     "losses": ("DistillationLoss", "LossParts", "distillation_loss", "fused_distillation_loss"),
-    "metrics": ("TokenMean", "DivergenceMetric", "NLL", "Agreement", "Entropy"),
+    "metrics": ("TokenMean", "DivergenceMetric", "NLL", "Agreement", "Entropy", "BeatsTeacher", "CalibrationError"),
+    "metric_buckets": ("ByPosition", "BySource"),
     "teachers": ("Teacher", "body_and_head"),
     "module": ("DistillationModule",),
     "data.instruction": ("InstructionDataModule",),
@@ -80,8 +81,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.losses import LossParts as LossParts
     from kd_lightning.losses import distillation_loss as distillation_loss
     from kd_lightning.losses import fused_distillation_loss as fused_distillation_loss
+    from kd_lightning.metric_buckets import ByPosition as ByPosition
+    from kd_lightning.metric_buckets import BySource as BySource
     from kd_lightning.metrics import NLL as NLL
     from kd_lightning.metrics import Agreement as Agreement
+    from kd_lightning.metrics import BeatsTeacher as BeatsTeacher
+    from kd_lightning.metrics import CalibrationError as CalibrationError
     from kd_lightning.metrics import DivergenceMetric as DivergenceMetric
     from kd_lightning.metrics import Entropy as Entropy
     from kd_lightning.metrics import TokenMean as TokenMean

@@ -164,6 +164,42 @@ def alpha_mixture(log_p: Tensor, log_q: Tensor, alpha: float, teacher_weight: fl
     return torch.log_softmax(h, -1)
 
 
+def entropy(log_q: Tensor) -> Tensor:
+    r"""\(-\sum q \log q\), in nats: 0 iff one token is certain, at most \(\log V\)."""
+    return -(log_q.exp() * log_q).sum(-1)
+
+
+def nll(log_q: Tensor, labels: Tensor) -> Tensor:
+    r"""\(-\log q(y)\), in nats.
+
+    Args:
+        log_q: log-probabilities of either model, [..., V].
+        labels: y, integers in [0, V), [...].
+    """
+    return -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def agreement(log_p: Tensor, log_q: Tensor, top_k: int = 1) -> Tensor:
+    r"""Share of the teacher's k likeliest tokens that are among the student's k, in [0, 1].
+
+    Reduces to \(\arg\max p = \arg\max q\) at k = 1. Among equals, which come first is torch's choice.
+
+    Args:
+        log_p: [..., V].
+        log_q: [..., V].
+        top_k: in [1, V].
+    """
+    if top_k == 1:
+        return (log_p.argmax(-1) == log_q.argmax(-1)).float()
+    theirs, ours = log_p.topk(top_k, dim=-1).indices, log_q.topk(top_k, dim=-1).indices
+    return (theirs.unsqueeze(-1) == ours.unsqueeze(-2)).sum((-1, -2)) / top_k
+
+
+def beats_teacher(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
+    r"""1 where the student gives the label more than the teacher does, \(q(y) > p(y)\), ½ where as much, else 0."""
+    return (1 + (nll(log_p, labels) - nll(log_q, labels)).sign()) / 2
+
+
 def _per_row(weight: float | Tensor) -> float | Tensor:
     """One weight per row, made to stand beside the vocabulary."""
     return weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.ndim else weight

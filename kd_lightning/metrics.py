@@ -2,7 +2,8 @@ r"""Torchmetrics of a student and its teacher: means over counted tokens, right 
 
 Every metric keeps a sum and a count in float64, both added up over ranks; one line divides. Log-probabilities are
 `functional.log_softmax` of the logits, \(\log p\) the teacher's and \(\log q\) the student's, already aligned with the
-labels (position t predicts `labels[..., t]`). Usable in any loop; Lightning logs them as they are.
+labels (position t predicts `labels[..., t]`). Usable in any loop; Lightning logs them as they are. The value of one
+token is the function of the same name in `functional` (of a divergence: the divergence).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from kd_lightning import functional
 from kd_lightning.divergences import Divergence, evaluate
 
 IGNORE_INDEX = -100
@@ -132,15 +134,13 @@ class NLL(_PerTokenMean):
             ValueError: shapes differ, or a counted label lies outside the vocabulary.
         """
         index = _counted(log_q, labels)
-        targets = labels.reshape(-1)[index]
-        outside = targets[(targets < 0) | (targets >= log_q.shape[-1])]
-        if outside.numel():
-            raise ValueError(f"labels must lie in [0, {log_q.shape[-1]}) or be −100, got {int(outside[0])}")
-        self._add(-_rows(log_q, index).gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+        self._add(functional.nll(_rows(log_q, index), _targets(log_q, labels, index)))
 
 
-class Agreement(_PerTokenMean):
-    r"""Share of tokens where both models put the same token first, \(\arg\max p_t = \arg\max q_t\), in [0, 1].
+class BeatsTeacher(_PerTokenMean):
+    r"""Share of tokens to whose label the student gives more than the teacher, \(q_t(y_t) > p_t(y_t)\), in [0, 1].
+
+    ½ where both give the same, so that a copy of the teacher scores ½.
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
@@ -148,11 +148,51 @@ class Agreement(_PerTokenMean):
 
     higher_is_better = True
 
+    def update(self, log_p: Tensor, log_q: Tensor, labels: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            log_p: the teacher's log-probabilities, [..., V].
+            log_q: the student's, the same shape.
+            labels: [...], −100 where a token is not counted.
+
+        Raises:
+            ValueError: shapes differ, or a counted label lies outside the vocabulary.
+        """
+        _check_pair(log_p, log_q)
+        index = _counted(log_q, labels)
+        targets = _targets(log_q, labels, index)
+        self._add(functional.beats_teacher(_rows(log_p, index), _rows(log_q, index), targets))
+
+
+class Agreement(_PerTokenMean):
+    r"""Share of the teacher's k likeliest tokens that are among the student's k likeliest, in [0, 1].
+
+    Reduces to the share of tokens where both put the same one first, \(\arg\max p_t = \arg\max q_t\), at k = 1.
+
+    Args:
+        top_k: k, at least 1.
+        kwargs: arguments of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: `top_k` is not positive, or (in `update`) larger than the vocabulary.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, top_k: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        self.top_k = top_k
+
     def update(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None = None) -> None:
         """Add tokens; arguments as in `DivergenceMetric.update`."""
         _check_pair(log_p, log_q)
+        if self.top_k > log_p.shape[-1]:
+            raise ValueError(f"top_k must be at most the vocabulary's size, {log_p.shape[-1]}, got {self.top_k}")
         index = _counted(log_q, labels)
-        self._add(_rows(log_p, index).argmax(-1) == _rows(log_q, index).argmax(-1))
+        self._add(functional.agreement(_rows(log_p, index), _rows(log_q, index), self.top_k))
 
 
 class Entropy(_PerTokenMean):
@@ -174,8 +214,50 @@ class Entropy(_PerTokenMean):
         Raises:
             ValueError: shapes differ.
         """
-        log_q = _rows(log_q, _counted(log_q, labels))
-        self._add(-(log_q.exp() * log_q).sum(-1))
+        self._add(functional.entropy(_rows(log_q, _counted(log_q, labels))))
+
+
+class CalibrationError(Metric):
+    r"""Expected calibration error of the likeliest token, \(\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|\).
+
+    Over bins of equal width of the model's confidence \(\max_v q_t(v)\): how far "80 % sure" is from being right 80 %
+    of the time. Equal to torchmetrics' `MulticlassCalibrationError` with norm l1, which keeps every confidence; here
+    three sums a bin are kept.
+
+    Args:
+        bins: how many, at least 1.
+        kwargs: arguments of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: `bins` is not positive.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    sums: Tensor
+
+    def __init__(self, bins: int = 15, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if bins < 1:
+            raise ValueError(f"bins must be at least 1, got {bins}")
+        self.bins = bins
+        self.add_state("sums", torch.zeros(3, bins, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, log_q: Tensor, labels: Tensor) -> None:
+        """Add tokens; arguments and errors as in `NLL.update`."""
+        index = _counted(log_q, labels)
+        targets = _targets(log_q, labels, index)
+        confidence, likeliest = _rows(log_q, index).exp().max(-1)
+        place = (confidence * self.bins).ceil().long().clamp(1, self.bins) - 1
+        values = torch.stack([torch.ones_like(confidence), confidence, (likeliest == targets).to(confidence.dtype)])
+        self.sums.index_add_(1, place, values.to(self.sums.dtype))
+
+    def compute(self) -> Tensor:
+        """The error in [0, 1], 0-d fp32; NaN before the first token."""
+        count, confidence, right = self.sums
+        error: Tensor = (right - confidence).abs().sum() / count.sum()
+        return error.float()
 
 
 def _counted(log_q: Tensor, labels: Tensor | None) -> Tensor:
@@ -188,6 +270,15 @@ def _counted(log_q: Tensor, labels: Tensor | None) -> Tensor:
             f"got {_shape(labels)}"
         )
     return (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(-1)
+
+
+def _targets(log_q: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    """Labels of the counted rows, seen to lie in the vocabulary."""
+    targets = labels.reshape(-1)[index]
+    outside = targets[(targets < 0) | (targets >= log_q.shape[-1])]
+    if outside.numel():
+        raise ValueError(f"labels must lie in [0, {log_q.shape[-1]}) or be −100, got {int(outside[0])}")
+    return targets
 
 
 def _rows(log_p: Tensor, index: Tensor) -> Tensor:

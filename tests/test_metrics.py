@@ -12,10 +12,13 @@ from torchmetrics import Metric, MetricCollection
 import processes
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.functional import log_softmax
-from kd_lightning.metrics import NLL, Agreement, DivergenceMetric, Entropy, TokenMean
+from kd_lightning.metrics import NLL, Agreement, BeatsTeacher, CalibrationError, DivergenceMetric, Entropy, TokenMean
 
 V = 7
-NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation", "teacher_nll", "agreement", "entropy")
+NAMES = (
+    *("forward_kl", "reverse_kl", "jsd", "total_variation", "teacher_nll", "agreement", "top_3_agreement", "entropy"),
+    *("beats_teacher", "calibration_error"),
+)
 
 
 def case(batch: int = 3, length: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,12 +37,15 @@ def metrics() -> dict[str, Metric]:
         "total_variation": DivergenceMetric(TotalVariation()),
         "teacher_nll": NLL(),
         "agreement": Agreement(),
+        "top_3_agreement": Agreement(top_k=3),
         "entropy": Entropy(),
+        "beats_teacher": BeatsTeacher(),
+        "calibration_error": CalibrationError(bins=4),
     }
 
 
 def add(name: str, metric: Metric, log_p: Tensor, log_q: Tensor, labels: Tensor) -> None:
-    if name == "teacher_nll":
+    if name in ("teacher_nll", "calibration_error"):
         metric.update(log_p, labels)
     elif name == "entropy":
         metric.update(log_q, labels)
@@ -53,7 +59,12 @@ def of_token(name: str, p: list[float], q: list[float], label: int) -> float:
     def kl(a: list[float], b: list[float]) -> float:
         return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
 
+    def first(x: list[float], k: int) -> set[int]:
+        return set(sorted(range(len(x)), key=lambda i: -x[i])[:k])
+
     return {
+        "top_3_agreement": len(first(p, 3) & first(q, 3)) / 3,
+        "beats_teacher": float(q[label] > p[label]),
         "forward_kl": kl(p, q),
         "reverse_kl": kl(q, p),
         "jsd": (kl(p, m) + kl(q, m)) / 2,
@@ -65,6 +76,8 @@ def of_token(name: str, p: list[float], q: list[float], label: int) -> float:
 
 
 def slow(name: str, log_p: Tensor, log_q: Tensor, labels: Tensor) -> float:
+    if name == "calibration_error":
+        return slow_calibration_error(log_p[labels != -100].double().exp().tolist(), labels[labels != -100].tolist())
     values = [
         of_token(name, log_p[i, t].double().exp().tolist(), log_q[i, t].double().exp().tolist(), int(labels[i, t]))
         for i in range(labels.shape[0])
@@ -72,6 +85,15 @@ def slow(name: str, log_p: Tensor, log_q: Tensor, labels: Tensor) -> float:
         if labels[i, t] != -100
     ]
     return sum(values) / len(values)
+
+
+def slow_calibration_error(p: list[list[float]], labels: list[int], bins: int = 4) -> float:
+    error = 0.0
+    for b in range(bins):
+        inside = [i for i in range(len(p)) if b / bins < max(p[i]) <= (b + 1) / bins]
+        right = sum(p[i].index(max(p[i])) == labels[i] for i in inside)
+        error += abs(right - sum(max(p[i]) for i in inside)) / len(p)
+    return error
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -205,9 +227,29 @@ def test_without_labels_every_token_counts() -> None:
         (lambda p, q, y: Agreement().update(p, q[:1]), r"log_p and log_q .*\[1, 5, 7\]"),
         (lambda p, q, y: NLL().update(q, y[:, 1:]), r"labels must have the shape .*\[3, 5\], got \[3, 4\]"),
         (lambda p, q, y: NLL().update(q, y.masked_fill(y == -100, V)), r"labels must lie in \[0, 7\) .* got 7"),
+        (lambda p, q, y: Agreement(0), r"top_k must be at least 1, got 0"),
+        (lambda p, q, y: Agreement(8).update(p, q, y), r"top_k must be at most the vocabulary's size, 7, got 8"),
+        (lambda p, q, y: CalibrationError(0), r"bins must be at least 1, got 0"),
         (lambda p, q, y: TokenMean().update(y.float(), y[:, :1].float()), r"weights must have the shape of values"),
     ],
 )
 def test_what_does_not_fit_is_refused(update, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         update(*case())
+
+
+def test_calibration_error_is_that_of_torchmetrics() -> None:
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    log_p, _, labels = case(8, 40)
+    metric, kept = CalibrationError(bins=10), labels != -100
+    metric.update(log_p, labels)
+    theirs = multiclass_calibration_error(log_p[kept].exp(), labels[kept], V, n_bins=10, norm="l1")
+    assert metric.compute().item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_a_copy_of_the_teacher_beats_it_half_the_time() -> None:
+    log_p, _, labels = case()
+    metric = BeatsTeacher()
+    metric.update(log_p, log_p, labels)
+    assert metric.compute().item() == 0.5

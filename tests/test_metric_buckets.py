@@ -1,0 +1,102 @@
+"""A bucketed metric is the plain one on the tokens of that bucket alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+import processes
+from kd_lightning.divergences import ForwardKL
+from kd_lightning.metric_buckets import ByPosition, BySource
+from kd_lightning.metrics import NLL, DivergenceMetric
+from test_metrics import case
+
+
+def places(labels: Tensor) -> list[list[int]]:
+    """Place of every counted token in its row, −1 where it is not counted."""
+    out = []
+    for row in labels.tolist():
+        seen = -1
+        out.append([-1 if label == -100 else (seen := seen + 1) for label in row])
+    return out
+
+
+def kept(labels: Tensor, keep: Tensor) -> Tensor:
+    return labels.masked_fill(~keep, -100)
+
+
+def test_by_position_is_the_metric_on_the_tokens_of_each_place() -> None:
+    log_p, log_q, labels = case(6, 9)
+    metric = ByPosition(DivergenceMetric(ForwardKL()), edges=(0, 1, 3))
+    metric.update(log_p, log_q, labels=labels)
+    place = torch.tensor(places(labels))
+    found = metric.compute()
+    for name, low, high in (("position_0-0", 0, 0), ("position_1-2", 1, 2), ("position_3-", 3, 99)):
+        plain = DivergenceMetric(ForwardKL())
+        plain.update(log_p, log_q, kept(labels, (place >= low) & (place <= high)))
+        assert found[name].item() == pytest.approx(plain.compute().item(), rel=1e-6), name
+
+
+def test_by_source_is_the_metric_on_the_rows_of_each_source() -> None:
+    log_p, _, labels = case(6, 9)
+    source = torch.tensor([0, 2, 2, 0, 2, 0])
+    metric = BySource(NLL())
+    metric.update(log_p, labels=labels, source=source)
+    found = metric.compute()
+    for name, index in (("source_dataset", 0), ("source_student", 2)):
+        plain = NLL()
+        plain.update(log_p, kept(labels, (source == index).unsqueeze(1).expand_as(labels)))
+        assert found[name].item() == pytest.approx(plain.compute().item(), rel=1e-6)
+    assert found["source_teacher"].isnan()
+    by_token = BySource(NLL())
+    by_token.update(log_p, labels=labels, source=source.unsqueeze(1).expand_as(labels))
+    assert by_token.compute()["source_student"] == found["source_student"]
+
+
+def of_rank(rank: int) -> dict[str, Tensor]:
+    metric = ByPosition(NLL(), edges=(0, 2))
+    for seed in range(2 * rank + 1):
+        log_p, _, labels = case(2 + rank, 6, seed=10 * rank + seed)
+        metric.update(log_p, labels=labels)
+    return metric.compute()
+
+
+def test_two_ranks_equal_one_process() -> None:
+    first, second = processes.run(of_rank)
+    assert first == second
+    metric = ByPosition(NLL(), edges=(0, 2))
+    for rank in (0, 1):
+        for seed in range(2 * rank + 1):
+            log_p, _, labels = case(2 + rank, 6, seed=10 * rank + seed)
+            metric.update(log_p, labels=labels)
+    assert {name: value.item() for name, value in first.items()} == pytest.approx(
+        {name: value.item() for name, value in metric.compute().items()}, rel=1e-6
+    )
+
+
+def test_it_stands_in_a_collection_and_forgets() -> None:
+    log_p, _, labels = case()
+    collection = MetricCollection({"nll": NLL(), "by_position": ByPosition(NLL(), edges=(0, 2))})
+    collection.update(log_p, labels=labels)
+    assert {"nll", "position_0-1", "position_2-"} == set(collection.compute())
+    collection.reset()
+    collection.update(log_p[:1], labels=labels[:1])
+    plain = NLL()
+    plain.update(log_p[:1], labels[:1])
+    assert collection.compute()["nll"] == plain.compute()
+
+
+@pytest.mark.parametrize("edges", [(), (1, 2), (0, 4, 4), (0, 5, 3)])
+def test_edges_that_do_not_rise_from_zero_are_refused(edges: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="edges must begin with 0 and rise"):
+        ByPosition(NLL(), edges=edges)
+
+
+def test_a_source_that_is_missing_or_unknown_is_refused() -> None:
+    log_p, _, labels = case()
+    with pytest.raises(ValueError, match="update needs source="):
+        BySource(NLL()).update(log_p, labels=labels)
+    with pytest.raises(ValueError, match=r"source must hold indices .* got 0 to 3"):
+        BySource(NLL()).update(log_p, labels=labels, source=torch.tensor([0, 1, 3]))
