@@ -92,7 +92,9 @@ class ByPosition(Bucketed):
 
 
 class BySource(Bucketed):
-    """A metric by who wrote the response: "source_dataset", "source_teacher", "source_student"; `update` takes `source`, [B] or [B, T].
+    """A metric by who wrote the response: "source_dataset", "source_teacher" and "source_student".
+
+    `update` takes `source` besides, [B] or [B, T]: an index into `objectives.SOURCES`.
 
     Args:
         metric: any metric whose `update` takes `labels`.
