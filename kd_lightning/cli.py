@@ -180,13 +180,24 @@ def parser_words() -> dict[str, Any]:
     return {"exit_on_error": False, "prog": "kd-lightning", "description": about, **verbs}
 
 
-def run(args: Sequence[str]) -> None:
-    """Parse and run one of the trainer's verbs."""
+def run(args: Sequence[str], start: bool = True) -> Any:
+    """Parse one of the trainer's verbs and run it.
+
+    Args:
+        args: words of the command line.
+        start: False: only build `model`, `datamodule` and `trainer`, for a command that takes every argument of `fit`.
+
+    Returns:
+        The LightningCLI with these three.
+    """
     from kd_lightning.data import InstructionDataModule
     from kd_lightning.module import DistillationModule
 
     quiet()
-    build_cli()(
+    program = build_cli()
+    if not start:
+        program = type("Prepared", (program,), {"_run_subcommand": lambda self, subcommand: None})
+    return program(
         DistillationModule,
         InstructionDataModule,
         save_config_callback=None,
