@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from kd_lightning.lora import merged_state, save_adapter
 from kd_lightning.sharding import whole_state
 from kd_lightning.storage import whole_file, whole_folder
 
@@ -157,6 +158,8 @@ def save_student(
 ) -> None:
     """Write model, generation config and tokenizer; what lay at `path` stays whole until the new folder is.
 
+    Of a student with adapters, the model has them in its weights; as PEFT keeps them they lie in `adapter` beside it.
+
     Args:
         student: the model.
         tokenizer: its tokenizer; None: none is written.
@@ -164,6 +167,11 @@ def save_student(
         state: the model's tensors, where it does not hold them whole itself.
     """
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one file: a bar of one step
+    if hasattr(student, "get_base_model"):
+        state = student.state_dict() if state is None else state
+        with whole_folder(path.with_name("adapter")) as part:
+            save_adapter(student, state, part)
+        student, state = student.get_base_model(), merged_state(student, state)
     with whole_folder(path) as part:
         student.save_pretrained(part, state_dict=state)
         if tokenizer is not None:

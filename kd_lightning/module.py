@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.label_losses import LabelLoss
+from kd_lightning.lora import LoRA, with_lora
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
@@ -48,6 +49,7 @@ class DistillationModule(L.LightningModule):
         student_init: `pretrained`, or `random` to start from the configuration alone.
         student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
         teacher_kwargs: the same for the teacher.
+        lora: adapters that learn in the student's place; None: all of its parameters learn.
 
     Raises:
         ValueError: an argument is out of its range, or a model cannot be read.
@@ -58,7 +60,7 @@ class DistillationModule(L.LightningModule):
 
     def __init__(
         self,
-        student: str,
+        student: str | nn.Module,
         teacher: Teacher | str | None = None,
         objective: Divergence = ForwardKL(),  # noqa: B008 - stateless, and so it can be shown and dumped by the command line
         ce_weight: Weight = 0.0,
@@ -72,6 +74,7 @@ class DistillationModule(L.LightningModule):
         student_init: str = "pretrained",
         student_kwargs: dict[str, Any] | None = None,
         teacher_kwargs: dict[str, Any] | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if reduction == "none":
@@ -88,6 +91,7 @@ class DistillationModule(L.LightningModule):
         object.__setattr__(self, "student_source", student)  # a loaded model is registered under one name: `model`
         self.student_init = student_init
         self.student_kwargs = student_kwargs
+        self.lora = lora
         if teacher_kwargs and isinstance(teacher, Teacher):
             raise ValueError(f"teacher_kwargs {teacher_kwargs} go to the Teacher itself where one is given")
         self.teacher = _as_teacher(teacher, teacher_kwargs)
@@ -150,6 +154,8 @@ class DistillationModule(L.LightningModule):
                 check_causal(student.eval(), "student")
             else:
                 student = load_causal_lm(student, init=self.student_init, kwargs=self.student_kwargs, role="student")
+            if self.lora is not None:
+                student = with_lora(student, self.lora)
             self.model = StudentWithLoss(student.train(), self.loss)
             del self.loss  # it lives in the wrapped model, under one name
         if self.teacher is not None:
