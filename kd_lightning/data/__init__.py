@@ -1,6 +1,7 @@
 """Data modules: files of instructions and conversations in, batches of tokens out."""
 
 from kd_lightning.data.batch import IGNORE_INDEX, Collator, PromptCollator, left_pad
+from kd_lightning.data.contrastive import ContrastiveDataModule
 from kd_lightning.data.instruction import InstructionDataModule
 
-__all__ = ["IGNORE_INDEX", "Collator", "InstructionDataModule", "PromptCollator", "left_pad"]
+__all__ = ["IGNORE_INDEX", "Collator", "ContrastiveDataModule", "InstructionDataModule", "PromptCollator", "left_pad"]

@@ -13,12 +13,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from kd_lightning.data.batch import Collator, PromptCollator, TokenRows
 from kd_lightning.data.order import BatchOrder, ResumableLoader
 from kd_lightning.data.rows import Conversation
-from kd_lightning.data.tokenizing import TextTokenizer, load_tokenizer, prepare, with_template
+from kd_lightning.data.tokenizing import Reader, TextTokenizer, load_tokenizer, prepare, with_template
 
 log = logging.getLogger(__name__)
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SHORTEST = 8
+NOTES = {
+    "empty": "dropped without an answer",
+    "cut_away": "dropped with no answer within max_length={max_length}",
+    "truncated": "cut to max_length={max_length}",
+    "unlocated": "answers not located in the chat template's text and not counted",
+}
+"""What is said of each number of the report."""
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -55,6 +62,8 @@ class InstructionDataModule(L.LightningDataModule):
         ValueError: an argument is out of its range; in `setup`: data that cannot be read, or leaves nothing to count.
     """
 
+    read: Reader | None = None  # what turns files into rows; None: instructions and conversations
+
     def __init__(
         self,
         train: str | list[str],
@@ -78,7 +87,7 @@ class InstructionDataModule(L.LightningDataModule):
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
         self.train, self.val, self.test = train, val, test
-        self.sources = {"train": _listed(train), "val": _listed(val), "test": _listed(test)}
+        self.sources = {"train": listed(train), "val": listed(val), "test": listed(test)}
         if not self.sources["train"]:
             raise ValueError(f"train must name at least one file, folder or data set, got {train!r}")
         self.tokenizer: Any = None
@@ -126,7 +135,7 @@ class InstructionDataModule(L.LightningDataModule):
         return TextTokenizer(self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length)
 
     def _load(self, split: str) -> Any:
-        rows = prepare(self.sources[split], split, self.text_tokenizer)
+        rows = prepare(self.sources[split], split, self.text_tokenizer, self.read)
         columns = {name: rows[name][:] for name in ("empty", "first_counted", "full_length", "unlocated")}
         first, empty = columns["first_counted"], columns["empty"]
         kept = [n for n in range(len(rows)) if not empty[n] and 0 <= first[n] < self.max_length]
@@ -146,12 +155,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _tell(self, split: str) -> None:
         counts = self.report[split]
-        texts = {
-            "empty": "dropped without an answer",
-            "cut_away": f"dropped with no answer within max_length={self.max_length}",
-            "truncated": f"cut to max_length={self.max_length}",
-            "unlocated": "answers not located in the chat template's text and not counted",
-        }
+        texts = {name: text.format(max_length=self.max_length) for name, text in NOTES.items()}
         notes = [f"{counts[name]} {text}" for name, text in texts.items() if counts[name]]
         rank_zero_info(f"{split}: {counts['kept']} of {counts['rows']} rows" + "".join(f", {note}" for note in notes))
 
@@ -195,11 +199,16 @@ class InstructionDataModule(L.LightningDataModule):
         grouped = self.group_by_length and self.shuffle and whole
         return self._loader(split, shuffle=False, grouped=grouped, fill=True)
 
-    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> Any:
+    def _token_rows(self, split: str) -> tuple[Any, list[int]]:
+        """What batches of a split are read from, and the length of each of its rows."""
         rows = self._rows[split]
+        return TokenRows(rows), rows["length"][:]
+
+    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> Any:
+        rows, lengths = self._token_rows(split)
         rank, world_size = self._ranks()
         order = BatchOrder(
-            rows["length"][:],
+            lengths,
             self.batch_size,
             shuffle=shuffle,
             group_by_length=grouped,
@@ -209,7 +218,7 @@ class InstructionDataModule(L.LightningDataModule):
             world_size=world_size,
         )
         return ResumableLoader(
-            TokenRows(rows),
+            rows,
             batch_size=None,
             sampler=order,
             num_workers=self.num_workers,
@@ -218,9 +227,8 @@ class InstructionDataModule(L.LightningDataModule):
         )
 
     def _plain_loader(self, split: str) -> Any:
-        return ResumableLoader(
-            TokenRows(self._rows[split]), batch_size=self.batch_size, collate_fn=Collator(self.pad_id)
-        )
+        rows, _ = self._token_rows(split)
+        return ResumableLoader(rows, batch_size=self.batch_size, collate_fn=Collator(self.pad_id))
 
     def _ranks(self) -> tuple[int, int]:
         spread = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
@@ -268,7 +276,8 @@ class _Prompts:
         return [self.rows[n] if n >= 0 else {**self.rows[0], "index": n} for n in indices]
 
 
-def _listed(sources: str | list[str] | None) -> list[str]:
+def listed(sources: str | list[str] | None) -> list[str]:
+    """One source, several or none, as a list of texts."""
     return [sources] if isinstance(sources, str) else [os.fspath(source) for source in sources or []]
 
 

@@ -76,26 +76,31 @@ def parse_row(row: Mapping[str, Any], place: str) -> Conversation:
         ValueError: the row has none of the accepted forms, or a field of a wrong type.
     """
     fields = {name: value for name, value in row.items() if value is not None}
-    extras: dict[str, Any] = {
-        "tools": _tools(fields.get("tools"), place),
-        "template_kwargs": _typed(fields, "chat_template_kwargs", dict, place),
-    }
+    extras = extras_of(fields, place)
     if "messages" in fields:
-        return Conversation(messages=_messages(fields, "messages", place), **extras)
+        return Conversation(messages=messages_of(fields, "messages", place), **extras)
     if "prompt" in fields and "completion" in fields:
         if isinstance(fields["prompt"], list):
-            prompt = _messages(fields, "prompt", place)
-            completion = _messages(fields, "completion", place)
+            prompt = messages_of(fields, "prompt", place)
+            completion = messages_of(fields, "completion", place)
             return Conversation(messages=prompt + completion, first=len(prompt), **extras)
-        prompt_text, completion_text = (_typed(fields, name, str, place) for name in ("prompt", "completion"))
+        prompt_text, completion_text = (typed(fields, name, str, place) for name in ("prompt", "completion"))
         return Conversation(prompt=prompt_text or "", completion=completion_text or "", **extras)
     if "instruction" in fields and "output" in fields:
-        instruction, given, output = (_typed(fields, name, str, place) for name in ("instruction", "input", "output"))
+        instruction, given, output = (typed(fields, name, str, place) for name in ("instruction", "input", "output"))
         question = f"{instruction}\n{given}" if given else instruction
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
         return Conversation(messages=turns, first=1, **extras)
     names = ", ".join(repr(name) for name in fields) or "no field at all"
     raise ValueError(f"{place}: a row needs {FORMS}; this one has {names}")
+
+
+def extras_of(fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What a row hands to the chat template beside its turns."""
+    return {
+        "tools": _tools(fields.get("tools"), place),
+        "template_kwargs": typed(fields, "chat_template_kwargs", dict, place),
+    }
 
 
 def text_of(message: Message) -> str:
@@ -115,7 +120,8 @@ def _speaks(message: Message) -> bool:
     return message["role"] == "assistant" and bool(text_of(message).strip() or not is_plain(message))
 
 
-def _typed(fields: Mapping[str, Any], name: str, kind: type, place: str) -> Any:
+def typed(fields: Mapping[str, Any], name: str, kind: type, place: str) -> Any:
+    """A field, or None where it is not there; a ValueError where it is of another type."""
     value = fields.get(name)
     if value is not None and not isinstance(value, kind):
         names: dict[Any, str] = {str: "a string", list: "a list", dict: "an object"}
@@ -123,9 +129,10 @@ def _typed(fields: Mapping[str, Any], name: str, kind: type, place: str) -> Any:
     return value
 
 
-def _messages(fields: Mapping[str, Any], name: str, place: str) -> list[Message]:
+def messages_of(fields: Mapping[str, Any], name: str, place: str) -> list[Message]:
+    """A field that holds turns; a ValueError where they are not well formed."""
     messages = []
-    for number, message in enumerate(_typed(fields, name, list, place), start=1):
+    for number, message in enumerate(typed(fields, name, list, place), start=1):
         where = f"{place}: field {name!r}, message {number}"
         if not isinstance(message, dict):
             raise ValueError(f"{where}: must be an object with 'role' and 'content', got {type(message).__name__}")

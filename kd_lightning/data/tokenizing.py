@@ -20,6 +20,7 @@ PARALLEL_ROWS = 20_000
 """From so many rows on they are tokenised by several processes."""
 
 Notice = Callable[[str], None]
+Reader = Callable[..., Iterator[dict[str, Any]]]
 
 
 def load_tokenizer(name: Any) -> Any:
@@ -170,27 +171,54 @@ def encode(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Iterator[
         yield token, not outside.strip()
 
 
-def prepare(sources: list[str], split: str, tokenizer: TextTokenizer) -> Any:
+def prepare(sources: list[str], split: str, tokenizer: TextTokenizer, read: Reader | None = None) -> Any:
     """All rows of the sources, tokenised: a `datasets.Dataset` kept on disk and found again by its fingerprint.
 
     Columns are those of `TextTokenizer.tokenize`, and `row` (the fields, as JSON), `conversation` (as JSON), `place`
     (file and line) and `row_id` (the row's number among all rows).
 
+    Args:
+        sources: files, folders and names.
+        split: which split of a folder or name.
+        tokenizer: how rows become token ids.
+        read: called with `split` and `sources`, yields the four columns; None: instructions and conversations.
+
     Raises:
         ValueError: a source or a row cannot be read, or the template refuses a row; file and line are named.
     """
+    return tokenised(gather(read or read_conversations, split, {"sources": sources}), split, tokenizer)
+
+
+def gather(
+    read: Reader,
+    split: str,
+    files: dict[str, list[str]],
+    texts: tuple[str, ...] = ("row", "conversation", "place"),
+    **settings: Any,
+) -> Any:
+    """What a function reads from files, kept on disk and found again while function, files and settings are the same.
+
+    Args:
+        read: called with `split`, the files and the settings; yields the columns of `texts`, and `row_id`.
+        split: which split of a folder or name.
+        files: sources by the name under which `read` takes them.
+        texts: names of the columns that are texts.
+        settings: what else `read` takes.
+
+    Raises:
+        ValueError: what `read` raises.
+    """
     import datasets  # type: ignore[import-untyped]
 
-    stamp = hashlib.sha256(json.dumps([VERSION, split, [fingerprint(s, split) for s in sources]]).encode()).hexdigest()[
-        :32
-    ]
-    text = {name: datasets.Value("string") for name in ("row", "conversation", "place")}
-    features = datasets.Features({**text, "row_id": datasets.Value("int64")})
+    stamps = {name: [fingerprint(source, split) for source in sources] for name, sources in files.items()}
+    stamp = _digest([VERSION, read.__name__, split, stamps, texts, settings])
     try:
-        rows = datasets.Dataset.from_generator(
-            _rows,
-            features=features,
-            gen_kwargs={"sources": tuple(sources), "split": split},
+        return datasets.Dataset.from_generator(
+            read,
+            features=datasets.Features(
+                {**{name: datasets.Value("string") for name in texts}, "row_id": datasets.Value("int64")}
+            ),
+            gen_kwargs={"split": split, **{name: tuple(sources) for name, sources in files.items()}, **settings},
             cache_dir=cache_folder(),
             split=datasets.NamedSplit(split),
             fingerprint=stamp,
@@ -199,23 +227,46 @@ def prepare(sources: list[str], split: str, tokenizer: TextTokenizer) -> Any:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         raise
-    whole = hashlib.sha256((stamp + tokenizer.fingerprint()).encode()).hexdigest()[:32]
+
+
+def tokenised(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
+    """The rows with the columns of `TextTokenizer.tokenize` for their `conversation`, kept beside them on disk.
+
+    Raises:
+        ValueError: the template refuses a row; file and line are named.
+    """
+    import datasets
+
     integers = {name: datasets.Value("int32") for name in ("length", "full_length", "first_counted", "unlocated")}
     return rows.map(
         _Tokenize(tokenizer),
         num_proc=min(os.cpu_count() or 1, 16) if len(rows) > PARALLEL_ROWS else None,
         features=datasets.Features(
             {
-                **features,
+                **rows.features,
                 "input_ids": datasets.List(datasets.Value("int32")),
                 "counted": datasets.List(datasets.Value("bool")),
                 **integers,
                 "empty": datasets.Value("bool"),
             }
         ),
-        new_fingerprint=whole,
+        new_fingerprint=_digest([rows._fingerprint, tokenizer.fingerprint()]),
         desc=f"Tokenising {split}",
     )
+
+
+def read_conversations(split: str, sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Columns of each row: `row` (the fields, as JSON), `conversation` (as JSON), `place`, `row_id`."""
+    number = 0
+    for source in sources:
+        for place, row in read_rows(source, split):
+            yield {
+                "row": json.dumps(row, ensure_ascii=False, default=str),
+                "conversation": parse_row(row, place).dump(),
+                "place": place,
+                "row_id": number,
+            }
+            number += 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +283,5 @@ class _Tokenize:
             raise ValueError(f"{row['place']}: {error}") from None
 
 
-def _rows(sources: tuple[str, ...], split: str) -> Iterator[dict[str, Any]]:
-    number = 0
-    for source in sources:
-        for place, row in read_rows(source, split):
-            yield {
-                "row": json.dumps(row, ensure_ascii=False, default=str),
-                "conversation": parse_row(row, place).dump(),
-                "place": place,
-                "row_id": number,
-            }
-            number += 1
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
