@@ -167,13 +167,14 @@ def save_student(
         state: the model's tensors, where it does not hold them whole itself.
     """
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one file: a bar of one step
-    if hasattr(student, "get_base_model"):
-        state = student.state_dict() if state is None else state
+    model: Any = student
+    if hasattr(model, "get_base_model"):
+        state = model.state_dict() if state is None else state
         with whole_folder(path.with_name("adapter")) as part:
-            save_adapter(student, state, part)
-        student, state = student.get_base_model(), merged_state(student, state)
+            save_adapter(model, state, part)
+        model, state = model.get_base_model(), merged_state(model, state)
     with whole_folder(path) as part:
-        student.save_pretrained(part, state_dict=state)
+        model.save_pretrained(part, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
 

@@ -22,7 +22,7 @@ PREFIX = "base_model.model."  # of a plain model's names inside a `PeftModel`
 
 @dataclass
 class LoRA:
-    r"""What is learnt beside a frozen weight W: \(W + \frac{\alpha}{r} B A\), with A [r, in] and B [out, r], B = 0 first.
+    r"""Learnt beside a frozen weight W: \(W + \frac{\alpha}{r} B A\), with A [r, in] and B [out, r], B = 0 first.
 
     Args:
         r: rank, at least 1.
@@ -81,8 +81,8 @@ def with_lora(model: nn.Module, lora: LoRA) -> PeftModel:
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks in the old way
+    with warnings.catch_warnings():  # PEFT asks in the old way
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         student: PeftModel = get_peft_model(hf, config)
     return student
 

@@ -159,6 +159,7 @@ class DistillationModule(L.LightningModule):
             self.model = StudentWithLoss(student.train(), self.loss)
             del self.loss  # it lives in the wrapped model, under one name
         if self.teacher is not None:
+            self.teacher.meet(self)
             self.teacher.load()
 
     def configure_optimizers(self) -> Any:

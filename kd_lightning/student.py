@@ -8,9 +8,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.cutting import body_and_head, factors, head_of, hidden_states, logits
 from kd_lightning.engine import Head
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.teachers import Teacher, body_and_head, factors, head_of, hidden_states, logits
+from kd_lightning.teacher_base import Teacher
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
 NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
@@ -41,6 +42,11 @@ class StudentWithLoss(nn.Module):
         """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
         return None if self._reading is None else head_of(self.student, self._reading)
 
+    @property
+    def body(self) -> nn.Module | None:
+        """What gives the student's hidden states; None where it cannot be cut."""
+        return self._body[0] if self._body else None
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` gives: whatever reads the student outside of `forward` goes through here.
 
@@ -68,9 +74,9 @@ class StudentWithLoss(nn.Module):
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         head, teacher_head = self.head(), None if teacher is None else teacher.head
         if head is not None and (teacher is None or teacher_head is not None):
-            teacher_hidden = None if teacher is None else teacher.hidden(inputs)[:, :-1]
+            teacher_hidden = None if teacher is None else teacher.hidden(batch)[:, :-1]
             hidden = hidden_states(self._body[0], **inputs)[:, :-1]
             return loss.from_hidden(hidden, head, teacher_hidden, teacher_head, labels, rows=rows)
-        teacher_logits = None if teacher is None else teacher.logits(inputs)[:, :-1]
+        teacher_logits = None if teacher is None else teacher.logits(batch)[:, :-1]
         student_logits = logits(self.student, **inputs)[:, :-1]
         return loss.from_logits(student_logits, teacher_logits, labels, rows=rows)
