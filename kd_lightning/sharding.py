@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 class Root(nn.Module):
@@ -146,6 +147,34 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered on every rank; one that is not sharded as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def rows(tensor: DTensor) -> tuple[int, int]:
+    """First row of the whole tensor that this rank holds, and the one after its last; equal where it holds none."""
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return (offset[0], offset[0] + shape[0]) if shape[0] else (0, 0)
+
+
+def writes(tensor: DTensor) -> bool:
+    """Whether this rank is the first of those that hold the same rows."""
+    place = tensor.device_mesh.get_coordinate()
+    assert place is not None
+    return all(i == 0 for i, kind in zip(place, tensor.placements, strict=True) if kind.is_replicate())
+
+
+def shard_of(read: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
+    """A tensor sharded like another one.
+
+    Args:
+        read: gives rows of the whole tensor.
+        like: the tensor in whose place it will stand; one that is not sharded gets all rows.
+    """
+    if not isinstance(like, DTensor):
+        return read(0, len(like))
+    held = local(like)
+    start, stop = rows(like)
+    piece = read(start, stop).to(held.device) if stop > start else held.new_empty(held.shape)
+    return DTensor.from_local(piece, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import errno
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError
+
+from kd_lightning.shards import META, Pieces
 
 NEEDED = ("state_dict", "loops", "global_step", "pytorch-lightning_version")
 
@@ -34,7 +36,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield part
         with open(part, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(part, path)
+        if path.is_dir():  # a checkpoint that was written by many
+            os.replace(path, old := path.with_name(f".{path.name}.old"))
+            os.replace(part, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(part, path)
     except RuntimeError as error:
         _say_if_full(error, path)
         raise
@@ -51,23 +58,59 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    part, old = part_of(path), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         os.replace(old, path)  # killed between the two renames last time
     for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     part.mkdir()
     try:
         yield part
         if path.exists():
             os.replace(path, old)
         os.replace(part, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     except (RuntimeError, SafetensorError) as error:
         _say_if_full(error, path)
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def part_of(path: Path) -> Path:
+    """The folder that `whole_folder(path)` yields, for those who write into it beside the one that opened it."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _remove(path: Path) -> None:
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Tensors and plain values of a checkpoint, mapped rather than read; anything else in it is refused.
+
+    In a folder, the tensors that were sharded are empty (meta) ones: `Pieces` reads them.
+
+    Raises:
+        ValueError: it is no checkpoint of a run.
+    """
+    place = Path(path) / META if Path(path).is_dir() else Path(path)
+    return _checked(path, lambda: torch.load(place, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _checked(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]:
+    """What `load` gives, where that is a checkpoint of a run."""
+    try:
+        checkpoint: dict[str, Any] = load()
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
+    if missing := [key for key in NEEDED if key not in checkpoint]:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no {missing[0]!r}")
+    return checkpoint
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -82,16 +125,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Read tensors and plain values; anything else in the file is refused, whatever `weights_only` says.
+        """Read a file or a folder; anything but tensors and plain values is refused, whatever `weights_only` says.
 
         Raises:
-            ValueError: the file is no checkpoint of a run.
+            ValueError: it is no checkpoint of a run.
         """
-        try:
-            checkpoint = super().load_checkpoint(path, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from error
-        if missing := [key for key in NEEDED if key not in checkpoint]:
-            raise ValueError(f"{path} is no checkpoint of a run: it has no {missing[0]!r}")
-        return checkpoint
+        if Path(path).is_dir():
+            whole: dict[str, Any] = Pieces(Path(path)).whole(open_checkpoint(path))
+            return whole
+        load = super().load_checkpoint
+        return _checked(path, lambda: load(path, map_location=map_location, weights_only=True))

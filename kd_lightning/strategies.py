@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
+from torch.optim import Optimizer
 
-from kd_lightning.sharding import checkpoint_activations, shard_student, shard_teacher
+from kd_lightning.sharding import (
+    checkpoint_activations,
+    local,
+    shard_of,
+    shard_student,
+    shard_teacher,
+    whole,
+    whole_state,
+)
+from kd_lightning.shards import Pieces, walk, write_part
+from kd_lightning.storage import open_checkpoint, part_of, whole_folder
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -30,6 +45,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             in every group, gradients averaged between groups (hybrid shard).
         activation_checkpointing: compute the student's layers again in backward instead of keeping what they computed.
         cpu_offload: keep shards, gradients and optimizer state in host memory.
+        save_distributed_checkpoint: write checkpoints as folders in which every rank has its file; False: as one plain
+            file that rank 0 gathers tensor by tensor. Both can be resumed on any number of ranks, by any strategy.
         process_group_backend: of `torch.distributed`; None: by the device.
         timeout: of one collective.
 
@@ -42,15 +59,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         shard_size: int | None = None,
         activation_checkpointing: bool = False,
         cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(
-            save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         self.shard_size = shard_size
         self.activation_checkpointing = activation_checkpointing
         self.cpu_offload = cpu_offload
+        self._pieces: Pieces | None = None
 
     # ----------------------------------------------------------------------------------------------------------- ranks
     def _configure_launcher(self) -> None:
@@ -111,6 +132,113 @@ class FSDP2Strategy(ModelParallelStrategy):
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.root_device)
         _update_properties(self.model, device=self.root_device)
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer's state is read like any other, below."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Tensors of the module: shards, or whole on rank 0 and nothing elsewhere."""
+        assert self.model is not None
+        if self._save_distributed_checkpoint:
+            return self.model.state_dict()
+        return whole_state(self.model, keep=self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of an optimizer, by the numbers of its parameters as on one device: shards, or whole on rank 0."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        state: dict[str, Any] = optimizer.state_dict()
+        if self._save_distributed_checkpoint:
+            return state
+
+        def gathered(_: str, tensor: Tensor) -> Tensor | None:
+            full = whole(tensor)
+            return full.cpu() if self.is_global_zero else None
+
+        return walk(state, gathered)  # type: ignore[no-any-return]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a file from rank 0, or a folder from all ranks; what lay there stays whole until the new one is."""
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            ParallelStrategy.save_checkpoint(self, checkpoint, path, storage_options)
+            return
+        if not self.is_global_zero:
+            self._write_part(checkpoint, part_of(path))
+            return
+        with whole_folder(path) as part:
+            self._write_part(checkpoint, part)
+
+    def _write_part(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Write this rank's file, and see that the others have written theirs."""
+        self.barrier("the folder is there")
+        error: Exception | None = None
+        try:
+            write_part(checkpoint, folder, self.global_rank)
+        except (OSError, RuntimeError, SafetensorError) as failure:
+            error = failure
+        failed = self.reduce(torch.tensor(float(error is not None), device=self.root_device), reduce_op="sum")
+        if error is not None:
+            raise error
+        if failed:
+            raise OSError(f"{folder} could not be written by {int(failed)} of the ranks")
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Open a file or a folder; tensors are read when `load_model_state_dict` and the optimizer ask for their rows.
+
+        Raises:
+            ValueError: it is no checkpoint of a run.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        checkpoint = open_checkpoint(path)
+        self._pieces = Pieces(path) if path.is_dir() else None
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Copy this rank's rows of every tensor into the module.
+
+        Raises:
+            ValueError: the checkpoint is another model's or another objective's.
+        """
+        assert self.model is not None
+        state, own = checkpoint["state_dict"], self.model.state_dict()
+        problems = [f"Missing {name!r}" for name in own if name not in state]
+        problems += [f"Unexpected {name!r}" for name in state if name not in own]
+        problems += [
+            f"{name!r} has shape {list(state[name].shape)} there and {list(tensor.shape)} here"
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ]
+        if strict and problems:
+            raise ValueError(f"the checkpoint belongs to another model or objective: {problems[0]}")
+        with torch.no_grad():
+            for name in own.keys() & state.keys():
+                held, loaded = own[name], self._shard(state[name], own[name], f"/state_dict/{name}")
+                local(held).copy_(local(loaded))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give every optimizer this rank's rows of its state."""
+        for i, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                number: {
+                    key: self._shard(value, parameters[number], f"/optimizer_states/{i}/state/{number}/{key}")
+                    for key, value in entries.items()
+                }
+                for number, entries in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+    def _shard(self, value: Any, like: Tensor, path: str) -> Any:
+        """This rank's rows of a tensor of the checkpoint; anything that has not the shape of its parameter as it is."""
+        if not isinstance(value, Tensor) or value.shape != like.shape or value.ndim == 0:
+            return value
+        if value.is_meta:
+            assert self._pieces is not None
+            return shard_of(functools.partial(self._pieces.read, path), like)
+        return shard_of(lambda start, stop: value[start:stop], like)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="student and teacher sharded by FSDP2")
