@@ -85,6 +85,7 @@ def build_cli() -> type:
     import kd_lightning.label_losses
     import kd_lightning.objectives
     import kd_lightning.schedules
+    import kd_lightning.strategies
     import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
     from kd_lightning.callbacks import HFExport, Predictions, RunCheckpoint, RunConfig, is_dry
     from kd_lightning.results import ResultsTable
@@ -200,6 +201,7 @@ def run(args: Sequence[str], start: bool = True) -> Any:
     return program(
         DistillationModule,
         InstructionDataModule,
+        subclass_mode_data=True,  # `--data ContrastiveDataModule`; without a class it is this one
         save_config_callback=None,
         seed_everything_default=42,
         trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1},
@@ -232,9 +234,13 @@ def main(args: Sequence[str] | None = None) -> int:
 def explain(error: BaseException) -> str:
     """The error in one line; where a class name was misspelt, with the names there are."""
     text = " ".join(str(error).split())
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ", "", text)
+    text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*$", "", text)
     found = re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\w+)$', text)
-    if found is None:
+    if found is None or found[1].split(".")[-1] in ("optimizer", "lr_scheduler"):  # torch's own classes
         return text
+    from lightning.pytorch import LightningDataModule
+
     from kd_lightning.assistants import Assistant
     from kd_lightning.divergences import Divergence
     from kd_lightning.label_losses import LabelLoss
@@ -242,10 +248,13 @@ def explain(error: BaseException) -> str:
 
     key, name = found.groups()
     last = key.split(".")[-1]
-    base: type = {"assistant": Assistant, "label_loss": LabelLoss}.get(last, Divergence)
+    bases: dict[str, type] = {"assistant": Assistant, "label_loss": LabelLoss, "data": LightningDataModule}
+    base = bases.get(last, Divergence)
     if last.endswith(("weight", "alpha", "share")):
         base = Schedule
-    leaves = sorted(leaf.__name__ for leaf in _leaves(base))
+    ours = base is LightningDataModule  # Lightning has some of its own, for demonstrations
+    below = [leaf for leaf in _leaves(base) if not ours or leaf.__module__.startswith("kd_lightning.")]
+    leaves = sorted(leaf.__name__ for leaf in below if not leaf.__name__.startswith("_"))
     return f"{key}: there is no class {name}; the classes are {', '.join(leaves)} (or the dotted path of your own)"
 
 
