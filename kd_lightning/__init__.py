@@ -35,6 +35,7 @@ _NAMES = {
     "teachers": ("Teacher", "body_and_head"),
     "module": ("DistillationModule",),
     "data.instruction": ("InstructionDataModule",),
+    "data.contrastive": ("ContrastiveDataModule",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.assistants import ArithmeticMixture as ArithmeticMixture
     from kd_lightning.assistants import Assistant as Assistant
     from kd_lightning.assistants import GeometricMixture as GeometricMixture
+    from kd_lightning.data.contrastive import ContrastiveDataModule as ContrastiveDataModule
     from kd_lightning.data.instruction import InstructionDataModule as InstructionDataModule
     from kd_lightning.divergences import AdaptiveKL as AdaptiveKL
     from kd_lightning.divergences import AlphaBeta as AlphaBeta
