@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.engine import Head
+from kd_lightning.outcomes import TopK
 
 IGNORE_INDEX = -100
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -67,6 +68,20 @@ def check_rows(name: str, x: Tensor, labels: Tensor) -> None:
         )
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_top_k(known: TopK, vocabulary: int, labels: Tensor) -> int:
+    """The vocabulary of a loss on k + 1 outcomes; a ValueError unless the student knows all of it."""
+    if known.shape != labels.shape:
+        raise ValueError(
+            f"the teacher's top k must have the labels' shape {list(labels.shape)}, got {list(known.shape)}"
+        )
+    if known.vocabulary > vocabulary:
+        raise ValueError(
+            f"the teacher's top k are of {known.vocabulary} tokens and the student knows {vocabulary}: keep them with "
+            "this student, or keep hidden states instead"
+        )
+    return known.vocabulary
 
 
 def check_head(role: str, hidden: Tensor, head: Head | Tensor | None, labels: Tensor) -> Head:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kd_lightning.outcomes import Outcomes
 from kd_lightning.token_loss import TokenLoss, Transform
 
 TILE_ROWS, TILE_BYTES = 512, 256 << 20  # of one tile: from 512 rows on a CPU's products gain little
@@ -161,7 +162,7 @@ class Sweep:
         self,
         token_loss: TokenLoss,
         student: Model,
-        teacher: Model | None,
+        teacher: Model | Outcomes | None,
         rows: Mapping[str, Tensor],
         chunk: int | None,
     ) -> None:
@@ -208,11 +209,14 @@ class Sweep:
         with torch.autocast(device.type, enabled=False):
             for a in range(0, n, chunk or 1):
                 b = min(a + chunk, n)
-                for model, tile in ((student, z), (teacher, y)):
-                    if model is not None and tile is not None:
-                        model.fill(tile[: b - a], a, b)
-                        if whole:
-                            tile[b - a :] = 0  # rows that fill up the last block
+                student.fill(z[: b - a], a, b)
+                if isinstance(teacher, Outcomes) and y is not None:
+                    teacher.fill(y[: b - a], a, b, z[: b - a], student.transform)
+                elif teacher is not None and y is not None:
+                    teacher.fill(y[: b - a], a, b)  # type: ignore[call-arg]
+                for tile in (z, y):
+                    if tile is not None and whole:
+                        tile[b - a :] = 0  # rows that fill up the last block
                 vectors = {name: column[a:b] for name, column in self.rows.items()} | {"weights": weights[a:b]}
                 chunk_values = {name: value[a:b] for name, value in values.items()}
                 self.token_loss(z, y, transforms, vectors, height, gradient, chunk_values)

@@ -12,6 +12,7 @@ from kd_lightning.divergences import Divergence
 from kd_lightning.engine import Model, Sweep
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.objectives import SOURCES
+from kd_lightning.outcomes import Outcomes
 from kd_lightning.schedules import Schedule
 from kd_lightning.token_loss import TokenLoss
 
@@ -30,7 +31,7 @@ def reading_schedules(loss: TokenLoss) -> Iterator[tuple[str, Schedule]]:
 def label_columns(
     loss: TokenLoss,
     student: Model,
-    teacher: Model,
+    teacher: Model | Outcomes,
     counted: Counted,
     given: Mapping[str, Tensor],
     dtype: torch.dtype,

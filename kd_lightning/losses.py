@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.counted import Counted, check_head, check_rows
+from kd_lightning.counted import Counted, check_head, check_rows, check_top_k
 from kd_lightning.divergences import Divergence, check_divergence
 from kd_lightning.engine import Given, Head, Model, Projected, Sweep
 from kd_lightning.gaps import Mean, gap, label_columns, response_means
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
+from kd_lightning.outcomes import Outcomes, TopK
 from kd_lightning.schedules import Weight, check_weight
 from kd_lightning.token_loss import TokenLoss
 
@@ -130,7 +131,7 @@ class DistillationLoss(nn.Module):
     def from_logits(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None,
+        teacher_logits: Tensor | TopK | None,
         labels: Tensor,
         rows: Mapping[str, Tensor] | None = None,
     ) -> LossParts:
@@ -139,7 +140,7 @@ class DistillationLoss(nn.Module):
         Args:
             student_logits: [B, T, V] (or [T, V]), before any temperature.
             teacher_logits: the same but for a vocabulary that may be padded otherwise: both are cut to the common part
-                and normalised again. None: no teacher, with `ce_weight=1`.
+                and normalised again. `TopK`: what is known of it. None: no teacher, with `ce_weight=1`.
             labels: integers, [B, T] (or [T]: one response), aligned with the logits; −100 where not counted.
             rows: columns that objective and label loss read, [B, T], or [B] for every token of a response.
 
@@ -148,13 +149,17 @@ class DistillationLoss(nn.Module):
         """
         check_rows("student_logits", student_logits, labels)
         vocabulary = student_logits.shape[-1]
-        if teacher_logits is not None:
+        if isinstance(teacher_logits, TopK):
+            vocabulary = check_top_k(teacher_logits, vocabulary, labels)
+        elif teacher_logits is not None:
             check_rows("teacher_logits", teacher_logits, labels)
             vocabulary = min(vocabulary, teacher_logits.shape[-1])
         counted = Counted(labels, vocabulary)
         student = Given(_flat(student_logits), counted.index, vocabulary)
-        teacher = None
-        if teacher_logits is not None:
+        teacher: Given | Outcomes | None = None
+        if isinstance(teacher_logits, TopK):
+            teacher = _outcomes(teacher_logits, counted.index)
+        elif teacher_logits is not None:
             teacher = Given(_flat(teacher_logits.detach()), counted.index, vocabulary)
         return self._parts(student, teacher, counted, rows)
 
@@ -162,7 +167,7 @@ class DistillationLoss(nn.Module):
         self,
         student_hidden: Tensor,
         student_head: Head | Tensor,
-        teacher_hidden: Tensor | None,
+        teacher_hidden: Tensor | TopK | None,
         teacher_head: Head | Tensor | None,
         labels: Tensor,
         rows: Mapping[str, Tensor] | None = None,
@@ -175,7 +180,8 @@ class DistillationLoss(nn.Module):
         Args:
             student_hidden: [B, T, H] (or [T, H]), after the last norm.
             student_head: a weight [V, H], or a `Head`.
-            teacher_hidden: [B, T, Ht]; None: no teacher, with `ce_weight=1`.
+            teacher_hidden: [B, T, Ht]; `TopK`: what is known of its distribution, without a head; None: no teacher,
+                with `ce_weight=1`.
             teacher_head: a weight [Vt, Ht], or a `Head`.
             labels: as in `from_logits`.
             rows: as in `from_logits`.
@@ -184,17 +190,23 @@ class DistillationLoss(nn.Module):
             ValueError: shapes, devices or labels do not fit.
         """
         own = check_head("student", student_hidden, student_head, labels)
-        other = None if teacher_hidden is None else check_head("teacher", teacher_hidden, teacher_head, labels)
-        vocabulary = min(len(head.weight) for head in (own, other) if head is not None)
+        vocabulary, other = len(own.weight), None
+        if isinstance(teacher_hidden, TopK):
+            vocabulary = check_top_k(teacher_hidden, vocabulary, labels)
+        elif teacher_hidden is not None:
+            other = check_head("teacher", teacher_hidden, teacher_head, labels)
+            vocabulary = min(vocabulary, len(other.weight))
         counted = Counted(labels, vocabulary)
         student = Projected(_flat(student_hidden), own, counted.index, vocabulary)
-        teacher = None
-        if teacher_hidden is not None and other is not None:
+        teacher: Projected | Outcomes | None = None
+        if isinstance(teacher_hidden, TopK):
+            teacher = _outcomes(teacher_hidden, counted.index)
+        elif teacher_hidden is not None and other is not None:
             teacher = Projected(_flat(teacher_hidden.detach()), other, counted.index, vocabulary)
         return self._parts(student, teacher, counted, rows)
 
     def _parts(
-        self, student: Model, teacher: Model | None, counted: Counted, rows: Mapping[str, Tensor] | None
+        self, student: Model, teacher: Model | Outcomes | None, counted: Counted, rows: Mapping[str, Tensor] | None
     ) -> LossParts:
         """Sum the tokens' losses as the reduction says."""
         if teacher is None and self.ce_weight != 1:
@@ -325,3 +337,10 @@ def _reduced(parts: LossParts, reduction: str) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _outcomes(known: TopK, index: Tensor) -> Outcomes:
+    """The counted tokens of what is known of a teacher."""
+    ids, log_probs = (_flat(x).index_select(0, index) for x in (known.ids, known.log_probs))
+    log_tail = known.log_tail.reshape(-1).index_select(0, index)
+    return Outcomes(TopK(ids, log_probs, log_tail, known.vocabulary), known.vocabulary)

@@ -22,6 +22,7 @@ ORDER = (
     "divergences",
     "assistants",
     "objectives",
+    "outcomes",
     "label_losses",
     "compiling",
     "token_loss",
