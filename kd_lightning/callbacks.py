@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ class HFExport(Checkpoint):
         root = Path(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            probe = root / ".writable"
+            probe = root / f".writable.{os.getpid()}"  # every rank looks
             probe.touch()
             probe.unlink()
         except OSError as error:
