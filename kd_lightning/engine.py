@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,6 +39,8 @@ class Head:
         bias: b, [V].
         scale: multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         softcap: \(\mathrm{cap}(x) = c \tanh(x / c)\) (Gemma 2), c > 0; None: no cap.
+        group: ranks that hold consecutive parts of W and b, of one size, and read the same rows: each makes its part of
+            the logits and gets the others'. None: all of it is here.
 
     Raises:
         ValueError: shapes do not fit, scale is 0, or softcap is not positive.
@@ -47,6 +50,12 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """V, over all parts."""
+        return len(self.weight) * (1 if self.group is None else self.group.size())
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
@@ -75,6 +84,9 @@ class Projected:
         self.hidden, self.head, self.index, self.vocabulary = hidden, head, index, vocabulary
         self.transform: Transform = (head.scale, head.softcap)
         self.inputs: tuple[Tensor | None, ...] = (hidden, head.weight, head.bias)
+        part = len(head.weight)
+        self.start = 0 if head.group is None else min(head.group.rank() * part, vocabulary)  # of the columns made here
+        self.width = min(part, vocabulary - self.start)
 
     def fill(self, tile: Tensor, a: int, b: int) -> None:
         """Write the products of the counted rows a to b."""
@@ -83,23 +95,38 @@ class Projected:
         for lo, hi, w in self._weight(dtype):
             _add_product(tile[:, lo:hi], h, w.t(), beta=0)
         if self.head.bias is not None:
-            tile += self.head.bias[: self.vocabulary]
+            tile[:, self.start : self.start + self.width] += self.head.bias[: self.width]
+        if self.head.group is not None:
+            self._gather(tile, self.head.group)
+
+    def _gather(self, tile: Tensor, group: dist.ProcessGroup) -> None:
+        """Fill the columns that other ranks have made."""
+        part = len(self.head.weight)
+        own = tile.new_zeros(len(tile), part)
+        own[:, : self.width] = tile[:, self.start : self.start + self.width]
+        parts = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(parts, own, group=group)
+        for i, found in enumerate(parts):
+            columns = tile[:, i * part : (i + 1) * part]
+            columns.copy_(found[:, : columns.shape[1]])
 
     def take(self, dz: Tensor, gradients: Sequence[Tensor | None], a: int, b: int) -> None:
         """Add what the rows a to b contribute to the gradients of `inputs`."""
         d_hidden, d_weight, d_bias = gradients
         if d_bias is not None:
-            d_bias[: self.vocabulary] += dz.sum(0)
+            d_bias[: self.width] += dz[:, self.start : self.start + self.width].sum(0)
         dtype = self._precision(dz, gradient=True)
         low = dz.to(dtype)
         if d_hidden is not None:
             dh = dz.new_zeros(b - a, self.hidden.shape[1])
             for lo, hi, w in self._weight(dtype):
                 _add_product(dh, low[:, lo:hi], w)
+            if self.head.group is not None:
+                dist.all_reduce(dh, group=self.head.group)
             d_hidden.index_copy_(0, self.index[a:b], dh)
         if d_weight is not None:
             h = self.hidden.index_select(0, self.index[a:b]).to(dtype)
-            _add_product(d_weight[: self.vocabulary], low.t(), h)
+            _add_product(d_weight[: self.width], low[:, self.start : self.start + self.width].t(), h)
 
     def _precision(self, tile: Tensor, gradient: bool = False) -> torch.dtype:
         """Precision of a product's factors; its result always has the tile's.
@@ -112,12 +139,12 @@ class Projected:
         return low if native and (low == torch.bfloat16 or (low == torch.float16 and not gradient)) else tile.dtype
 
     def _weight(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """W in blocks of the vocabulary: whole where nothing has to be cast."""
-        weight = self.head.weight[: self.vocabulary]
+        """W in blocks of the vocabulary, with their columns: whole where nothing has to be cast."""
+        weight = self.head.weight[: self.width]
         step = len(weight) if weight.dtype == dtype else UPCAST_ROWS
-        for lo in range(0, len(weight), step):
+        for lo in range(0, len(weight), step or 1):
             block = weight[lo : lo + step].to(dtype)
-            yield lo, lo + len(block), block
+            yield self.start + lo, self.start + lo + len(block), block
 
 
 class Given:

@@ -190,12 +190,12 @@ class DistillationLoss(nn.Module):
             ValueError: shapes, devices or labels do not fit.
         """
         own = check_head("student", student_hidden, student_head, labels)
-        vocabulary, other = len(own.weight), None
+        vocabulary, other = own.vocabulary, None
         if isinstance(teacher_hidden, TopK):
             vocabulary = check_top_k(teacher_hidden, vocabulary, labels)
         elif teacher_hidden is not None:
             other = check_head("teacher", teacher_hidden, teacher_head, labels)
-            vocabulary = min(vocabulary, len(other.weight))
+            vocabulary = min(vocabulary, other.vocabulary)
         counted = Counted(labels, vocabulary)
         student = Projected(_flat(student_hidden), own, counted.index, vocabulary)
         teacher: Projected | Outcomes | None = None
