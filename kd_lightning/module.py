@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from kd_lightning.caching import written_down
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.lora import LoRA, with_lora
@@ -50,6 +51,8 @@ class DistillationModule(L.LightningModule):
         student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
         teacher_kwargs: the same for the teacher.
         lora: adapters that learn in the student's place; None: all of its parameters learn.
+        teacher_cache: write down once, before the first step, what the teacher says about every row of the data, in
+            `ROOT/teacher_cache`, and read that from then on; the teacher leaves the memory.
 
     Raises:
         ValueError: an argument is out of its range, or a model cannot be read.
@@ -75,6 +78,7 @@ class DistillationModule(L.LightningModule):
         student_kwargs: dict[str, Any] | None = None,
         teacher_kwargs: dict[str, Any] | None = None,
         lora: LoRA | None = None,
+        teacher_cache: bool = False,
     ) -> None:
         super().__init__()
         if reduction == "none":
@@ -92,6 +96,10 @@ class DistillationModule(L.LightningModule):
         self.student_init = student_init
         self.student_kwargs = student_kwargs
         self.lora = lora
+        if teacher_cache and (teacher is None or responses is not None):
+            reason = "there is no teacher" if teacher is None else f"{type(responses).__name__} writes new ones"
+            raise ValueError(f"teacher_cache must be false where no responses can be known beforehand: {reason}")
+        self.teacher_cache = teacher_cache
         if teacher_kwargs and isinstance(teacher, Teacher):
             raise ValueError(f"teacher_kwargs {teacher_kwargs} go to the Teacher itself where one is given")
         self.teacher = _as_teacher(teacher, teacher_kwargs)
@@ -188,6 +196,11 @@ class DistillationModule(L.LightningModule):
             raise ValueError(f"the checkpoint belongs to another model or objective: {lines[:400]}") from error
 
     # ---------------------------------------------------------------------------------------------------- training
+    def on_train_start(self) -> None:
+        """Write down what the teacher says, where asked; the callbacks have seen it at work."""
+        if self.teacher_cache and self.teacher is not None and not getattr(self.trainer, "fast_dev_run", False):
+            self.teacher = written_down(self, self.trainer)
+
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Randomness of this micro-batch from (seed, counter, rank): stored generator states shift at a resume."""
         self._check_finite()

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from kd_lightning.cutting import body_and_head, factors, head_of, hidden_states, logits
 from kd_lightning.engine import Head
 from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.outcomes import TopK
+from kd_lightning.sharding import here
 from kd_lightning.teacher_base import Teacher
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
@@ -40,7 +42,7 @@ class StudentWithLoss(nn.Module):
 
     def head(self) -> Head | None:
         """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
-        return None if self._reading is None else head_of(self.student, self._reading)
+        return None if self._reading is None else here(head_of(self.student, self._reading))
 
     @property
     def body(self) -> nn.Module | None:
@@ -73,10 +75,12 @@ class StudentWithLoss(nn.Module):
         }
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         head, teacher_head = self.head(), None if teacher is None else teacher.head
-        if head is not None and (teacher is None or teacher_head is not None):
-            teacher_hidden = None if teacher is None else teacher.hidden(batch)[:, :-1]
+        told: Tensor | TopK | None = None
+        if teacher is not None and (head is None or teacher_head is None):
+            told = teacher.logits(batch)[:, :-1]
+        if head is not None and not isinstance(told, Tensor):
+            teacher_hidden = told if teacher is None or teacher_head is None else teacher.hidden(batch)[:, :-1]
             hidden = hidden_states(self._body[0], **inputs)[:, :-1]
             return loss.from_hidden(hidden, head, teacher_hidden, teacher_head, labels, rows=rows)
-        teacher_logits = None if teacher is None else teacher.logits(batch)[:, :-1]
         student_logits = logits(self.student, **inputs)[:, :-1]
-        return loss.from_logits(student_logits, teacher_logits, labels, rows=rows)
+        return loss.from_logits(student_logits, told, labels, rows=rows)

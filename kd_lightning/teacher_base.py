@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.engine import Head
+from kd_lightning.outcomes import TopK
 
 
 class Teacher(ABC):
@@ -61,8 +62,8 @@ class Teacher(ABC):
         """Hidden states [B, T, H]."""
 
     @abstractmethod
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits [B, T, V]."""
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor | TopK:
+        """Logits [B, T, V]; `TopK` of shape [B, T] where no more is known."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -12,13 +11,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.cached_teacher import CachedTeacher as CachedTeacher
 from kd_lightning.cutting import body_and_head as body_and_head
 from kd_lightning.cutting import evaluating, factors, head_of, hidden_states
 from kd_lightning.cutting import logits as logits
 from kd_lightning.engine import Head
 from kd_lightning.lora import adapters_off, lora_layers
 from kd_lightning.models import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
-from kd_lightning.sharding import layers, whole
+from kd_lightning.sharding import here, layers, whole
 from kd_lightning.teacher_base import Teacher as Teacher
 
 
@@ -62,10 +62,7 @@ class HFTeacher(Teacher):
         """Its head; None where it cannot be cut. Where it is sharded, all ranks ask together."""
         if self._reading is None:
             return None
-        head = head_of(self._loaded(), self._reading)
-        return dataclasses.replace(
-            head, weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias)
-        )
+        return here(head_of(self._loaded(), self._reading))
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Read and freeze the model, and find where to cut it."""

@@ -190,6 +190,15 @@ class InstructionDataModule(L.LightningDataModule):
             _Prompts(prompts), batch_size=None, sampler=order, collate_fn=PromptCollator(self.pad_id)
         )
 
+    @property
+    def splits(self) -> list[str]:
+        """Splits that are loaded."""
+        return list(self._rows)
+
+    def every_row(self, split: str) -> Any:
+        """Every row of a split once over all ranks, and equally many batches on each; longest first."""
+        return self._loader(split, shuffle=False, grouped=True, fill=True)
+
     def _evaluation_loader(self, split: str) -> Any:
         if split not in self._rows:
             return []
