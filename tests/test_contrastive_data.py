@@ -156,8 +156,8 @@ def test_what_is_dropped_is_counted_and_named(tmp_path: Path, caplog: pytest.Log
     said = [record.message for record in caplog.records if record.message.startswith("train:")]
     assert said == [
         f"train: 2 of 7 pairs, 2 dropped with a side missing ({path}:2, {path}:3), 1 dropped with prompts that differ "
-        f"({path}:5), 1 dropped with an empty response ({path}:4), 1 dropped with a response that does not begin within "
-        f"max_length=30 ({path}:6), 1 cut to max_length=30"
+        f"({path}:5), 1 dropped with an empty response ({path}:4), 1 dropped with a response that does not begin "
+        f"within max_length=30 ({path}:6), 1 cut to max_length=30"
     ]
     assert sorted({row[0] for row in halves(data)}) == [0, 6]
     assert data.places("train", [6]) == [f"{path}:7"]
@@ -201,6 +201,7 @@ def test_validation_takes_instructions_and_of_pairs_the_teachers_response(tmp_pa
     words = [data.tokenizer.decode(labels[labels != IGNORE_INDEX]) for labels in batch["labels"]]
     assert words == ["b<|im_end|>", "the answer 0<|im_end|>", "the answer 1<|im_end|>"]
     assert batch["source"].tolist() == [0, 0, 0]
+
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -20,10 +20,10 @@ from kd_lightning.data.order import BatchOrder
 from kd_lightning.data.pairs import read_answers, read_pairs, with_answer
 from kd_lightning.data.rows import Conversation
 from kd_lightning.data.tokenizing import TextTokenizer, gather, tokenised
-from kd_lightning.objectives import SOURCES
 from kd_lightning.storage import whole_file
 
-SIDES = ("teacher", "student")
+SIDES = {"teacher": 1, "student": 2}
+"""The two sides of a pair, and the number of each in the column `source`."""
 REASONS = {
     "side_missing": "dropped with a side missing",
     "prompt_differs": "dropped with prompts that differ",
@@ -288,9 +288,9 @@ class PairRows(Dataset[list[dict[str, Any]]]):
     def __getitem__(self, indices: int | Sequence[int]) -> list[dict[str, Any]]:
         """Both halves of the pairs at `indices`; of `FILLER` two rows on which nothing is counted."""
         sides = [self.halves[side][indices] for side in SIDES]
-        for side, rows in zip(SIDES, sides, strict=True):
+        for source, rows in zip(SIDES.values(), sides, strict=True):
             for row in rows:
-                row["source"] = SOURCES.index(side)
+                row["source"] = source
         return [row for pair in zip(*sides, strict=True) for row in pair]
 
 
