@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -16,6 +17,12 @@ VERBS = {
     "validate": "Measure a student on the validation rows.",
     "test": "Measure a student on the test rows.",
     "predict": "Write a student's responses to the test rows.",
+}
+
+
+# Each is a file in `commands/` with `main(words) -> exit status or None`.
+COMMANDS = {
+    "preflight": "find what would waste a run, before it",
 }
 
 
@@ -178,7 +185,8 @@ def parser_words() -> dict[str, Any]:
     usage = "kd-lightning {} --config NAME_OR_FILE [--GROUP.ARGUMENT VALUE ...]"
     verbs = {verb: {"description": text, "usage": usage.format(verb)} for verb, text in VERBS.items()}
     about = "Distil a causal language model. `kd-lightning VERB --help` lists the arguments of a verb."
-    return {"exit_on_error": False, "prog": "kd-lightning", "description": about, **verbs}
+    beside = "Commands beside these verbs: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()) + "."
+    return {"exit_on_error": False, "prog": "kd-lightning", "description": about, "epilog": beside, **verbs}
 
 
 def run(args: Sequence[str], start: bool = True) -> Any:
@@ -222,6 +230,8 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = "--debug" in words or os.environ.get("KD_LIGHTNING_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     try:
+        if words and words[0] in COMMANDS:
+            return importlib.import_module(f"kd_lightning.commands.{words[0]}").main(words[1:]) or 0
         run(words)
     except Exception as error:
         if debug or not expected(error):

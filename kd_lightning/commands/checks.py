@@ -1,0 +1,332 @@
+"""The checks of `preflight`: each reads a run that has not started and yields what would waste it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_lightning.functional import entropy, log_softmax
+from kd_lightning.losses import DistillationLoss
+from kd_lightning.models import auto, check_tokenizers, locate
+
+IGNORE_INDEX = -100
+Level = str  # "error": the run would be wasted; "warning": it may be; "note": for information
+Check = Callable[["Setup"], Iterator[tuple[Level, str]]]
+
+MANY = 0.05  # share of rows from which on truncation is a warning and duplicates are an error
+STEPS = 8  # on one batch: Adam's first step may raise the loss of a healthy run, as it has the size of the rate
+NEARLY_UNIFORM = 0.98  # entropy of the softened teacher, as a share of log V
+# The objective's gradient at this student as a share of that at the geometric middle between it and the teacher. Of the
+# shipped configs: 0.93 to 1.65 from a supervised student; from random weights 1.0 to 1.8 with forward KL, TAID, AMiD
+# and 0.06 to 0.13 with the skewed, JSD, reverse KL, α and α-β, whose gradient needs mass where the teacher has it.
+LITTLE_GRADIENT = 0.25
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of preflight.
+
+    Attributes:
+        level: "error", "warning" or "note".
+        check: the check that found it.
+        text: what it is, in the user's words.
+    """
+
+    level: Level
+    check: str
+    text: str
+
+
+class Setup:
+    """A run that has not started; its parts are loaded when a check first asks for them.
+
+    Args:
+        module: the `DistillationModule`.
+        datamodule: its data.
+        trainer: built, not started.
+        config: the parsed configuration with its objects built.
+    """
+
+    def __init__(self, module: Any, datamodule: Any, trainer: Any, config: Any) -> None:
+        self.module, self.trainer, self.config = module, trainer, config
+        self._datamodule = datamodule
+
+    @cached_property
+    def datamodule(self) -> Any:
+        """The data, tokenised."""
+        data = self._datamodule
+        if data.tokenizer_source is None:
+            data.tokenizer_source = self.module.tokenizer_name
+        data.setup("fit")
+        if data.sources["test"]:
+            data.setup("test")
+        return data
+
+    @cached_property
+    def model(self) -> Any:
+        """Student with its loss, loaded, on the run's device."""
+        self.module.configure_model()
+        device = self.trainer.strategy.root_device
+        if self.module.teacher is not None:
+            self.module.teacher.to(device)
+        return self.module.model.to(device)
+
+    @cached_property
+    def batches(self) -> list[dict[str, Tensor]]:
+        """The first batches of training, on the run's device."""
+        device = self.model.student.device
+        loader = self.datamodule.train_dataloader()
+        found = [batch for batch, _ in zip(loader, range(2), strict=False)]
+        return [{name: value.to(device) for name, value in batch.items()} for batch in found]
+
+    @cached_property
+    def held_out(self) -> list[dict[str, Tensor]]:
+        """A few validation batches; of training where there is no validation."""
+        loader = self.datamodule.val_dataloader() if self.datamodule.sources["val"] else None
+        found = [] if loader is None else [batch for batch, _ in zip(loader, range(4), strict=False)]
+        device = self.model.student.device
+        return [{name: value.to(device) for name, value in batch.items()} for batch in found] or self.batches
+
+    @cached_property
+    def means(self) -> dict[str, float]:
+        """Token means of the evaluation's values on `held_out`."""
+        totals: dict[str, float] = {}
+        count = 0
+        assert self.model is not None
+        for batch in self.held_out:
+            with self.trainer.precision_plugin.forward_context():
+                parts = self.module.evaluate_batch(batch)
+            count += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            for name, value in parts.values.items():
+                totals[name] = totals.get(name, 0.0) + float(value.double().sum())
+        return {name: total / count for name, total in totals.items()}
+
+    @property
+    def teacher_teaches(self) -> bool:
+        """Whether the training loss reads the teacher."""
+        return self.module.teacher is not None and not self.module.labels_only
+
+
+def output(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """The folder can be written to, holds no finished run, and has room."""
+    root = Path(setup.trainer.default_root_dir)
+    there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    if there == root:
+        setup.config["export"].check(root)
+    size = sum(parameter.numel() * 4 for parameter in setup.model.student.parameters())
+    kept = max(getattr(setup.config["checkpoint"], "save_top_k", 1), 0) + 2  # last, and the one being written
+    needed, free = size * (3 * kept + 1), shutil.disk_usage(there).free
+    if free < needed:
+        yield (
+            "error",
+            f"{there} has {free / 1e9:.1f} GB free, and {kept} checkpoints and the export take {needed / 1e9:.1f} GB",
+        )
+
+
+def tokenizers(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """Teacher and student read the same tokens, the same end of turn and the same template."""
+    teacher, tokenizer = setup.module.teacher, setup.datamodule.tokenizer
+    if teacher is None or teacher.name is None:
+        return
+    check_tokenizers(teacher.name, tokenizer)
+    folder = Path(locate(teacher.name, "teacher"))
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    theirs = auto.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for name in ("eos_token", "bos_token", "pad_token"):
+        one, other = getattr(theirs, name), getattr(tokenizer, name)
+        if one != other and one is not None:
+            level = "error" if name == "eos_token" else "warning"
+            yield level, f"{name} is {one!r} to the teacher and {other!r} to the student"
+    used = setup.datamodule.chat_template or tokenizer.chat_template
+    if theirs.chat_template and used and theirs.chat_template.strip() != used.strip():
+        yield "error", "the rows are written in another chat template than the teacher's own: it reads unknown forms"
+
+
+def rows(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """Rows that are cut, empty, doubled, or known from elsewhere."""
+    data = setup.datamodule
+    for split, counts in data.report.items():
+        for name, what in (("truncated", "are cut at max_length"), ("cut_away", "have no answer within max_length")):
+            if counts[name] > MANY * counts["rows"]:
+                yield "warning", f"{split}: {counts[name]} of {counts['rows']} rows {what} {data.max_length}"
+        for name, what in (("empty", "have no answer"), ("unlocated", "hide answers from the template")):
+            if counts[name] > MANY * counts["rows"]:
+                yield "warning", f"{split}: {counts[name]} of {counts['rows']} rows {what}"
+    digests = {split: _digests(data.generation_rows(split)) for split in data.report}
+    train = set(digests["train"])
+    twice = len(digests["train"]) - len(train)
+    if twice > MANY * len(digests["train"]):
+        yield "error", f"train: {twice} of {len(digests['train'])} rows repeat another one word for word"
+    for split in digests.keys() - {"train"}:
+        if known := len(train & set(digests[split])):
+            yield "error", f"{split}: {known} rows are also in train: its figures would be memory"
+
+
+def _digests(rows: list[dict[str, Any]]) -> list[bytes]:
+    return [hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).digest() for row in rows]
+
+
+def labels(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """Labels are the tokens in their place, inside both vocabularies, and an answer ends."""
+    eos = setup.model.student.generation_config.eos_token_id
+    eos = setup.datamodule.tokenizer.eos_token_id if eos is None else eos
+    ends = set(eos) if isinstance(eos, list) else {eos}
+    vocabulary = setup.model.student.get_output_embeddings().weight.shape[0]
+    pad, ended, whole = setup.datamodule.pad_id, 0, 0
+    for batch in setup.batches:
+        ids, mask, wanted = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
+        counted = wanted != IGNORE_INDEX
+        if (wanted[counted] >= vocabulary).any():
+            yield "error", f"label {int(wanted.max())} lies outside the student's vocabulary of {vocabulary}"
+            return
+        if (counted & ~mask).any() or (pad not in ends and (wanted == pad).any()):
+            yield "error", f"padding is counted as a label (token {pad}): the student would learn to write it"
+            return
+        if (wanted != ids)[counted].any():
+            yield "error", "labels are not the tokens in whose place they stand: a label belongs at its own token"
+            return
+        for row, tokens in zip(wanted, counted, strict=True):
+            if tokens.any() and int(mask[0].numel()) < setup.datamodule.max_length:
+                whole += 1
+                ended += int(row[tokens][-1]) in ends
+    if whole and ended < 0.5 * whole:
+        yield (
+            "error",
+            f"{whole - ended} of {whole} answers do not end in what ends a generation ({sorted(ends)}): the student "
+            "would never stop",
+        )
+
+
+def vocabulary(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """Neither model puts weight on ids that the tokenizer does not have."""
+    known = len(setup.datamodule.tokenizer)
+    for role, log_p in _log_probabilities(setup).items():
+        mass = float(log_p[:, known:].exp().sum(-1).mean()) if log_p.shape[-1] > known else 0.0
+        if mass > 0.01:
+            text = f"puts {mass:.1%} of its probability on ids from {known} on, which the tokenizer does not have"
+            yield "error" if role == "teacher" else "warning", f"the {role} {text}"
+
+
+def _log_probabilities(setup: Setup) -> dict[str, Tensor]:
+    """Log-probabilities of both models on the counted tokens of the first batch, [N, V]."""
+    batch = setup.batches[0]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    index = (batch["labels"][:, 1:] != IGNORE_INDEX).reshape(-1).nonzero().squeeze(1)[:512]
+    model, found = setup.model.student, {}
+    model.eval()
+    with torch.no_grad():
+        logits = {"student": model(**inputs).logits}
+        if setup.module.teacher is not None:
+            logits["teacher"] = setup.module.teacher.logits(inputs)
+    for role, values in logits.items():
+        found[role] = log_softmax(values[:, :-1].reshape(-1, values.shape[-1])[index])
+    model.train()
+    return found
+
+
+def teacher(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """The teacher knows this data better than the student, and better than chance."""
+    if setup.module.teacher is None:
+        return
+    theirs, ours = setup.means["teacher_nll"], setup.means["student_nll"]
+    level = "error" if setup.teacher_teaches else "warning"
+    chance = math.log(len(setup.datamodule.tokenizer))
+    if theirs >= 0.9 * chance:
+        yield (
+            level,
+            f"its NLL on the held-out rows is {theirs:.2f}, about chance ({chance:.2f}): it knows nothing of them",
+        )
+    elif theirs >= ours:
+        yield level, f"its NLL on the held-out rows is {theirs:.2f}, no better than the student's {ours:.2f}"
+
+
+def temperature(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """The softened teacher still says something."""
+    if not setup.teacher_teaches:
+        return
+    t = setup.model.loss.token_loss.temperature
+    log_p = log_softmax(_log_probabilities(setup)["teacher"] / t)
+    share = float(entropy(log_p).mean()) / math.log(log_p.shape[-1])
+    if share > NEARLY_UNIFORM:
+        yield "error", f"at temperature {t:g} the teacher is all but uniform (entropy {share:.1%} of the largest)"
+
+
+def objective(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """It is zero where the models agree, and it can move this student."""
+    if not setup.teacher_teaches:
+        return
+    probabilities, loss = _log_probabilities(setup), setup.model.loss
+    width = min(log_p.shape[-1] for log_p in probabilities.values())
+    p, q = (probabilities[role][:, :width].unsqueeze(0) for role in ("teacher", "student"))
+    counted = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+    source = {"source": torch.zeros(1, dtype=torch.long, device=q.device)}
+    alone = DistillationLoss(loss.objective, temperature=loss.token_loss.temperature, compile=False)
+
+    def mean(student: Tensor, teacher: Tensor) -> Tensor:
+        parts = alone.from_logits(student, teacher, counted, rows=source)
+        return parts.loss / parts.divisor
+
+    def gradient(student: Tensor) -> float:
+        student = student.detach().clone().requires_grad_()
+        torch.autograd.backward(mean(student, p))
+        assert student.grad is not None
+        return float(student.grad.norm())
+
+    at_zero = float(mean(q, q))
+    if abs(at_zero) > 1e-4:
+        yield "error", f"it is {at_zero:.2g} where teacher and student agree, and a divergence is 0 there"
+    share = gradient(q) / max(gradient((p + q) / 2), 1e-30)
+    if share < LITTLE_GRADIENT:
+        yield (
+            "warning",
+            f"its gradient at this student is {share:.1%} of that half way to the teacher: it hardly moves a student "
+            "that puts no mass where the teacher does; start from supervised fine-tuning",
+        )
+
+
+def step(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """A few steps on one batch keep everything finite and lower its loss."""
+    batch, model = setup.batches[0], copy.deepcopy(setup.model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = setup.module.optimizer_callable(parameters)
+    ask, losses, seconds = None if setup.module.labels_only else setup.module.teacher, [], 0.0
+    for _ in range(STEPS + 1):
+        begin = time.perf_counter()
+        with setup.trainer.precision_plugin.forward_context():
+            parts = model(batch, ask)
+        loss = parts.loss / parts.divisor.clamp_min(1)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, setup.trainer.gradient_clip_val or math.inf)
+        if not (math.isfinite(losses[-1]) and torch.isfinite(norm)):
+            yield "error", f"loss {losses[-1]:.4g}, gradient norm {float(norm):.4g} after {len(losses) - 1} steps"
+            return
+        optimizer.step()
+        seconds = time.perf_counter() - begin
+    rate = optimizer.param_groups[0]["lr"]
+    if not losses[-1] < losses[0]:
+        text = f"{STEPS} steps on one batch at rate {rate:g} take its loss from {losses[0]:.3f} to {losses[-1]:.3f}"
+        yield "error", f"{text}: it must fall"
+    sizes = [p.numel() * p.element_size() for p in model.student.parameters()]
+    state = sum(
+        v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
+    )
+    total = setup.trainer.max_steps if setup.trainer.max_steps > 0 else None
+    how_long = "" if total is None else f", {total} steps about {total * seconds / 60:.1f} min"
+    yield "note", f"student {sum(sizes) / 1e6:.1f} MB, optimizer {state / 1e6:.1f} MB, a step {seconds:.2f} s{how_long}"
+
+
+CHECKS: tuple[Check, ...] = (output, tokenizers, rows, labels, vocabulary, teacher, temperature, objective, step)

@@ -1,0 +1,66 @@
+"""What would waste a run, found before it: `kd-lightning preflight --config X`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.cli import expected, explain, run
+from kd_lightning.commands.checks import CHECKS, Finding, Setup
+
+
+def main(args: Sequence[str]) -> int:
+    """Check the run that `fit` with the same words would be; one line a finding.
+
+    Args:
+        args: every word that `fit` takes, and `--json FILE` for the findings as JSON too.
+
+    Returns:
+        1 where a finding is an error, otherwise 0.
+
+    Raises:
+        ValueError: the words are not those of a run at all.
+    """
+    own = argparse.ArgumentParser(
+        prog="kd-lightning preflight",
+        description="Check a run before it starts: every argument of `fit`, and --json FILE. Status 1 at an error.",
+        usage="kd-lightning preflight --config NAME_OR_FILE [--json FILE] [--GROUP.ARGUMENT VALUE ...]",
+        allow_abbrev=False,
+    )
+    own.add_argument("--json", type=Path, default=None, help="write the findings to this file too")
+    given, words = own.parse_known_args(list(args))
+    findings = examine(run(["fit", *words], start=False))
+    for finding in findings:
+        print(f"{finding.level}: {finding.check}: {finding.text}")
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    print(f"preflight: {errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}", file=sys.stderr)
+    if given.json is not None:
+        given.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n", encoding="utf-8")
+    return int(errors > 0)
+
+
+def examine(cli: Any) -> list[Finding]:
+    """All findings on what `fit` would train with, in the order of `checks.CHECKS`.
+
+    A check that cannot be made, because what it needs is itself refused, gives that refusal as its finding, once.
+
+    Args:
+        cli: what `cli.run(words, start=False)` returns.
+    """
+    setup, findings, refused = Setup(cli.model, cli.datamodule, cli.trainer, cli.config_init["fit"]), [], set()
+    for check in CHECKS:
+        try:
+            findings += [Finding(level, check.__name__, text) for level, text in check(setup)]
+        except Exception as error:
+            if not expected(error):
+                raise
+            if explain(error) not in refused:
+                findings.append(Finding("error", check.__name__, explain(error)))
+                refused.add(explain(error))
+    return findings
