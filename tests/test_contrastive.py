@@ -1,4 +1,4 @@
-"""DistiLLM-2's loss from end to end: each response's skew, the gaps it follows, steps the same however they are split."""
+"""DistiLLM-2's loss from end to end: each response's skew, the gaps it follows, steps the same however split."""
 
 from __future__ import annotations
 

@@ -203,7 +203,6 @@ def test_validation_takes_instructions_and_of_pairs_the_teachers_response(tmp_pa
     assert batch["source"].tolist() == [0, 0, 0]
 
 
-
 # ------------------------------------------------------------------------------------------------------- bad input
 def test_no_pair_that_can_be_used(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"instruction": "a", "teacher_response": "b"}] * 5)

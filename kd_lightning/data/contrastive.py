@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,9 @@ class ContrastiveDataModule(InstructionDataModule):
 
     Attributes:
         report: as there; for `train` in pairs, and with `side_missing`, `prompt_differs`, `no_partner`.
+        before_pass: None, or what to call before each pass over the training pairs, once, with its number from 0 on: it
+            may replace responses. It is called on every rank, the models being ready; not when a run goes on in the
+            middle of a pass.
 
     Raises:
         ValueError: an argument is out of its range; in `setup`: data that cannot be read, or no pair that can be used.
@@ -87,6 +90,8 @@ class ContrastiveDataModule(InstructionDataModule):
         self._texts: dict[str, dict[int, str]] = {side: {} for side in SIDES}  # what was replaced
         self._files: dict[str, dict[str, str]] = {}  # where it was written
         self._replacements = 0
+        self.before_pass: Callable[[int], None] | None = None
+        self._announced = -1  # the last pass that `before_pass` was told of
 
     # ---------------------------------------------------------------------------------------------------- preparation
     def _load(self, split: str) -> Any:
@@ -160,13 +165,22 @@ class ContrastiveDataModule(InstructionDataModule):
             ValueError: no pair has both responses.
         """
         if self._loaded is None:
-            if self.responses == "generate":  # what was to come has come
+            if self.responses == "generate":
+                self._announce(0)
                 self._keep(("",))
                 self._rows["train"] = self._halves["teacher"]
             self._loaded = PairRows(self._halves)
         loader = super().train_dataloader()
-        self._order = loader.sampler if isinstance(loader.sampler, BatchOrder) else None
+        if isinstance(loader.sampler, BatchOrder):
+            self._order = loader.sampler
+            loader.before_pass = self._announce
         return loader
+
+    def _announce(self, number: int) -> None:
+        if number > self._announced:
+            self._announced = number
+            if self.before_pass is not None:
+                self.before_pass(number)
 
     def _token_rows(self, split: str) -> tuple[Any, list[int]]:
         if split != "train" or self._loaded is None:
@@ -183,7 +197,7 @@ class ContrastiveDataModule(InstructionDataModule):
         return [row_id for row_id, empty in zip(half["row_id"][:], half["empty"][:], strict=True) if empty]
 
     def replace_responses(self, responses: Mapping[int, str], side: str = "student") -> None:
-        """Put new responses in the place of the old ones; the other side's are kept. Between epochs, on every rank.
+        """Put new responses in the place of the old ones; the other side's are kept. On every rank, in `before_pass`.
 
         An empty response, or one that does not begin within `max_length`, leaves the old one where it is. What was
         replaced is written to ROOT/responses; a run resumed from a checkpoint finds it there.
@@ -243,8 +257,8 @@ class ContrastiveDataModule(InstructionDataModule):
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
-        """Which files hold what was replaced; empty where nothing was."""
-        return {"files": self._files, "replacements": self._replacements} if self._files else {}
+        """Which files hold what was replaced, and how far `before_pass` has been told."""
+        return {"files": dict(self._files), "replacements": self._replacements, "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what was replaced.
@@ -253,6 +267,7 @@ class ContrastiveDataModule(InstructionDataModule):
             ValueError: a file is missing under ROOT/responses, or another than the checkpoint saw.
         """
         self._files, self._replacements = dict(state_dict["files"]), state_dict["replacements"]
+        self._announced = state_dict["announced"]
         if "train" in self._rows:
             self._read_replaced()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,11 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
 
     A pass of which something was read is followed by the next one. The state holds pass and batch beside what torchdata
     keeps, so that another number of workers can go on with it.
+
+    Attributes:
+        before_pass: called with the number of a pass before its order is made and its first row is read; it may change
+            rows and lengths. Lightning asks for a pass before `on_train_epoch_start` in the first epoch of a process,
+            so that hook would be too late.
     """
 
     @functools.wraps(StatefulDataLoader.__init__)  # type: ignore[misc]  # Lightning reads the signature
@@ -145,6 +150,7 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call
             super().__init__(*args, **kwargs)
         self._first = 0  # the batch that the present iterator began with
+        self.before_pass: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """The present pass if nothing of it was read yet, else the next one."""
@@ -153,6 +159,8 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
             if self._iterator is not None and self._iterator._num_yielded > 0:
                 order.start_at(self._iterator._sampler_iter.epoch + 1, 0)
             self._first = order.start
+            if self.before_pass is not None:
+                self.before_pass(order.epoch)
         return super().__iter__()  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
