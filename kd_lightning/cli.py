@@ -23,6 +23,8 @@ VERBS = {
 # Each is a file in `commands/` with `main(words) -> exit status or None`.
 COMMANDS = {
     "preflight": "find what would waste a run, before it",
+    "compare": "put finished or running folders side by side",
+    "cache": "write down once what the teacher says about the data",
 }
 
 

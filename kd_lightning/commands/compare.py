@@ -1,0 +1,194 @@
+"""Runs side by side: `kd-lightning compare ROOT… --output report.md`."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from kd_lightning.figures import as_markdown, curves
+from kd_lightning.results import HEADINGS
+from kd_lightning.run_folder import RunFolder, differing, repetitions
+from kd_lightning.storage import whole_file
+
+CURVES = {
+    "val/ce": "validation NLL per answer token",
+    "val/forward_kl": "validation forward KL to the teacher",
+    "val/agreement": "share of tokens where both put the same one first",
+}
+Cell = tuple[float, float] | None  # mean and, with repetitions, standard deviation (NaN for one run)
+
+
+def main(args: Sequence[str]) -> int:
+    """Compare finished or running folders.
+
+    Args:
+        args: folders, `--output FILE` for a Markdown page, `--different_data` to allow runs on different rows.
+
+    Raises:
+        ValueError: a folder is not that of a run; the runs were not measured on the same rows; the page exists.
+    """
+    parser = argparse.ArgumentParser(
+        prog="kd-lightning compare", description="Runs side by side; runs that differ in seeds alone are averaged."
+    )
+    parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of a run (--trainer.default_root_dir)")
+    parser.add_argument("--output", type=Path, help="write a Markdown page with curves to this file")
+    parser.add_argument("--different_data", action="store_true", help="allow runs on different rows, and say so")
+    given = parser.parse_args(list(args))
+    if given.output is not None and given.output.exists():
+        raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
+    runs = [RunFolder.read(root) for root in given.roots]
+    notes = same_rows(runs, given.different_data)
+    groups = repetitions(runs)
+    names = titles(groups)
+    rows = table(groups, names)
+    _print(rows, notes)
+    if given.output is not None:
+        with whole_file(given.output) as part:
+            part.write_text(page(groups, names, rows, notes), encoding="utf-8")
+    return 0
+
+
+def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
+    """Refuse to put figures on different rows side by side, or say that it is done.
+
+    Raises:
+        ValueError: they differ, and it is not allowed.
+    """
+    notes = []
+    for name in runs[0].data:
+        found = {str(run.data[name]) for run in runs}
+        if len(found) > 1:
+            notes.append(f"{name} differs: {', '.join(sorted(found))}")
+    teachers = {repr(run.results["teacher"]) for run in runs if run.results is not None}
+    if len(teachers) > 1 and not notes:
+        notes.append("the same teacher, or the same files, have changed: its own row differs between the runs")
+    if notes and not allowed:
+        raise ValueError(
+            f"the runs are not on the same data ({'; '.join(notes)}): --different_data compares them anyway"
+        )
+    return [f"**Not the same data**: {note}" for note in notes]
+
+
+def titles(groups: Sequence[Sequence[RunFolder]]) -> list[str]:
+    """A name for each group: the folders', or their common beginning."""
+    names = []
+    for group in groups:
+        folders = [run.root.name for run in group]
+        common = folders[0]
+        while not all(folder.startswith(common) for folder in folders):
+            common = common[:-1]
+        names.append(common.rstrip("_-.0123456789") or common or folders[0] if len(group) > 1 else folders[0])
+    return [
+        name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)
+    ]  # two groups of one name are told apart by their place
+
+
+def table(groups: Sequence[Sequence[RunFolder]], names: Sequence[str]) -> dict[str, dict[str, Cell]]:
+    """Mean and spread of the closing tables, by row and column; the shared rows first."""
+    rows: dict[str, dict[str, Cell]] = {}
+    everyone = [run for group in groups for run in group]
+    for key, title in (("teacher", "teacher"), ("student_before", "student before")):
+        kept = [run for run in everyone if run.results is not None and run.results.get(key) is not None]
+        if kept and (key == "teacher" or len({repr((run.results or {})[key]) for run in kept}) == 1):
+            rows[title] = _means(kept[:1], key)
+    for group, name in zip(groups, names, strict=True):
+        finished = [run for run in group if run.results is not None]
+        count = f" ({len(finished)} runs)" if len(finished) > 1 else ""
+        unfinished = len(group) - len(finished)
+        going = f", {unfinished} at step {max(run.step for run in group)}" if unfinished else ""
+        rows[f"{name}{count}{going}"] = _means(finished, "student_after")
+    return rows
+
+
+def _means(runs: Sequence[RunFolder], key: str) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for column in HEADINGS:
+        values = [(run.results or {})[key] for run in runs]
+        found = [value[column] for value in values if value is not None]
+        numbers = [number for number in found if number is not None]
+        spread = statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
+        cells[column] = (statistics.mean(numbers), spread) if numbers else None
+    return cells
+
+
+def text_of(column: str, cell: Cell, best: Cell) -> str:
+    """A cell in words: mean ± spread, and a star where it is further from the best than the spread of both."""
+    if cell is None:
+        return "–"
+    scale, unit = (100, " %") if column == "exact_match" else (1, "")
+    mean, spread = cell
+    digits = 1 if unit else 3
+    known = spread == spread
+    text = f"{mean * scale:.{digits}f}" + (f" ± {spread * scale:.{digits}f}" if known else "") + unit
+    if best is None or best == cell or not known or best[1] != best[1]:
+        return text
+    apart = abs(mean - best[0]) > (spread**2 + best[1] ** 2) ** 0.5
+    return f"{text} *" if apart else text
+
+
+def _cells(rows: dict[str, dict[str, Cell]]) -> list[list[str]]:
+    best: dict[str, Cell] = {}
+    for column in HEADINGS:
+        students = [cells[column] for name, cells in rows.items() if name not in ("teacher", "student before")]
+        found = [cell for cell in students if cell is not None]
+        key = (lambda cell: -cell[0]) if column == "exact_match" else (lambda cell: cell[0])
+        best[column] = min(found, key=key) if found else None
+    return [
+        [name, *(text_of(column, cells[column], best[column]) for column in HEADINGS)] for name, cells in rows.items()
+    ]
+
+
+EXPLAINED = (
+    "Mean ± standard deviation where a run was repeated with other seeds. A star: further from the best of its column "
+    "than the spread of both, √(s² + s²); without a star, or with one run a row, a difference is no finding."
+)
+
+
+def _print(rows: dict[str, dict[str, Cell]], notes: Sequence[str]) -> None:
+    shown = Table(title="test rows")
+    for heading in ("run", *HEADINGS.values()):
+        shown.add_column(heading, justify="left" if heading == "run" else "right")
+    for cells in _cells(rows):
+        shown.add_row(*cells)
+    console = Console()
+    console.print(shown)
+    for line in (*notes, EXPLAINED):
+        console.print(line.replace("**", ""), highlight=False)
+
+
+def page(
+    groups: Sequence[Sequence[RunFolder]],
+    names: Sequence[str],
+    rows: dict[str, dict[str, Cell]],
+    notes: Sequence[str],
+) -> str:
+    """The comparison as one Markdown page with its figures inside."""
+    out = ["# Runs side by side", *notes, markdown_table(["run", *HEADINGS.values()], _cells(rows)), EXPLAINED]
+    changed = differing([group[0] for group in groups])
+    if changed:
+        cells = [[f"`{name}`", *(f"`{group[0].method.get(name)}`" for group in groups)] for name in changed]
+        out += ["## What differs", markdown_table(["argument", *names], cells)]
+    out.append("## Curves")
+    for scalar, title in CURVES.items():
+        lines = {
+            name if len(group) == 1 else f"{name}, {run.root.name}": run.scalars.get(scalar, [])
+            for group, name in zip(groups, names, strict=True)
+            for run in group
+        }
+        if any(lines.values()):
+            out.append(as_markdown(curves(lines, title), title))
+    folders = [
+        f"- {name}: " + ", ".join(f"`{run.root}`" for run in group) for group, name in zip(groups, names, strict=True)
+    ]
+    return "\n\n".join([*out, "## Folders", "\n".join(folders)]) + "\n"
+
+
+def markdown_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
