@@ -22,6 +22,7 @@ VERBS = {
 
 # Each is a file in `commands/` with `main(words) -> exit status or None`.
 COMMANDS = {
+    "generate": "let a model, or a server, respond to a file of prompts",
     "preflight": "find what would waste a run, before it",
     "compare": "put finished or running folders side by side",
     "cache": "write down once what the teacher says about the data",
@@ -93,10 +94,13 @@ def build_cli() -> type:
     import kd_lightning.divergences
     import kd_lightning.label_losses
     import kd_lightning.objectives
+    import kd_lightning.rollout
     import kd_lightning.schedules
     import kd_lightning.strategies
     import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
+    from kd_lightning.baselines import Baselines
     from kd_lightning.callbacks import HFExport, Predictions, RunCheckpoint, RunConfig, is_dry
+    from kd_lightning.dashboard import Dashboard
     from kd_lightning.results import ResultsTable
     from kd_lightning.storage import WholeCheckpointIO
 
@@ -108,6 +112,8 @@ def build_cli() -> type:
             parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
             parser.add_lightning_class_args(HFExport, "export")
             parser.add_lightning_class_args(ResultsTable, "results")
+            text = "folder of another run, a supervised one say, drawn as a constant line beside this one"
+            parser.add_argument("--baseline", type=str | None, default=None, help=text)
 
         def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
             super()._add_subcommands(parser, **kwargs)
@@ -140,7 +146,8 @@ def build_cli() -> type:
             if self.subcommand == "fit":
                 parser, parsed = self._parser(self.subcommand), self.config[self.subcommand].clone()
                 parsed.ckpt_path = None
-                kwargs["callbacks"].append(RunConfig(parser.dump(parsed, skip_none=False)))
+                text = parser.dump(parsed, skip_none=False)
+                kwargs["callbacks"] += [RunConfig(text), Baselines(parsed.baseline), Dashboard(text)]
             if self.subcommand == "predict":
                 kwargs["callbacks"].append(Predictions())
             return super().instantiate_trainer(**kwargs)
@@ -256,11 +263,13 @@ def explain(error: BaseException) -> str:
     from kd_lightning.assistants import Assistant
     from kd_lightning.divergences import Divergence
     from kd_lightning.label_losses import LabelLoss
+    from kd_lightning.rollout import ResponseSource
     from kd_lightning.schedules import Schedule
 
     key, name = found.groups()
     last = key.split(".")[-1]
-    bases: dict[str, type] = {"assistant": Assistant, "label_loss": LabelLoss, "data": LightningDataModule}
+    bases: dict[str, type] = {"assistant": Assistant, "label_loss": LabelLoss, "responses": ResponseSource}
+    bases["data"] = LightningDataModule
     base = bases.get(last, Divergence)
     if last.endswith(("weight", "alpha", "share")):
         base = Schedule

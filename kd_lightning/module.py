@@ -19,8 +19,9 @@ from kd_lightning.lora import LoRA, with_lora
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
+from kd_lightning.rollout import AtWork, ResponseSource
 from kd_lightning.schedules import Schedule, Weight
-from kd_lightning.sharding import local
+from kd_lightning.sharding import clip_norm, is_sharded, local
 from kd_lightning.strategies import data_ranks
 from kd_lightning.student import StudentWithLoss
 from kd_lightning.teachers import HFTeacher, Teacher
@@ -69,7 +70,7 @@ class DistillationModule(L.LightningModule):
         ce_weight: Weight = 0.0,
         temperature: float = 1.0,
         reduction: str = "token_mean",
-        responses: None = None,
+        responses: ResponseSource | None = None,
         label_loss: LabelLoss | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -119,7 +120,6 @@ class DistillationModule(L.LightningModule):
             ce_weight=ce_weight,
             temperature=temperature,
             reduction=reduction,
-            label_loss=label_loss,
             monitors=wanted,
             diagnostics=True,
         )
@@ -128,6 +128,8 @@ class DistillationModule(L.LightningModule):
         self.lr_scheduler_callable = lr_scheduler
         self.model: StudentWithLoss | None = None
         self.evaluation = nn.ModuleDict()
+        self.responses = responses
+        self._at_work = AtWork(responses)
         self._window = Window(reduction)
         self._means: dict[str, Tensor] = {}
         self._unchecked: tuple[int, Tensor | None, Tensor] | None = None
@@ -169,6 +171,9 @@ class DistillationModule(L.LightningModule):
         if self.teacher is not None:
             self.teacher.meet(self)
             self.teacher.load()
+        if self.responses is not None:
+            datamodule = getattr(self._trainer, "datamodule", None)
+            self.responses.check(self.student, self.teacher, getattr(datamodule, "max_length", None))
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the parameters that learn, scheduler stepped once per optimizer step."""
@@ -214,8 +219,9 @@ class DistillationModule(L.LightningModule):
         assert self.model is not None
         if self.teacher is not None:
             self.teacher.to(self.device)
+        batch, notes = self._at_work.draw(self, batch)
         parts: LossParts = self.model(batch, None if self.labels_only else self.teacher)
-        self._window.add(batch, parts)
+        self._window.add(batch, parts, notes)
         self._unchecked = (self.trainer.global_step, batch.get("row_ids"), parts.loss.detach())
         return parts.loss
 
@@ -234,6 +240,19 @@ class DistillationModule(L.LightningModule):
         divisor, self._means = self._window.close(self._sum_over_ranks)
         grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(grads, self.trainer.accumulate_grad_batches * data_ranks(self.trainer)[1] / divisor)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by Lightning's means; a norm of what is sharded in several ways is taken here."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and any(is_sharded(p) for p in parameters):
+            clip_norm(parameters, gradient_clip_val, self.device)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _sum_over_ranks(self, totals: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -261,6 +280,9 @@ class DistillationModule(L.LightningModule):
         found = {name: part for name, part in loss.objective.named_modules() if isinstance(part, Schedule)}
         if isinstance(loss.ce_weight, Schedule):
             found["ce_weight"] = loss.ce_weight
+        for name, part in () if self.responses is None else self.responses.named_modules():
+            if isinstance(part, Schedule):
+                found[f"responses.{name}"] = part
         return found
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -268,7 +290,8 @@ class DistillationModule(L.LightningModule):
         if not self._means:
             return
         means, self._means = self._means, {}
-        scalars = {f"train/{name}": means[name] for name in ("loss", "kd", "ce", "student_share") if name in means}
+        names = ("loss", "kd", "ce", "student_share", *sorted(self._at_work.names))
+        scalars = {f"train/{name}": means[name] for name in names if name in means}
         for path, schedule in self.schedules().items():
             value = means.get(f"schedule/{path}", schedule())
             if value.ndim == 0:
@@ -304,13 +327,17 @@ class DistillationModule(L.LightningModule):
         """Look at the last step's loss before its student is measured."""
         self._check_finite()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Measure one batch under `val/`."""
-        self._evaluate(batch, "val")
+    def on_validation_epoch_end(self) -> None:
+        """Let the source of responses hear of it."""
+        self._at_work.hear(self)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Measure one batch under `test/`."""
-        self._evaluate(batch, "test")
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Measure one batch under `val/`; what was measured of each counted token, for callbacks."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Measure one batch under `test/`; what was measured of each counted token, for callbacks."""
+        return self._evaluate(batch, "test")
 
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
         """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
@@ -324,7 +351,7 @@ class DistillationModule(L.LightningModule):
         self.model.train(training)
         return parts
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         values = dict(self.evaluate_batch(batch).values)
         values["ce"] = values.pop("student_nll")
         values.pop("loss")
@@ -342,6 +369,7 @@ class DistillationModule(L.LightningModule):
                 on_epoch=True,
                 on_step=False,
             )
+        return values
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Greedy responses to left-padded prompts."""

@@ -1,74 +1,119 @@
-"""Responses from a model."""
+"""Where responses come from: the data, the student itself, a memory of what it wrote, the teacher beside it."""
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kd_lightning.generation import Sampling, check_sampling, generate
+from kd_lightning.minillm import MiniLLM
+from kd_lightning.replay import AdaptiveReplay, Memory
+from kd_lightning.responses import Author, ResponseSource
+from kd_lightning.schedules import Weight, check_weight, value
+from kd_lightning.strategies import data_ranks
+from kd_lightning.written import Batch
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Refuse settings of generation that are out of range.
+__all__ = [
+    "AdaptiveReplay",
+    "Author",
+    "Memory",
+    "MiniLLM",
+    "OnPolicy",
+    "ResponseSource",
+    "Sampling",
+    "check_sampling",
+    "generate",
+]
 
-    Raises:
-        ValueError: it names the one that is.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not temperature >= 0 or temperature == float("inf"):
-        raise ValueError(f"temperature must be a number >= 0 (0: the likeliest token each time), got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
 
+class OnPolicy(ResponseSource):
+    r"""GKD's mix: a share of the steps trains on what the student itself writes to the prompts of the data.
 
-def generate(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    max_new_tokens: int = 32,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Tensor:
-    """Responses to left-padded prompts, dropout off.
+    A coin per step decides, the same on all ranks and for all micro-batches of the step. No gradient goes through the
+    sampling. A conversation of several turns is answered once, at its first counted turn.
 
     Args:
-        model: a causal LM; its mode (train or eval) is put back afterwards.
-        input_ids: prompts, padded on the left, [B, T].
-        attention_mask: 1 where there is a token, [B, T].
-        max_new_tokens: longest response, > 0.
-        temperature: 0: the likeliest token each time; otherwise samples of softmax(logits / temperature).
-        top_p: sample from the likeliest tokens that together have this mass, in (0, 1].
-        seed: of the samples; the generators outside are left as they were.
-
-    Returns:
-        Response tokens, [B, up to max_new_tokens]; after the end of a response, padding.
+        share: λ in [0, 1], or a schedule.
+        max_new_tokens: longest response, at least 1.
+        temperature: of sampling, ≥ 0; 0: the likeliest token each time.
+        top_p: of sampling, in (0, 1].
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: an argument is out of its range.
+
+    Reference: Agarwal et al., arXiv 2306.13649.
     """
-    check_sampling(max_new_tokens, temperature, top_p)
-    config = model.generation_config
-    eos = config.eos_token_id
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
-    # top_k, repetition penalties and the like that a folder brings along would make another distribution of it
-    plain = {"top_k": 0, "top_p": top_p, "temperature": temperature, "repetition_penalty": 1.0, "min_p": None}
-    sampling: dict[str, Any] = {"do_sample": True, **plain} if temperature > 0 else {"do_sample": False}
-    training = model.training
-    device = input_ids.device
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            tokens: Tensor = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                **sampling,
-            )
-    finally:
-        model.train(training)
-    return tokens[:, input_ids.shape[1] :]
+
+    sampling: Sampling
+
+    def __init__(
+        self, share: Weight = 0.5, max_new_tokens: int = 128, temperature: float = 1.0, top_p: float = 1.0
+    ) -> None:
+        super().__init__()
+        check_weight("share", share, per_row=False)
+        self.share = share
+        self.sampling = Sampling(max_new_tokens, temperature, top_p)
+
+    def forward(self, batch: Batch, author: Author) -> Batch:
+        """The student's responses where the coin says so, otherwise the data's."""
+        return author.respond(batch, self.sampling) if author.coin() < float(value(self.share)) else batch
+
+
+class AtWork:
+    """A response source in a run: what it gives to train on, and what is to be logged of it.
+
+    Args:
+        source: the source; None: the data as it is.
+    """
+
+    def __init__(self, source: ResponseSource | None) -> None:
+        self.source = source
+        self.names: set[str] = set()
+        self._step, self._micro = -1, 0
+        self._clock: float | None = None
+
+    def draw(self, module: Any, batch: Batch) -> tuple[Batch, dict[str, tuple[Tensor, Tensor]]]:
+        """The batch to train on, and by name sums and numbers of what is to be logged.
+
+        Args:
+            module: a `DistillationModule` in training.
+            batch: of the data.
+        """
+        if self.source is None:
+            return batch, {}
+        trainer = module.trainer
+        self._micro = self._micro + 1 if self._step == trainer.global_step else 0
+        self._step = trainer.global_step
+        rank, ranks = data_ranks(trainer)
+        author = Author(
+            module.model,
+            module.teacher,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
+            step=self._step,
+            batch=trainer.fit_loop.epoch_loop.total_batch_idx,
+            micro=self._micro,
+            accumulate=trainer.accumulate_grad_batches,
+            rank=rank,
+            ranks=ranks,
+            max_length=getattr(getattr(trainer, "datamodule", None), "max_length", None),
+        )
+        batch = self.source(batch, author)
+        now = time.perf_counter()
+        if self._clock is not None:
+            spent = torch.tensor([author.seconds, now - self._clock], device=batch["labels"].device)
+            author.notes["generating"] = (spent[0], spent[1])
+        self._clock = now
+        self.names |= author.notes.keys()
+        return batch, author.notes
+
+    def hear(self, module: Any) -> None:
+        """Tell the source how validation went; one before step 0 counts where it went over all rows."""
+        self._clock = None
+        trainer = module.trainer
+        whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
+        if self.source is not None and trainer.state.fn == "fit" and whole and "val_ce" in module.evaluation:
+            self.source.validated(float(module.evaluation["val_ce"].compute()))

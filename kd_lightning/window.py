@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,10 +24,21 @@ class Window:
         self.reduction = reduction
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, batch: dict[str, Tensor], parts: LossParts) -> None:
-        """Add the sums of one micro-batch."""
+    def add(
+        self,
+        batch: dict[str, Tensor],
+        parts: LossParts,
+        notes: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """Add the sums of one micro-batch.
+
+        Args:
+            batch: what was trained on.
+            parts: its loss.
+            notes: more sums, each with the number it is to be divided by.
+        """
         sums = {name: (value * parts.weights).sum(dtype=torch.float32) for name, value in parts.values.items()}
-        for name, (total, number) in parts.by_response.items():
+        for name, (total, number) in {**parts.by_response, **(notes or {})}.items():
             sums[f"sum of {name}"], sums[f"number of {name}"] = total.float(), number.float()
         sums["divisor"] = parts.divisor.float()
         counted = batch["labels"][:, 1:] != -100
