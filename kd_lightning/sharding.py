@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from kd_lightning.engine import Head
+
+TENSOR = "tensor"  # the dimension of a mesh along which a vocabulary is split
 
 
 class Root(nn.Module):
@@ -31,45 +38,53 @@ class Root(nn.Module):
 
 
 def shard_student(
-    model: nn.Module, mesh: DeviceMesh, layer_dtype: torch.dtype | None = None, offload_policy: OffloadPolicy | None = None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    layer_mesh: DeviceMesh | None = None,
+    layer_dtype: torch.dtype | None = None,
+    offload_policy: OffloadPolicy | None = None,
 ) -> None:
     """Shard a `StudentWithLoss`: each layer by itself, the rest as one group that is there from forward to backward.
 
     Args:
         model: the student with its loss; both are left in their place.
         mesh: one dimension to shard over; or two: to replicate and to shard over.
+        layer_mesh: the same for the layers; None: `mesh`.
         layer_dtype: what layers are gathered and computed in; None: as they are. Gradients are summed in fp32.
         offload_policy: where the shards are.
     """
     student: Any = model.student
-    shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload_policy or OffloadPolicy())
+    shard = functools.partial(fully_shard, offload_policy=offload_policy or OffloadPolicy())
     for layer in layers(model):
-        shard(layer, mp_policy=_policy(layer_dtype))
-    shard(model, mp_policy=_policy(None))
+        shard(layer, mesh=layer_mesh or mesh, mp_policy=_policy(layer_dtype))
+    shard(model, mesh=mesh, mp_policy=_policy(None))
     register_fsdp_forward_method(model, "call")
     model.register_forward_hook(_reshard_unless_training)
     student.generate = _inside(model.call, student.generate, then=model.reshard)  # type: ignore[arg-type]
 
 
 def shard_teacher(
-    model: nn.Module, mesh: DeviceMesh, layer_dtype: torch.dtype | None = None, offload_policy: OffloadPolicy | None = None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    layer_mesh: DeviceMesh | None = None,
+    layer_dtype: torch.dtype | None = None,
+    offload_policy: OffloadPolicy | None = None,
 ) -> Root:
     """Shard a frozen model, and give what its parameters are gathered by: nothing is whole longer than it is read.
 
     Args:
         model: a Hugging Face model; left in its place.
         mesh: as for `shard_student`.
+        layer_mesh: as for `shard_student`.
         layer_dtype: as for `shard_student`.
         offload_policy: as for `shard_student`.
     """
     hf: Any = model
     root = Root(model)
-    shard = functools.partial(
-        fully_shard, mesh=mesh, offload_policy=offload_policy or OffloadPolicy(), reshard_after_forward=True
-    )
+    shard = functools.partial(fully_shard, offload_policy=offload_policy or OffloadPolicy(), reshard_after_forward=True)
     for layer in layers(model):
-        shard(layer, mp_policy=_policy(layer_dtype))
-    shard(root, mp_policy=_policy(None))
+        shard(layer, mesh=layer_mesh or mesh, mp_policy=_policy(layer_dtype))
+    shard(root, mesh=mesh, mp_policy=_policy(None))
     hf.generate = _inside(root, hf.generate)
     return root
 
@@ -139,6 +154,11 @@ def checkpoint_activations(model: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- shards, and the whole
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of the tensor only."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, sharing its memory; a tensor that is not sharded as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -146,7 +166,107 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered on every rank; one that is not sharded as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if TENSOR not in (tensor.device_mesh.mesh_dim_names or ()):
+        return tensor.full_tensor()
+    return _gathered(_part(tensor), tensor.device_mesh.get_group(TENSOR))  # torch says it would do this badly
+
+
+def split_vocabulary(model: Any, mesh: DeviceMesh, role: str) -> None:
+    """Give each rank of a group its part of a model's head (and of its embedding, where they are one).
+
+    Args:
+        model: a Hugging Face model.
+        mesh: one dimension, called `tensor`.
+        role: `student` or `teacher`, for the error.
+
+    Raises:
+        ValueError: the vocabulary cannot be divided by the size of the group.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied, learns = head.weight is embedding.weight, head.weight.requires_grad
+    if len(head.weight) % mesh.size():
+        raise ValueError(
+            f"strategy.tensor_parallel_size must divide the {role}'s vocabulary, {len(head.weight)}, got {mesh.size()}"
+        )
+    parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()), src_data_rank=None)
+    if tied:
+        parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
+        head.weight = embedding.weight
+    for parameter in (*head.parameters(), *(embedding.parameters() if tied else ())):
+        parameter.requires_grad_(learns)
+
+
+def here(head: Head) -> Head:
+    """A head with what this rank needs of it: its part of a vocabulary that is split, else all; ranks ask together."""
+    if not isinstance(head.weight, DTensor):
+        return head
+    mesh = head.weight.device_mesh
+    split = TENSOR in (mesh.mesh_dim_names or ())
+    bias = head.bias
+    return dataclasses.replace(
+        head,
+        weight=_part(head.weight),
+        bias=_part(bias) if isinstance(bias, DTensor) else bias,
+        group=mesh.get_group(TENSOR) if split else None,
+    )
+
+
+def _part(tensor: DTensor) -> Tensor:
+    """The rows of this rank's part of the vocabulary, gathered from those that share it."""
+    names = tensor.device_mesh.mesh_dim_names or ()
+    if TENSOR not in names:
+        return tensor.full_tensor()
+    held = local(tensor)
+    if len(names) == 1:
+        return held
+    part = len(tensor) // tensor.device_mesh[TENSOR].size()
+    group = tensor.device_mesh.get_group("shard")
+    padded = held.new_zeros(-(-part // group.size()), *held.shape[1:])  # the last of them may hold fewer
+    padded[: len(held)] = held
+    return _gathered(padded, group)[:part]
+
+
+def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    pieces = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(pieces, part.contiguous(), group=group)
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def clip_norm(parameters: Iterable[Tensor], bound: float, device: torch.device) -> Tensor:
+    """Scale gradients so that their norm over all ranks is at most `bound`, wherever each of them is sharded.
+
+    Args:
+        parameters: the same on every rank; those without a gradient are left out.
+        bound: > 0.
+        device: where ranks talk.
+
+    Returns:
+        The norm before.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = torch.zeros((), device=device)
+    for grad in grads:
+        total += (torch.linalg.vector_norm(local(grad), dtype=torch.float32) ** 2).to(device) / _copies(grad)
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    factor = (bound / (norm + 1e-6)).clamp_max(1.0)
+    for grad in grads:
+        local(grad).mul_(factor.to(grad.device))
+    return norm
+
+
+def _copies(tensor: Tensor) -> int:
+    """On how many ranks each element is."""
+    ranks = dist.get_world_size()
+    if not isinstance(tensor, DTensor):
+        return ranks
+    for i, kind in enumerate(tensor.placements):
+        if not kind.is_replicate():
+            ranks //= tensor.device_mesh.size(i)
+    return ranks
 
 
 def rows(tensor: DTensor) -> tuple[int, int]:

@@ -14,17 +14,19 @@ from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.optim import Optimizer
 
 from kd_lightning.sharding import (
+    TENSOR,
     checkpoint_activations,
     local,
     shard_of,
     shard_student,
     shard_teacher,
+    split_vocabulary,
     whole,
     whole_state,
 )
@@ -41,8 +43,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     around them (embedding, last norm, head) is gathered as it is, so that the loss reads what it reads on one device.
 
     Args:
-        shard_size: ranks that share one copy of the models, a divisor of their number; None: all of them. Fewer: a copy
-            in every group, gradients averaged between groups (hybrid shard).
+        shard_size: ranks that read different rows and share one copy of the models; None: all of them. Fewer: a copy in
+            every group, gradients averaged between groups (hybrid shard).
+        tensor_parallel_size: ranks that read the same rows and split the vocabularies of both heads (and of embeddings
+            tied to them) among them; each chunk of logits is gathered, so that any loss sees whole rows. With
+            `shard_size` it must divide the number of ranks.
         activation_checkpointing: compute the student's layers again in backward instead of keeping what they computed.
         cpu_offload: keep shards, gradients and optimizer state in host memory.
         save_distributed_checkpoint: write checkpoints as folders in which every rank has its file; False: as one plain
@@ -57,6 +62,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         shard_size: int | None = None,
+        tensor_parallel_size: int = 1,
         activation_checkpointing: bool = False,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = False,
@@ -64,6 +70,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(
+            tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -77,8 +84,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         """Check what can be checked before any process is started."""
         ranks = self.num_nodes * self.num_processes
-        if self.shard_size is not None and (self.shard_size < 1 or ranks % self.shard_size):
-            raise ValueError(f"strategy.shard_size must divide the number of ranks, {ranks}, got {self.shard_size}")
+        size = self._tensor_parallel_size
+        if not 1 <= size <= ranks or ranks % size:
+            raise ValueError(f"strategy.tensor_parallel_size must divide the number of ranks, {ranks}, got {size}")
+        if self.shard_size is not None and (self.shard_size < 1 or ranks // size % self.shard_size):
+            each = "" if size == 1 else f" with the same rows on {size} of them each"
+            raise ValueError(
+                f"strategy.shard_size must divide the number of ranks, {ranks}{each}, got {self.shard_size}"
+            )
         if self.precision_plugin.precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision must be one of {', '.join(PRECISIONS)} with fsdp2, got "
@@ -90,9 +103,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Join the ranks, and lay them out."""
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
-        shard = self.shard_size or self.world_size
+        split = self._tensor_parallel_size
+        shard = self.shard_size or self.world_size // split
         self._device_mesh = init_device_mesh(
-            self.root_device.type, (self.world_size // shard, shard), mesh_dim_names=("replicate", "shard")
+            self.root_device.type,
+            (self.world_size // shard // split, shard, split),
+            mesh_dim_names=("replicate", "shard", TENSOR),
         )
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
@@ -100,7 +116,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Which share of the rows this rank reads."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        size = self.device_mesh[TENSOR].size()
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
     # -------------------------------------------------------------------------------------------------------- sharding
     def setup(self, trainer: Trainer) -> None:
@@ -108,19 +125,31 @@ class FSDP2Strategy(ModelParallelStrategy):
         module: Any = self.lightning_module
         assert module is not None
         if not isinstance(module.model, FSDPModule):
+            if self.device_mesh[TENSOR].size() > 1:
+                split_vocabulary(module.model.student, self.device_mesh[TENSOR], "student")
             if self.activation_checkpointing:
                 checkpoint_activations(module.model.student)
             shard_student(module.model, **self.policies())
         if module.teacher is not None:
-            module.teacher.shard(functools.partial(shard_teacher, **self.policies()))
+            module.teacher.shard(self._shard_teacher)
         super().setup(trainer)
 
+    def _shard_teacher(self, model: nn.Module) -> nn.Module:
+        if self.device_mesh[TENSOR].size() > 1:
+            split_vocabulary(model, self.device_mesh[TENSOR], "teacher")
+        return shard_teacher(model, **self.policies())
+
     def policies(self) -> dict[str, Any]:
-        """Mesh, precision and offload, as `shard_student` and `shard_teacher` take them."""
-        mesh = self.device_mesh["shard"] if self.device_mesh["replicate"].size() == 1 else self.device_mesh
+        """Meshes, precision and offload, as `shard_student` and `shard_teacher` take them."""
+        whole = self.device_mesh
+        copies = ("replicate",) if whole["replicate"].size() > 1 else ()
+        meshes = {"mesh": whole[(*copies, "shard")]}
+        if whole[TENSOR].size() > 1:  # the layers have no vocabulary to split: they are sharded over these ranks too
+            both = whole["shard", TENSOR]._flatten("all")
+            meshes["layer_mesh"] = whole[(*copies, "all")] if copies else both
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         mixed = self.precision_plugin.precision == "bf16-mixed"
-        return {"mesh": mesh, "layer_dtype": torch.bfloat16 if mixed else None, "offload_policy": offload}
+        return {**meshes, "layer_dtype": torch.bfloat16 if mixed else None, "offload_policy": offload}
 
     def model_to_device(self) -> None:
         """Move what is not sharded: buffers, and the metrics."""
