@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from kd_lightning.assets import resolve
 
-Role = Literal["student", "teacher"]
+Role = Literal["student", "teacher", "model"]  # the last where there is one alone
 auto: Any = hf  # its factories are not typed
 hf_log: Any = logging
 RESERVED = (
@@ -53,7 +53,7 @@ def load_causal_lm(
         init: `pretrained`, or `random` to start from the configuration alone (torch's generator decides the numbers).
         kwargs: arguments of `from_pretrained` (`dtype`, `attn_implementation`, `revision` …). Without `dtype` a student
             is read as fp32 and a teacher as what it was saved in.
-        role: `student` or `teacher`: named in errors, decides the default dtype.
+        role: `student`, `teacher` or `model`: named in errors, decides the default dtype.
 
     Raises:
         ModelNotFoundError: no such folder, or no such model on the hub.
