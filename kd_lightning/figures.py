@@ -7,6 +7,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -33,6 +35,37 @@ def curves(
     axes.set_xlabel("optimizer step")
     axes.set_title(title)
     axes.legend(fontsize="small")
+    return figure
+
+
+def by_place(shares: Sequence[tuple[int, float]]) -> Figure:
+    """Share of tokens where both models put the same one first, by place in the response.
+
+    Args:
+        shares: (place, share in [0, 1]).
+    """
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.bar([place for place, _ in shares], [share for _, share in shares])
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("token of the response")
+    axes.set_ylabel("share that agrees")
+    return figure
+
+
+def label_probabilities(counts: Tensor) -> Figure:
+    """Tokens by the probability that teacher and student give the label; above the line the student gives more.
+
+    Args:
+        counts: [B, B] tokens in each pair of bins of [0, 1], teacher first.
+    """
+    figure = _figure(4.4, 4.0)
+    axes = figure.add_subplot()
+    image = axes.imshow(counts.log1p().T.numpy(), origin="lower", extent=(0, 1, 0, 1), aspect="equal")
+    axes.plot([0, 1], [0, 1], linestyle="--", color="white", linewidth=1)
+    axes.set_xlabel("teacher's probability of the label")
+    axes.set_ylabel("student's")
+    figure.colorbar(image, label="log(1 + tokens)")
     return figure
 
 

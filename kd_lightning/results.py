@@ -89,9 +89,7 @@ class ResultsTable(Checkpoint):
         datamodule: Any = getattr(trainer, "datamodule", None)
         datamodule.setup("test")
         loader = datamodule.test_dataloader()
-        limit = trainer.limit_test_batches
-        batches = len(loader) if isinstance(limit, float) and limit == 1.0 else limit
-        batches = int(batches * len(loader)) if isinstance(batches, float) else min(batches, len(loader))
+        batches = limited(loader, trainer.limit_test_batches)
         means = token_means(trainer, module, loader, batches)
         rows = self._answerable(datamodule.generation_rows("test")[: batches * datamodule.batch_size])
         out: dict[str, dict[str, float | None] | None] = {
@@ -155,16 +153,20 @@ class ResultsTable(Checkpoint):
         Console().print(table)
 
 
+def limited(loader: Any, limit: int | float) -> int:
+    """How many batches of a loader `limit_…_batches` leaves: a share of them, or so many."""
+    return int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
+
+
 def token_means(trainer: L.Trainer, module: Any, loader: Any, batches: int) -> dict[str, float]:
     """Means over the counted tokens of the first `batches` batches, on all ranks together."""
     sums: dict[str, torch.Tensor] = {}
     for _, batch in zip(range(batches), loader, strict=False):
         values = module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
-        for name in ("student_nll", "teacher_nll", "forward_kl"):
-            if name in values:
-                value = values[name].double()
-                total = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
-                sums[name] = sums[name] + total if name in sums else total
+        for name, value in values.items():
+            value = value.double()
+            total = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
+            sums[name] = sums[name] + total if name in sums else total
     if trainer.world_size > 1:
         sums = {name: trainer.strategy.reduce(total, reduce_op="sum") for name, total in sums.items()}
     return {name: float(total[0] / total[1]) for name, total in sums.items()}

@@ -72,22 +72,23 @@ class RunFolder:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
+    """Nested mappings as one, with dotted names as on the command line (`init_args` is left out)."""
     if not isinstance(config, dict) or not config:
         return {prefix: config} if prefix else {}
     out: dict[str, Any] = {}
     for name, value in config.items():
-        out |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+        inside = prefix if name == "init_args" else f"{prefix}.{name}" if prefix else str(name)
+        out |= flat(value, inside)
     return out
 
 
 def scalars(folder: Path) -> dict[str, Curve]:
     """Every scalar of a folder of TensorBoard events; of a step that was logged twice, the later value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     if not any(folder.glob("events.out.tfevents.*")):
         return {}
-    events: Any = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # type: ignore[no-untyped-call]
+    events: Any = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     found = {}
     for name in events.Tags()["scalars"]:
