@@ -13,6 +13,7 @@ from kd_lightning.engine import Model, Sweep
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.objectives import SOURCES
 from kd_lightning.outcomes import Outcomes
+from kd_lightning.outcomes import Outcomes
 from kd_lightning.schedules import Schedule
 from kd_lightning.token_loss import TokenLoss
 
@@ -52,10 +53,21 @@ def label_columns(
     missing = [name for name in LABEL_COLUMNS if name in wanted and name not in given]
     if not missing:
         return {}
-    read = TokenLoss(_Zero(), CrossEntropy(), 0.0, 1.0, False, {}, diagnostics=True, compile=False)
     weights = torch.ones(len(counted.index), dtype=dtype, device=counted.index.device)
-    values, _ = Sweep(read, student, teacher, {"labels": counted.labels}, chunk).run(weights, ())
-    return {name: -counted.response_mean(values[name.replace("log_prob", "nll")]) for name in missing}
+
+    def read(model: Model, other: Outcomes | None = None) -> dict[str, Tensor]:
+        """Values of a pass without an objective; of one model alone the label's term is its negative log-probability."""
+        both = other is not None
+        term = TokenLoss(_Zero(), CrossEntropy(), float(not both), 1.0, False, {}, diagnostics=both, compile=False)
+        return Sweep(term, model, other, {"labels": counted.labels}, chunk).run(weights, ())[0]
+
+    if isinstance(teacher, Outcomes):  # known only beside a student
+        values = read(student, teacher)
+        nll = {"student_log_prob": values["student_nll"], "teacher_log_prob": values["teacher_nll"]}
+    else:
+        models = {"student_log_prob": student, "teacher_log_prob": teacher}
+        nll = {name: read(models[name])["ce"] for name in missing}
+    return {name: -counted.response_mean(nll[name]) for name in missing}
 
 
 def gap(columns: Mapping[str, Tensor]) -> Tensor | None:

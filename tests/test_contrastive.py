@@ -15,6 +15,7 @@ import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import Contrastive, Linear, ResponseGap, SkewKL, SkewReverseKL
 from kd_lightning.losses import DistillationLoss
+from kd_lightning.outcomes import TopK, top_k
 from kd_lightning.schedules import Complement
 from slow_reference import error
 from test_module import Batch, Run, assert_same_student, fit, rows, split, weights
@@ -163,6 +164,19 @@ def test_the_gaps_are_means_over_responses_whatever_the_reduction(reduction: str
         path_of = next(key for key in found if key.startswith(f"schedule/{name}_responses") and key.endswith("weight"))
         mean = sum(of_side) / len(of_side)
         assert found[path_of] == pytest.approx(1 - mean if student else mean, rel=1e-6)  # SRKL's weight is 1 − α
+
+
+def test_a_teacher_of_few_outcomes_has_the_same_gaps() -> None:
+    problem = Pairs()
+    teacher = problem.teacher @ problem.head.detach().T
+    flat = top_k(teacher.flatten(0, 1), problem.labels.clamp_min(0).flatten(), 5)
+    known = TopK(*(x.unflatten(0, (B, T)) for x in (flat.ids, flat.log_probs, flat.log_tail)), V)
+    loss = DistillationLoss(adaptive(), reduction="sequence_mean")
+    student = problem.student @ problem.head.T
+    parts = loss.from_logits(student, known, problem.labels, {"source": SOURCE})
+    for name in ("gap", "teacher_gap", "student_gap"):
+        for one, other in zip(parts.by_response[name], problem.parts(loss).by_response[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_a_number_costs_no_second_pass() -> None:
