@@ -13,7 +13,6 @@ from kd_lightning.engine import Model, Sweep
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.objectives import SOURCES
 from kd_lightning.outcomes import Outcomes
-from kd_lightning.outcomes import Outcomes
 from kd_lightning.schedules import Schedule
 from kd_lightning.token_loss import TokenLoss
 
@@ -56,7 +55,7 @@ def label_columns(
     weights = torch.ones(len(counted.index), dtype=dtype, device=counted.index.device)
 
     def read(model: Model, other: Outcomes | None = None) -> dict[str, Tensor]:
-        """Values of a pass without an objective; of one model alone the label's term is its negative log-probability."""
+        """Values of a pass without an objective; of one model alone "ce" is the labels' negative log-probability."""
         both = other is not None
         term = TokenLoss(_Zero(), CrossEntropy(), float(not both), 1.0, False, {}, diagnostics=both, compile=False)
         return Sweep(term, model, other, {"labels": counted.labels}, chunk).run(weights, ())[0]
