@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,6 +82,9 @@ class CachedTeacher(Teacher):
                     f"temperature must be 1 with a teacher's top k, whose rest is unknown at another, got "
                     f"{loss.token_loss.temperature}"
                 )
+            rank_zero_info(
+                f"teacher: {kept.k} tokens and the rest are known: divergences, measured ones too, are lower bounds"
+            )
         trainer = getattr(module, "_trainer", None)
         datamodule = getattr(trainer, "datamodule", None)
         if hasattr(datamodule, "every_row"):

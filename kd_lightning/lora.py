@@ -65,6 +65,7 @@ def with_lora(model: nn.Module, lora: LoRA) -> PeftModel:
             shares its weight with another layer; the model has adapters already.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     if lora_layers(model):
         raise ValueError("lora: the student has adapters already; give the plain model, or leave lora out")
@@ -79,10 +80,12 @@ def with_lora(model: nn.Module, lora: LoRA) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules=names,
         use_dora=lora.dora,
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in model.modules()),
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # PEFT asks in the old way
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's own call
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")  # of a linear layer beside Conv1D
         student: PeftModel = get_peft_model(hf, config)
     return student
 
