@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kd_lightning.data.batch import left_pad
 from kd_lightning.response_file import Response, ResponseFile
-from kd_lightning.rollout import generate
+from kd_lightning.rollout import Sampling, generate
 
 WINDOW = 16
 """Batches whose rows are sorted by length together: what a kill costs at most."""
@@ -55,9 +55,7 @@ class Writer:
     Args:
         model: a causal LM.
         tokenizer: its tokenizer.
-        max_new_tokens: longest response.
-        temperature: 0: the likeliest token each time.
-        top_p: mass of the likeliest tokens that are sampled from, in (0, 1].
+        sampling: how responses are sampled.
         seed: of the samples.
         call: calls a function of the model where its parameters lie whole; None: they always do.
 
@@ -67,10 +65,8 @@ class Writer:
 
     model: Any
     tokenizer: Any
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
+    sampling: Sampling
+    seed: int = 0
     call: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -97,9 +93,9 @@ class Writer:
             inputs = left_pad([prompts[row] for row in rows], self.ends[0] if pad is None else pad)
             device = next(self.model.parameters()).device
             arguments = (self.model, *(inputs[name].to(device) for name in ("input_ids", "attention_mask")))
-            settings = {"temperature": self.temperature, "top_p": self.top_p, "seed": batch_seed(self.seed, number)}
+            settings = {**asdict(self.sampling), "seed": batch_seed(self.seed, number)}
             call = self.call or (lambda function, *args, **kwargs: function(*args, **kwargs))
-            tokens = call(generate, *arguments, self.max_new_tokens, **settings)
+            tokens = call(generate, *arguments, **settings)
             yield from zip(rows, self.read(tokens), strict=True)
 
     def read(self, tokens: Tensor) -> list[Response]:

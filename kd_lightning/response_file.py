@@ -59,7 +59,8 @@ class ResponseFile:
     ) -> None:
         self.path = Path(path)
         self.rows = rows
-        self.stamp = {"model": model, "sampling": dict(sampling)}
+        self.model = model
+        self.sampling = dict(sampling)
         self.responses: list[Response] = []
         self._waiting: dict[int, Response] = {}
         self._file: BinaryIO
@@ -112,7 +113,7 @@ class ResponseFile:
     # ------------------------------------------------------------------------------------------------------- helpers
     def _head(self, number: int) -> bytes:
         """How the line of a row begins."""
-        return _dump({**self.rows[number], **self.stamp})[:-1].encode() + b", "
+        return _dump({**self.rows[number], "model": self.model, "sampling": self.sampling})[:-1].encode() + b", "
 
     def _recognise(self) -> None:
         """Read the lines that are there and cut off half a line."""
@@ -144,12 +145,12 @@ class ResponseFile:
         try:
             row = json.loads(line)
             was, sampling = row["model"], row["sampling"]
-            for name, value in self.stamp["sampling"].items():
+            for name, value in self.sampling.items():
                 if sampling.get(name) != value:
                     return f"line {number + 1} was written with {name} {sampling.get(name)}, not {value}"
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"line {number + 1} is not a response to row {number + 1} of the data"
-        if was != self.stamp["model"]:
+        if was != self.model:
             return f"line {number + 1} was written by another model ({was}, not {self.stamp['model']})"
         return f"line {number + 1} holds another row than the data"
 

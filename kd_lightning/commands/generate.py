@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from kd_lightning.data.rows import Conversation
 from kd_lightning.data.tokenizing import TextTokenizer, load_tokenizer, with_template
 from kd_lightning.models import load_causal_lm
 from kd_lightning.response_file import ResponseFile
-from kd_lightning.rollout import check_sampling
+from kd_lightning.rollout import Sampling
 from kd_lightning.teachers import digest
-
-log = logging.getLogger(__name__)
 
 
 def main(args: Sequence[str]) -> None:
@@ -90,7 +88,7 @@ def generate(
         ValueError: an argument is out of its range; data or model cannot be read; the output holds something else; the
             server refuses, is gone, or answers nonsense.
     """
-    check_sampling(max_new_tokens, temperature, top_p)
+    how = Sampling(max_new_tokens, temperature, top_p)
     for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("patience", patience, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -100,7 +98,7 @@ def generate(
         raise ValueError("model must be a folder, hub name or asset: name (or give server), got None")
     found = list(read_rows(data, "train"))
     rows, questions = [row for _, row in found], [parse_question(row, place) for place, row in found]
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling = {**asdict(how), "seed": seed}
     if server is not None:
         client = Server(server, model, sampling, patience)
         with ResponseFile(output, rows, f"{client.model} (server)", sampling) as file:
@@ -110,7 +108,7 @@ def generate(
     network: Any = load_causal_lm(str(model), kwargs={"dtype": dtype}, role="model")
     tokenizer = load_tokenizer(model)
     with_template(tokenizer, None, _say)
-    writer = Writer(network.to(place), tokenizer, **sampling)
+    writer = Writer(network.to(place), tokenizer, how, seed)
     text = TextTokenizer(tokenizer, max_length=_room(network, max_new_tokens, max_length))
     prompts = _prompts(text, questions)
     name = fingerprint(network, text)
@@ -152,11 +150,9 @@ def _room(model: Any, max_new_tokens: int, max_length: int | None) -> int:
 def _prompts(tokenizer: TextTokenizer, questions: Sequence[Conversation]) -> list[list[int]]:
     """Token ids of the prompts; those that are too long are counted."""
     prompts = [tokenizer.prompt(question)[1] for question in questions]
-    full = sum(len(prompt) == tokenizer.max_length for prompt in prompts)
-    if full:
-        _say(
-            f"{full} prompts reach {tokenizer.max_length} tokens: of what is longer the last {tokenizer.max_length} stay"
-        )
+    longest = tokenizer.max_length
+    if full := sum(len(prompt) == longest for prompt in prompts):
+        _say(f"{full} prompts have {longest} tokens or more; of longer ones the last {longest} are kept")
     if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt]:
         raise ValueError(f"row {empty[0]} has an empty prompt")
     return prompts
