@@ -101,6 +101,7 @@ def build_cli() -> type:
     from kd_lightning.baselines import Baselines
     from kd_lightning.callbacks import HFExport, Predictions, RunCheckpoint, RunConfig, is_dry
     from kd_lightning.dashboard import Dashboard
+    from kd_lightning.report import Report
     from kd_lightning.results import ResultsTable
     from kd_lightning.storage import WholeCheckpointIO
 
@@ -147,7 +148,7 @@ def build_cli() -> type:
                 parser, parsed = self._parser(self.subcommand), self.config[self.subcommand].clone()
                 parsed.ckpt_path = None
                 text = parser.dump(parsed, skip_none=False)
-                kwargs["callbacks"] += [RunConfig(text), Baselines(parsed.baseline), Dashboard(text)]
+                kwargs["callbacks"] += [RunConfig(text), Baselines(parsed.baseline), Dashboard(text), Report()]
             if self.subcommand == "predict":
                 kwargs["callbacks"].append(Predictions())
             return super().instantiate_trainer(**kwargs)

@@ -1,4 +1,4 @@
-"""Figures as matplotlib objects: for TensorBoard, for reports, for notebooks."""
+"""Figures and tables: as matplotlib objects for TensorBoard and notebooks, as Markdown for reports."""
 
 from __future__ import annotations
 
@@ -80,3 +80,9 @@ def as_markdown(figure: Figure, text: str) -> str:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=90)
     return f"![{text}](data:image/png;base64,{base64.b64encode(out.getvalue()).decode()})"
+
+
+def markdown_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)

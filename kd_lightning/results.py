@@ -17,6 +17,7 @@ from kd_lightning.data.batch import left_pad
 from kd_lightning.rollout import generate
 from kd_lightning.storage import whole_file
 
+SAMPLES = 6
 HEADINGS = {"nll": "NLL per answer token", "forward_kl": "forward KL to teacher", "exact_match": "exact match"}
 
 
@@ -44,6 +45,13 @@ class ResultsTable(Checkpoint):
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.rows: dict[str, dict[str, float | None] | None] = {}
+        self._samples: dict[int, dict[str, str]] = {}
+
+    @property
+    def samples(self) -> list[dict[str, str]]:
+        """A few test rows with every response to them that this process has seen: `prompt`, `answer`, who answered."""
+        names = list(dict.fromkeys(name for sample in self._samples.values() for name in sample))
+        return [{name: sample.get(name, "–") for name in names} for sample in self._samples.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured before the first step, for a run that goes on later."""
@@ -57,7 +65,7 @@ class ResultsTable(Checkpoint):
         """Measure teacher and untrained student."""
         if "student_before" in self.rows or not self._wanted(trainer):
             return
-        before = self._measure(trainer, pl_module)
+        before = self._measure(trainer, pl_module, "student before")
         self.rows = {"teacher": before.pop("teacher"), "student_before": before["student"]}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,7 +79,7 @@ class ResultsTable(Checkpoint):
     def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if "student_after" in self.rows or "student_before" not in self.rows or not self._wanted(trainer):
             return
-        self.rows["student_after"] = self._measure(trainer, pl_module, teacher=False)["student"]
+        self.rows["student_after"] = self._measure(trainer, pl_module, "student after", teacher=False)["student"]
         if trainer.is_global_zero:
             with whole_file(Path(trainer.default_root_dir) / "results.json") as part:
                 part.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
@@ -83,7 +91,7 @@ class ResultsTable(Checkpoint):
         return not is_dry(trainer) and trainer.limit_test_batches != 0 and getattr(datamodule, "test", None) is not None
 
     def _measure(
-        self, trainer: L.Trainer, module: Any, teacher: bool = True
+        self, trainer: L.Trainer, module: Any, student: str, teacher: bool = True
     ) -> dict[str, dict[str, float | None] | None]:
         """NLL, forward KL and exact match of the student, and of the teacher where asked."""
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -96,7 +104,7 @@ class ResultsTable(Checkpoint):
             "student": {
                 "nll": means["student_nll"],
                 "forward_kl": means.get("forward_kl"),
-                "exact_match": self._exact_match(trainer, module.student, rows),
+                "exact_match": self._exact_match(trainer, module.student, rows, student),
             }
         }
         if teacher:
@@ -105,7 +113,7 @@ class ResultsTable(Checkpoint):
                 out["teacher"] = {
                     "nll": means["teacher_nll"],
                     "forward_kl": 0.0,
-                    "exact_match": self._exact_match(trainer, getattr(module.teacher, "model", None), rows),
+                    "exact_match": self._exact_match(trainer, getattr(module.teacher, "model", None), rows, "teacher"),
                 }
         return out
 
@@ -116,10 +124,11 @@ class ResultsTable(Checkpoint):
             return rows
         return [row for row in rows if row["row"].get("task") == self.task]
 
-    def _exact_match(self, trainer: L.Trainer, model: Any, rows: list[dict[str, Any]]) -> float | None:
-        """Share of rows answered word for word, over all ranks."""
+    def _exact_match(self, trainer: L.Trainer, model: Any, rows: list[dict[str, Any]], who: str) -> float | None:
+        """Share of rows answered word for word, over all ranks; a few of the responses are kept."""
         if model is None or not rows:
             return None
+        kept = {row["index"] for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]}
         mine = sorted(rows[trainer.global_rank :: trainer.world_size], key=lambda row: len(row["prompt_ids"]))
         datamodule: Any = getattr(trainer, "datamodule", None)
         tokenizer, pad_id = datamodule.tokenizer, datamodule.pad_id
@@ -133,6 +142,10 @@ class ResultsTable(Checkpoint):
             new = min(self.max_new_tokens, longest)
             responses = generate(model, inputs["input_ids"], inputs["attention_mask"], new)
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            for text, row in zip(texts, part, strict=True):
+                if row["index"] in kept:
+                    sample = {"prompt": row["prompt"], "answer": row["answer"]}
+                    self._samples.setdefault(row["index"], sample)[who] = text.strip()
             right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
         total = torch.tensor(float(right), device=trainer.strategy.root_device)
         if trainer.world_size > 1:

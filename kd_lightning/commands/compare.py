@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kd_lightning.figures import as_markdown, curves
+from kd_lightning.figures import as_markdown, curves, markdown_table
 from kd_lightning.results import HEADINGS
 from kd_lightning.run_folder import RunFolder, differing, repetitions
 from kd_lightning.storage import whole_file
@@ -186,9 +186,3 @@ def page(
         f"- {name}: " + ", ".join(f"`{run.root}`" for run in group) for group, name in zip(groups, names, strict=True)
     ]
     return "\n\n".join([*out, "## Folders", "\n".join(folders)]) + "\n"
-
-
-def markdown_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)

@@ -1,0 +1,122 @@
+"""A run as one page to send around: `ROOT/report.md`, figures inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from kd_lightning.callbacks import is_dry
+from kd_lightning.figures import as_markdown, curves, markdown_table
+from kd_lightning.results import HEADINGS, ResultsTable
+from kd_lightning.run_folder import RunFolder
+from kd_lightning.storage import whole_file
+
+SET_UP: tuple[str, ...] = ("model", "data", "trainer.max_steps", "trainer.max_epochs", "trainer.precision", "trainer.strategy")
+SET_UP += ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "seed_everything", "export.which")
+CHARTS = {
+    "validation NLL per answer token": ("val/ce", "teacher_nll", "student_before_nll", "run_nll"),
+    "validation forward KL to the teacher": ("val/forward_kl", "student_before_forward_kl", "run_forward_kl"),
+    "share of tokens where both put the same one first": ("val/agreement", "student_before_agreement", "run_agreement"),
+}
+
+
+class Report(Checkpoint):
+    """Write `ROOT/report.md` when a fit has ended: set-up, table, curves beside baselines, samples, warnings.
+
+    It is a `Checkpoint` to Lightning, so that it acts after the others.
+    """
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the page, on one rank."""
+        root = Path(trainer.default_root_dir)
+        if stage != "fit" or is_dry(trainer) or not trainer.is_global_zero or not (root / "config.yaml").is_file():
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        table = next((part for part in trainer.callbacks if isinstance(part, ResultsTable)), None)  # type: ignore[attr-defined]
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        samples = [] if table is None else table.samples
+        with whole_file(root / "report.md") as part:
+            part.write_text(page(RunFolder.read(root), getattr(datamodule, "report", {}), samples), encoding="utf-8")
+
+
+def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str, str]]) -> str:
+    """The page.
+
+    Args:
+        run: the run's folder.
+        rows: the data module's report: numbers by split.
+        samples: responses side by side, by the name of who wrote them.
+    """
+    out = [f"# {run.root.name}"]
+    if run.results is not None:
+        out += ["## Test rows", markdown_table(["", *HEADINGS.values()], list(_results(run)))]
+    found = list(warnings(run, rows))
+    out += ["## Warnings", "\n".join(f"- {text}" for text in found) or "None."]
+    out += ["## Curves", *_figures(run)]
+    if samples:
+        cells = [[_cell(sample[name]) for name in samples[0]] for sample in samples]
+        out += ["## Samples", markdown_table(list(samples[0]), cells)]
+    counts = [[split, *(str(count) for count in found.values())] for split, found in rows.items()]
+    if counts:
+        out += ["## Rows", markdown_table(["split", *next(iter(rows.values()))], counts)]
+    set_up = {name: value for name, value in run.config.items() if value is not None and name.startswith(SET_UP)}
+    out += ["## Set-up", markdown_table(["argument", "value"], [[f"`{k}`", f"`{v}`"] for k, v in set_up.items()])]
+    command = f"kd-lightning fit --config {run.root / 'config.yaml'} --trainer.default_root_dir ANOTHER_FOLDER"
+    out += ["## Repeat it", f"```sh\n{command}\n```"]
+    return "\n\n".join(out) + "\n"
+
+
+def _results(run: RunFolder) -> Iterator[list[str]]:
+    for name, values in (run.results or {}).items():
+        cells = [None if values is None else values[column] for column in HEADINGS]
+        shown = ["–" if cell is None else f"{cell:.3f}" for cell in cells[:2]]
+        shown.append("–" if cells[2] is None else f"{100 * cells[2]:.1f} %")
+        yield [name.replace("_", " "), *shown]
+
+
+def warnings(run: RunFolder, rows: dict[str, dict[str, int]]) -> Iterator[str]:
+    """What a reader of the figures must know."""
+    for split, counts in rows.items():
+        lost = {name: counts[name] for name in ("empty", "truncated", "cut_away", "unlocated") if counts.get(name)}
+        if lost:
+            yield f"{split}: {', '.join(f'{count} rows {name}' for name, count in lost.items())}"
+    for scalar, what in (("val/kd", "loss"), ("val/ce", "NLL")):
+        curve = run.scalars.get(scalar, [])
+        if len(curve) > 1:
+            step, lowest = min(curve, key=lambda point: point[1])
+            if curve[-1][1] > 1.02 * lowest and run.config.get("export.which") != "best":
+                yield (
+                    f"validation {what} was lowest at step {step} ({lowest:.3f}) and ends at {curve[-1][1]:.3f}: "
+                    "`--export.which best` keeps the lowest"
+                )
+    table = run.results or {}
+    before, after, teacher = (table.get(name) for name in ("student_before", "student_after", "teacher"))
+    if before and after and (after["nll"] or 0) > (before["nll"] or 0):
+        yield "the student's NLL on the test rows is worse than before"
+    if teacher and before and (teacher["nll"] or 0) > (before["nll"] or 0):
+        yield "the teacher's NLL on the test rows is worse than the student's at the start"
+
+
+def _figures(run: RunFolder) -> Iterator[str]:
+    for title, (scalar, *levels) in CHARTS.items():
+        baselines = {name: run.last(f"baseline/{name}") for name in levels}
+        known = {name.replace("_", " "): value for name, value in baselines.items() if value is not None}
+        if run.scalars.get(scalar):
+            yield as_markdown(curves({scalar: run.scalars[scalar]}, title, known), title)
+    parts = {name: run.scalars[name] for name in ("train/loss", "train/kd", "train/ce") if run.scalars.get(name)}
+    if parts:
+        yield as_markdown(curves(parts, "parts of the loss"), "parts of the loss")
+    schedules = {name: curve for name, curve in run.scalars.items() if name.startswith("schedule/")}
+    if schedules:
+        yield as_markdown(curves(schedules, "schedules"), "schedules")
+
+
+def _cell(text: str) -> str:
+    """A text inside one cell of a table."""
+    line = " ".join(text.split())
+    return (line if len(line) <= 160 else line[:159] + "…").replace("<", "&lt;")
