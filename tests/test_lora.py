@@ -212,7 +212,7 @@ def test_resumed_equals_untouched(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", sorted(path.stem for path in runs.CONFIGS.glob("*.yaml")))
 def test_the_rank_can_be_typed_for_every_config(config: str, tmp_path: Path) -> None:
     module = run([*runs.little(tmp_path, config), "--model.lora.r", "6"], start=False).model
-    assert module.lora == LoRA(r=6) if config != "lora" else LoRA(r=6, alpha=32)
+    assert module.lora == (LoRA(r=6, alpha=32) if config == "lora" else LoRA(r=6))
 
 
 BAD: dict[str, tuple[list[str], list[str]]] = {
