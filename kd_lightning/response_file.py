@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +135,9 @@ class ResponseFile:
             except (ValueError, KeyError):
                 raise self._refusal(f"line {number + 1} is broken") from None
             whole += len(line)
+        if self._file.seek(0, os.SEEK_END) > whole:
+            self._file.truncate(whole)
         self._file.seek(whole)
-        self._file.truncate()
 
     def _refusal(self, reason: str) -> OtherResponsesError:
         return OtherResponsesError(f"{self.path} cannot be gone on with: {reason}; it was left as it is")
@@ -151,7 +153,7 @@ class ResponseFile:
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"line {number + 1} is not a response to row {number + 1} of the data"
         if was != self.model:
-            return f"line {number + 1} was written by another model ({was}, not {self.stamp['model']})"
+            return f"line {number + 1} was written by another model ({was}, not {self.model})"
         return f"line {number + 1} holds another row than the data"
 
 
