@@ -215,7 +215,9 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "Cosine": lambda: Cosine(0.2, 0.8),
     "TAIDSchedule": TAIDSchedule,
     "TAIDSchedule(line)": lambda: TAIDSchedule(adaptive=False),
+    "Linear(until)": lambda: Linear(0.2, 0.8, until=0.5),
     "ResponseGap": ResponseGap,
+    "ResponseGap(student)": lambda: ResponseGap(side="student", start=0.5),
 }
 
 ALL = {**DIVERGENCES, **OBJECTIVES}

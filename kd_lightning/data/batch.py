@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 IGNORE_INDEX = -100
 FILLER = -1
 """The row number that stands for "no row": a batch made of it counts nothing."""
+SIDES = {"teacher": 1, "student": 2}
+"""The two sides of a pair of responses, and the number of each in the column `source`."""
 
 
 class TokenRows(Dataset[list[dict[str, Any]]]):
@@ -42,6 +44,32 @@ class TokenRows(Dataset[list[dict[str, Any]]]):
             if index == FILLER:
                 row.update(counted=[False] * len(row["input_ids"]), row_id=FILLER)
         return rows
+
+
+class PairRows(Dataset[list[dict[str, Any]]]):
+    """The two halves of pairs, several pairs at a time, one half after the other.
+
+    Args:
+        halves: per side what `TokenRows` takes, row by row.
+    """
+
+    def __init__(self, halves: Mapping[str, Any]) -> None:
+        self.halves = {side: TokenRows(half) for side, half in halves.items()}
+
+    def put(self, side: str, half: Any) -> None:
+        """Read one side from elsewhere, from the next pass on."""
+        self.halves[side] = TokenRows(half)
+
+    def __len__(self) -> int:
+        return len(self.halves["teacher"])
+
+    def __getitem__(self, indices: int | Sequence[int]) -> list[dict[str, Any]]:
+        """Both halves of the pairs at `indices`; of `FILLER` two rows on which nothing is counted."""
+        sides = [self.halves[side][indices] for side in SIDES]
+        for source, rows in zip(SIDES.values(), sides, strict=True):
+            for row in rows:
+                row["source"] = source
+        return [row for pair in zip(*sides, strict=True) for row in pair]
 
 
 class Collator:

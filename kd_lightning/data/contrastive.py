@@ -6,15 +6,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import Dataset
 
-from kd_lightning.data.batch import TokenRows
+from kd_lightning.data.batch import SIDES, PairRows
 from kd_lightning.data.instruction import InstructionDataModule, listed
 from kd_lightning.data.order import BatchOrder
 from kd_lightning.data.pairs import read_answers, read_pairs, with_answer
@@ -22,8 +21,6 @@ from kd_lightning.data.rows import Conversation
 from kd_lightning.data.tokenizing import TextTokenizer, gather, tokenised
 from kd_lightning.storage import whole_file
 
-SIDES = {"teacher": 1, "student": 2}
-"""The two sides of a pair, and the number of each in the column `source`."""
 REASONS = {
     "side_missing": "dropped with a side missing",
     "prompt_differs": "dropped with prompts that differ",
@@ -281,32 +278,6 @@ class ContrastiveDataModule(InstructionDataModule):
                 raise ValueError(f"{path}: other responses than those the checkpoint was written with")
             rows = [json.loads(line) for line in content.split(b"\n") if line]
             self._put(side, {row["row_id"]: row["response"] for row in rows})
-
-
-class PairRows(Dataset[list[dict[str, Any]]]):
-    """The two halves of pairs, several pairs at a time, one half after the other.
-
-    Args:
-        halves: per side what `TokenRows` takes, row by row.
-    """
-
-    def __init__(self, halves: Mapping[str, Any]) -> None:
-        self.halves = {side: TokenRows(half) for side, half in halves.items()}
-
-    def put(self, side: str, half: Any) -> None:
-        """Read one side from elsewhere, from the next pass on."""
-        self.halves[side] = TokenRows(half)
-
-    def __len__(self) -> int:
-        return len(self.halves["teacher"])
-
-    def __getitem__(self, indices: int | Sequence[int]) -> list[dict[str, Any]]:
-        """Both halves of the pairs at `indices`; of `FILLER` two rows on which nothing is counted."""
-        sides = [self.halves[side][indices] for side in SIDES]
-        for source, rows in zip(SIDES.values(), sides, strict=True):
-            for row in rows:
-                row["source"] = source
-        return [row for pair in zip(*sides, strict=True) for row in pair]
 
 
 @dataclasses.dataclass(frozen=True)

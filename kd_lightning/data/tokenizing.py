@@ -15,7 +15,7 @@ from kd_lightning.data.chat import PLAIN_TEMPLATE, ChatTemplate
 from kd_lightning.data.reading import cache_folder, fingerprint, read_rows
 from kd_lightning.data.rows import Conversation, parse_row
 
-VERSION = "1"
+VERSION = "2"
 PARALLEL_ROWS = 20_000
 """From so many rows on they are tokenised by several processes."""
 
@@ -78,6 +78,9 @@ class TextTokenizer:
         Raises:
             ValueError: the chat template refuses the conversation.
         """
+        if conversation.empty:  # nothing to learn; a template may not like a conversation that ends with a question
+            none: dict[str, Any] = {"input_ids": [], "counted": [], "length": 0, "full_length": 0, "unlocated": 0}
+            return {**none, "first_counted": -1, "empty": True}
         eos = self.tokenizer.eos_token_id
         unlocated, ids = 0, []
         if conversation.messages:
@@ -98,15 +101,14 @@ class TextTokenizer:
             counted.append(True)
         if counted:
             counted[0] = False  # nothing comes before the first token that could predict it
-        empty = conversation.empty
         return {
             "input_ids": ids[: self.max_length],
-            "counted": [value and not empty for value in counted[: self.max_length]],
+            "counted": counted[: self.max_length],
             "length": min(len(ids), self.max_length),
             "full_length": len(ids),
             "first_counted": counted.index(True) if any(counted) else -1,
             "unlocated": unlocated,
-            "empty": empty,
+            "empty": False,
         }
 
     def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
