@@ -101,18 +101,20 @@ def build_cli() -> type:
     from kd_lightning.baselines import Baselines
     from kd_lightning.callbacks import HFExport, Predictions, RunCheckpoint, RunConfig, is_dry
     from kd_lightning.dashboard import Dashboard
+    from kd_lightning.generation_quality import GenerationQuality
     from kd_lightning.report import Report
     from kd_lightning.results import ResultsTable
     from kd_lightning.storage import WholeCheckpointIO
 
     class KDCLI(LightningCLI):
-        """Defaults, three groups of callbacks, and nothing else."""
+        """Defaults, groups of callbacks, and nothing else."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            """Add `checkpoint`, `export` and `results`."""
+            """Add `checkpoint`, `export`, `results`, `generation` and `baseline`."""
             parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
             parser.add_lightning_class_args(HFExport, "export")
             parser.add_lightning_class_args(ResultsTable, "results")
+            parser.add_lightning_class_args(GenerationQuality, "generation")
             text = "folder of another run, a supervised one say, drawn as a constant line beside this one"
             parser.add_argument("--baseline", type=str | None, default=None, help=text)
 
