@@ -72,17 +72,15 @@ def fill_cache(
             write_head(folder, head.weight, head.bias)
         whose.write(folder)
     total(torch.zeros(()))  # the others wait for the folder
-    shards = Shards(folder, whose.digest)
     writer = ShardWriter(folder, whose.digest, rank, shard_bytes)
     data = {}
     for split in datamodule.splits:
-        digest = DataDigest()
+        shards, digest = Shards(folder, whose.digest), DataDigest()  # a row may be in two splits
         for batch in _with_bar(datamodule.every_row(split), f"Teacher, {split}", bar and rank == 0):
             _keep(module.teacher, batch, whose, shards, writer, digest, total)
+        writer.flush()
         digest.sums = total(digest.sums)
         data[split] = str(digest)
-    writer.flush()
-    total(torch.zeros(()))
     whose = updated(whose, data, Shards(folder, whose.digest).tokens)
     if rank == 0:
         whose.write(folder)
