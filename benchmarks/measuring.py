@@ -1,0 +1,83 @@
+"""CPU seconds and peak memory of a call, each measurement in a process of its own; medians and spread."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECONDS = 0.5  # a call that takes less is repeated
+
+# A thread that waits for another one sleeps: it would spin, and on a machine that is shared the spinning is several
+# times the work. Processes started from here inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def status(key: str) -> int:
+    """Bytes from the kernel's account of this process: "VmRSS", "VmHWM"."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def timed(call: Callable[[], Any]) -> dict[str, float]:
+    """CPU seconds, wall seconds and peak bytes of a call, after one that warms up (and compiles).
+
+    The peak is the kernel's high-water mark above what was resident before, what the allocator hoards given back. What
+    the call returns is alive meanwhile.
+    """
+    started = time.perf_counter()
+    call()
+    first = time.perf_counter() - started
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    resident, cpu = status("VmRSS"), time.process_time()
+    kept = call()
+    cpu = time.process_time() - cpu
+    peak = status("VmHWM") - resident
+    del kept
+    calls = max(1, round(SECONDS / max(cpu, 1e-3)))
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        call()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {"cpu": cpu / calls, "wall": wall / calls, "first": first, "peak": float(peak)}
+
+
+def in_a_process(script: str, words: Sequence[str]) -> dict[str, Any] | str:
+    """What another run of a script prints in its last line, as JSON; its last words where it fails."""
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, least and most."""
+    low, middle, high = (f"{x:.{digits}f}" for x in (min(values), statistics.median(values), max(values)))
+    return f"{middle} [{low}–{high}]"
+
+
+def machine(threads: int) -> str:
+    """What it was measured on."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    name = names[0] if names else platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {len(names)} cores, {threads} threads, torch {torch.__version__}"
+
+
+def write(output: Path, record: dict[str, Any], text: str) -> None:
+    """OUTPUT.json and OUTPUT.md."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    output.with_suffix(".md").write_text(text)
+    print(text)
