@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,7 +57,6 @@ class Writer:
         tokenizer: its tokenizer.
         sampling: how responses are sampled.
         seed: of the samples.
-        call: calls a function of the model where its parameters lie whole; None: they always do.
 
     Raises:
         ValueError: the model names no token that ends a response.
@@ -67,7 +66,6 @@ class Writer:
     tokenizer: Any
     sampling: Sampling
     seed: int = 0
-    call: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.ends:
@@ -94,9 +92,7 @@ class Writer:
             device = next(self.model.parameters()).device
             arguments = (self.model, *(inputs[name].to(device) for name in ("input_ids", "attention_mask")))
             settings = {**asdict(self.sampling), "seed": batch_seed(self.seed, number)}
-            call = self.call or (lambda function, *args, **kwargs: function(*args, **kwargs))
-            tokens = call(generate, *arguments, **settings)
-            yield from zip(rows, self.read(tokens), strict=True)
+            yield from zip(rows, self.read(generate(*arguments, **settings)), strict=True)
 
     def read(self, tokens: Tensor) -> list[Response]:
         """Response tokens [B, N] as texts, each up to its end."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 import runs
 from fake_server import Answer, FakeServer, chat
+from kd_lightning.assets import resolve
 from kd_lightning.cli import main
 from kd_lightning.commands import server as client
 from test_bad_input import refused
@@ -205,3 +209,42 @@ def test_other_settings_are_refused(data: Path, tmp_path: Path, capfd: Any) -> N
         assert main(words(data, output, fake.url)) == 0
         refused(words(data, output, fake.url, "--top_p", "0.5"), ["top_p 1.0, not 0.5"], capfd)
         refused(words(data, output, fake.url, "--model", "other"), ["another model", "parrot", "other"], capfd)
+
+
+# --------------------------------------------------------------------------------------------------------- a real one
+def listening(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+def test_a_real_server(data: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("transformers")
+    name = resolve("asset:teacher")
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    command = [sys.executable, str(program), "serve", name, *flags]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HOME": str(tmp_path)}
+    )
+    try:
+        end = time.monotonic() + 300
+        while not listening(port):
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        served, own = tmp_path / "served.jsonl", tmp_path / "own.jsonl"
+        greedy = ("--temperature", "0", "--batch_size", "1", "--max_new_tokens", "16")
+        assert main(words(data, served, f"http://127.0.0.1:{port}", "--model", name, *greedy)) == 0
+        start = ["generate", "--model", name, "--data", str(data), "--output", str(own), "--dtype", "float32"]
+        assert main([*start, "--progress", "false", *greedy]) == 0
+        assert [row["response"] for row in read(served)] == [row["response"] for row in read(own)]
+        sampled = ("--batch_size", "3", "--temperature", "1.0")
+        assert main(words(data, tmp_path / "sampled.jsonl", f"http://127.0.0.1:{port}", "--model", name, *sampled)) == 0
+        assert len(read(tmp_path / "sampled.jsonl")) == ROWS
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
