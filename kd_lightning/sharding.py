@@ -94,7 +94,7 @@ def _inside(root: Callable[..., Any], generate: Callable[..., Any], then: Callab
 
     @functools.wraps(generate)
     def gathered(*args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("synced_gpus", True)  # ranks that are done go on gathering for the others
+        kwargs["synced_gpus"] = True  # ranks that are done go on gathering for the others
         found = root(generate, *args, **kwargs)
         if then is not None:
             then()
@@ -150,7 +150,7 @@ def checkpoint_activations(model: Any) -> None:
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"activation_checkpointing: {type(model).__name__} cannot compute its layers again")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 # ------------------------------------------------------------------------------------------------- shards, and the whole

@@ -1,0 +1,286 @@
+"""FSDP2 for two models: every rank holds its part, what leaves a run is what one device leaves, bad sizes are refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import processes
+import runs
+from architectures import VOCABULARY, tiny
+from kd_lightning import TAID
+from kd_lightning.callbacks import HFExport
+from kd_lightning.cli import main
+from kd_lightning.rollout import generate
+from kd_lightning.sharding import layers, local, whole_state
+from kd_lightning.storage import WholeCheckpointIO
+from kd_lightning.strategies import FSDP2Strategy
+from test_module import Batch, Run, assert_same_student, rows, split
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # resumed runs write elsewhere
+
+EPOCHS = 2
+SHARES = {1: [8], 2: [5, 3], 4: [2, 2, 2, 2]}  # rows of each rank that reads
+
+
+def joined(rank: int, ranks: int) -> None:
+    """Tell Lightning which of the processes this is."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def run(folder: Path, rank: int = 0, ranks: int = 1, ckpt: Path | None = None, clip: float = 0.05, **sizes: Any) -> Run:
+    """One step in each of some epochs under AdamW, with a checkpoint of each and the export."""
+    torch.manual_seed(0)
+    student, teacher = tiny("llama", tie_word_embeddings=True), tiny("llama", hidden_size=48)
+    module = Run(student, teacher, TAID(), ce_weight=0.5)
+    readers = ranks // sizes.get("tensor_parallel_size", 1)
+    batch = split(rows(8, VOCABULARY), *SHARES[readers])[rank * readers // ranks]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=FSDP2Strategy(**sizes) if ranks > 1 else "auto",
+        max_epochs=EPOCHS,
+        gradient_clip_val=clip,
+        logger=False,
+        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1), HFExport()],
+        plugins=[WholeCheckpointIO()],
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    loader = DataLoader([batch], batch_size=None)
+    trainer.fit(module, loader, loader, ckpt_path=ckpt, weights_only=True)
+    return module
+
+
+def held(model: nn.Module) -> int:
+    """Numbers that this rank holds."""
+    return sum(local(parameter).numel() for parameter in model.parameters())
+
+
+def prompts(rank: int) -> Batch:
+    ids = torch.randint(3, VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(rank))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def responses(model: Any, rank: int) -> Tensor:
+    """The two ranks stop at different lengths."""
+    return generate(model, **prompts(rank), max_new_tokens=(3, 9)[rank])
+
+
+def on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
+    joined(rank, 2)
+    module = run(Path(folder) / "file", rank, 2)
+    found: dict[str, Any] = {
+        "student": whole_state(module.student),
+        "held": [held(module.student), held(module.teacher.model)],
+        "moments": sum(local(s["exp_avg"]).numel() for s in module.trainer.optimizers[0].state.values()),
+        "responses": [responses(module.student, rank), responses(module.teacher.model, rank)],
+    }
+    run(Path(folder) / "folder", rank, 2, save_distributed_checkpoint=True)
+    for kind in ("file", "folder"):
+        start = Path(folder) / kind / "epoch=0.ckpt"
+        found[f"resumed from a {kind}"] = whole_state(run(Path(folder) / f"{kind} again", rank, 2, start).student)
+    spared = run(Path(folder) / "spared", rank, 2, activation_checkpointing=True, cpu_offload=True)
+    found["spared"] = whole_state(spared.student)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What two ranks have found, and where they wrote."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, processes.run(on_two_ranks, str(folder))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run on one device."""
+    return run(tmp_path_factory.mktemp("one"))
+
+
+Two = tuple[Path, list[dict[str, Any]]]
+
+
+def test_clipped_steps_are_one_devices(two: Two, one: Run) -> None:
+    for found in two[1]:
+        assert_same_student(found["student"], whole_state(one.student))
+        assert_same_student(found["spared"], whole_state(one.student))
+
+
+def test_every_rank_holds_its_part(two: Two, one: Run) -> None:
+    first, second = two[1]
+    for i, model in enumerate((one.student, one.teacher.model)):
+        parts = [found["held"][i] for found in (first, second)]
+        assert sum(parts) == held(model)
+        assert abs(parts[0] - parts[1]) <= 0.05 * held(model)
+    assert first["moments"] + second["moments"] == held(one.student)
+
+
+def test_ranks_that_stop_at_different_lengths_generate_what_one_device_does(two: Two, one: Run) -> None:
+    for rank, found in enumerate(two[1]):
+        for there, model in zip(found["responses"], (one.student, one.teacher.model), strict=True):
+            assert torch.equal(there, responses(model, rank))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_resumed_run_has_the_same_bits(two: Two, kind: str) -> None:
+    for found in two[1]:
+        for name, tensor in found["student"].items():
+            assert torch.equal(found[f"resumed from a {kind}"][name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_one_device_goes_on_with_the_checkpoint_and_exports_the_same_bytes(
+    two: Two, one: Run, kind: str, tmp_path: Path
+) -> None:
+    folder, found = two
+    resumed = run(tmp_path / "again", ckpt=folder / kind / "epoch=0.ckpt")
+    assert_same_student(whole_state(resumed.student), whole_state(one.student))
+    run(tmp_path / "over", ckpt=folder / kind / f"epoch={EPOCHS - 1}.ckpt")  # no step left but the export
+    files = sorted(path.name for path in (folder / kind / "student").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "over" / "student").iterdir())
+    for name in files:
+        assert (folder / kind / "student" / name).read_bytes() == (tmp_path / "over" / "student" / name).read_bytes()
+
+
+def test_a_checkpoint_with_a_missing_file_is_refused(two: Two, tmp_path: Path) -> None:
+    folder = tmp_path / "broken.ckpt"
+    whole = two[0] / "folder" / "epoch=0.ckpt"
+    folder.mkdir()
+    for path in whole.iterdir():
+        if path.name != "rank-00001.safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    assert WholeCheckpointIO().load_checkpoint(whole)["global_step"] == 1
+    with pytest.raises(ValueError, match=r"the checkpoint is not whole: rows .* are in none of its files"):
+        WholeCheckpointIO().load_checkpoint(folder)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "hybrid": {"shard_size": 2},
+    "head": {"tensor_parallel_size": 2},
+    "both, in a folder": {"shard_size": 1, "tensor_parallel_size": 2, "save_distributed_checkpoint": True},
+}
+
+
+def on_four_ranks(rank: int, folder: str, start: str) -> dict[str, Any]:
+    joined(rank, 4)
+    found = {}
+    for name, sizes in SIZES.items():
+        module = run(Path(folder) / name, rank, 4, Path(start), **sizes)
+        found[name] = [whole_state(module.student), held(module.student), responses(module.student, rank % 2)]
+    return found
+
+
+@pytest.mark.slow
+def test_four_ranks_go_on_with_the_checkpoint_of_two_and_one_with_theirs(two: Two, one: Run, tmp_path: Path) -> None:
+    ranks = processes.run(on_four_ranks, str(tmp_path), str(two[0] / "folder" / "epoch=0.ckpt"), world_size=4)
+    for name, copies in zip(SIZES, (1, 2, 1, 2), strict=True):
+        for rank, found in enumerate(ranks):
+            assert_same_student(found[name][0], whole_state(one.student))
+            assert torch.equal(found[name][2], responses(one.student, rank % 2))
+        assert sum(found[name][1] for found in ranks) >= copies * held(one.student)
+        resumed = run(tmp_path / f"{name}, on one", ckpt=tmp_path / name / "epoch=1.ckpt")
+        assert_same_student(whole_state(resumed.student), whole_state(one.student))
+
+
+# --------------------------------------------------------------------------------------------------------------- wiring
+def test_layers_are_the_outermost_lists_that_share_nothing() -> None:
+    model = tiny("llama")
+    assert layers(model) == list(model.model.layers)
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    assert layers(model) == []
+    mixture = tiny("mixtral")
+    assert layers(mixture) == list(mixture.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes", "message"),
+    [
+        (4, {"shard_size": 3}, r"strategy\.shard_size must divide the number of ranks, 4, got 3"),
+        (2, {"shard_size": 0}, r"strategy\.shard_size must divide .* got 0"),
+        (4, {"tensor_parallel_size": 3}, r"strategy\.tensor_parallel_size must divide the number of ranks, 4, got 3"),
+        (
+            4,
+            {"shard_size": 4, "tensor_parallel_size": 2},
+            r"strategy\.shard_size .* same rows on 2 of them each, got 4",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide(devices: int, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        L.Trainer(accelerator="cpu", devices=devices, strategy=FSDP2Strategy(**sizes), logger=False)
+
+
+def test_a_precision_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.precision must be one of 32-true, .* with fsdp2, got '64-true'"):
+        L.Trainer(accelerator="cpu", devices=2, strategy="fsdp2", precision="64-true", logger=False)
+
+
+def test_the_program_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "fit",
+        "--config",
+        "quickstart",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    words += ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.shard_size", "3"]
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("strategy.shard_size must divide the number of ranks, 2, got 3")
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(victim: int, tmp_path: Path) -> None:
+    words = [*runs.little(tmp_path, steps=10_000), "--data.train", str(runs.little_data(tmp_path))]
+    words += ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--checkpoint.every_n_train_steps", "1"]
+    words += ["--trainer.max_epochs", "-1", "--trainer.limit_val_batches", "0"]
+    job = runs.start(words, start_new_session=True)
+    try:
+        last = tmp_path / "checkpoints" / "last.ckpt"
+        end = time.monotonic() + 300
+        while not last.exists():
+            assert job.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        (second,) = [pid for pid in children(job.pid) if b"kd_lightning" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill((job.pid, second)[victim], signal.SIGKILL)
+        job.communicate(timeout=60)
+        assert job.returncode != 0
+        end = time.monotonic() + 60
+        while alive(second):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        if job.poll() is None or alive(job.pid):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert WholeCheckpointIO().load_checkpoint(last)["global_step"] >= 1
