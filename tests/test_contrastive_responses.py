@@ -139,9 +139,15 @@ class Recorder(L.LightningModule):
 
     def respond(self, number: int) -> None:
         self.told.append(number)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if number == 0 and data.responses == "generate":
+            for side in ("teacher", "student"):
+                first = {n: f"{side} {n}" if n != 2 else "" for n in data.missing_responses(side)}
+                data.replace_responses(first, side)
         if number > 0:
-            words = {n: f"pass {number} says " + "much " * ((n * number) % 7) for n in range(PAIRS)}
-            self.trainer.datamodule.replace_responses(words if number == 1 else {**words, 5: ""})  # type: ignore[attr-defined]
+            there = [row["index"] for row in data.generation_rows("train")]
+            words = {n: f"pass {number} says " + "much " * ((n * number) % 7) for n in there}
+            data.replace_responses(words if number == 1 else {**words, 5: ""})
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         if self.global_step == self.fail_at:
@@ -153,9 +159,13 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, workers: int = 0, fail_at: int | None = None, ckpt: str | None = None) -> Recorder:
-    path = write(folder / "a.jsonl", pairs(PAIRS)) if not (folder / "a.jsonl").exists() else str(folder / "a.jsonl")
-    data = ContrastiveDataModule(path, tokenizer=tokenizer(), batch_size=BATCH, num_workers=workers, seed=3)
+def fit(
+    folder: Path, workers: int = 0, fail_at: int | None = None, ckpt: str | None = None, late: bool = False
+) -> Recorder:
+    rows = [{"instruction": f"say {n}"} for n in range(PAIRS)] if late else pairs(PAIRS)
+    path = write(folder / "a.jsonl", rows) if not (folder / "a.jsonl").exists() else str(folder / "a.jsonl")
+    settings: dict[str, Any] = {"batch_size": BATCH, "num_workers": workers, "seed": 3}
+    data = ContrastiveDataModule(path, tokenizer=tokenizer(), responses="generate" if late else "data", **settings)
     recorder = Recorder(fail_at)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice about loggers and workers
@@ -198,6 +208,18 @@ def test_a_resumed_run_reads_on(untouched: list[list[list[int]]], step: int, wor
     resumed = fit(tmp_path, workers, ckpt=str(tmp_path / f"step={step}.ckpt"))
     assert resumed.seen == untouched[step:]
     assert resumed.told == [number for number in range(3) if number * PASS >= step]
+
+
+@pytest.mark.parametrize(("step", "workers"), [(2, 0), (PASS, 2), (PASS + 2, 0)])
+def test_a_run_that_began_with_prompts_reads_on(step: int, workers: int, tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = fit(tmp_path / "whole", late=True)
+    assert whole.told == [0, 1, 2] and len(whole.seen) == 3 * PASS
+    assert {n for batch in whole.seen for n in batch[-1]} == set(range(PAIRS)) - {2}
+    fit(tmp_path / "cut", fail_at=step + 1, late=True)
+    resumed = fit(tmp_path / "cut", workers, ckpt=str(tmp_path / "cut" / f"step={step}.ckpt"), late=True)
+    assert resumed.seen == whole.seen[step:]
 
 
 def test_responses_that_are_gone_or_others_are_not_read(tmp_path: Path) -> None:
