@@ -133,8 +133,9 @@ class ResultsTable(Checkpoint):
         datamodule: Any = getattr(trainer, "datamodule", None)
         tokenizer, pad_id = datamodule.tokenizer, datamodule.pad_id
         right = 0
-        for start in range(0, len(mine), self.batch_size):
-            part = mine[start : start + self.batch_size]
+        for start in range(0, -(-len(rows) // trainer.world_size), self.batch_size):
+            own = mine[start : start + self.batch_size]
+            part = own or rows[:1]  # ranks ask a sharded model equally often
             inputs = left_pad([row["prompt_ids"] for row in part], pad_id)
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
             # a response longer than every answer and its end of turn equals none of them
@@ -142,11 +143,11 @@ class ResultsTable(Checkpoint):
             new = min(self.max_new_tokens, longest)
             responses = generate(model, inputs["input_ids"], inputs["attention_mask"], new)
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            for text, row in zip(texts, part, strict=True):
+            for text, row in zip(texts, own, strict=False):
                 if row["index"] in kept:
                     sample = {"prompt": row["prompt"], "answer": row["answer"]}
                     self._samples.setdefault(row["index"], sample)[who] = text.strip()
-            right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
+            right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, own, strict=False))
         total = torch.tensor(float(right), device=trainer.strategy.root_device)
         if trainer.world_size > 1:
             total = trainer.strategy.reduce(total, reduce_op="sum")
