@@ -90,7 +90,7 @@ def shard_teacher(
 
 
 def _inside(root: Callable[..., Any], generate: Callable[..., Any], then: Callable[[], Any] | None = None) -> Any:
-    """Let a model's `generate` run with the parameters around the layers gathered."""
+    """Let a model's `generate` run with the parameters around the layers gathered; all ranks call it equally often."""
 
     @functools.wraps(generate)
     def gathered(*args: Any, **kwargs: Any) -> Any:
@@ -153,7 +153,7 @@ def checkpoint_activations(model: Any) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-# ------------------------------------------------------------------------------------------------- shards, and the whole
+# ------------------------------------------------------------------------------------------------ shards and the whole
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this rank holds a part of the tensor only."""
     return isinstance(tensor, DTensor)

@@ -71,7 +71,7 @@ class Pieces:
         self._found: dict[str, list[tuple[int, str, Any]]] = {}  # first row, name, file
         for part in sorted(folder.glob("rank-*.safetensors")):
             file = safe_open(part, framework="pt")
-            for path, place in (file.metadata() or {}).items():
+            for path, place in (file.metadata() or {}).items():  # type: ignore[no-untyped-call]
                 start, name = place.split(" ", 1)
                 self._found.setdefault(path, []).append((int(start), name, file))
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.optim import Optimizer
@@ -76,6 +76,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timeout,
         )
         self.shard_size = shard_size
+        self.tensor_parallel_size = tensor_parallel_size
         self.activation_checkpointing = activation_checkpointing
         self.cpu_offload = cpu_offload
         self._pieces: Pieces | None = None
@@ -84,7 +85,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         """Check what can be checked before any process is started."""
         ranks = self.num_nodes * self.num_processes
-        size = self._tensor_parallel_size
+        size = self.tensor_parallel_size
         if not 1 <= size <= ranks or ranks % size:
             raise ValueError(f"strategy.tensor_parallel_size must divide the number of ranks, {ranks}, got {size}")
         if self.shard_size is not None and (self.shard_size < 1 or ranks // size % self.shard_size):
@@ -103,7 +104,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Join the ranks, and lay them out."""
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
-        split = self._tensor_parallel_size
+        split = self.tensor_parallel_size
         shard = self.shard_size or self.world_size // split
         self._device_mesh = init_device_mesh(
             self.root_device.type,
@@ -116,7 +117,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Which share of the rows this rank reads."""
-        size = self.device_mesh[TENSOR].size()
+        size = self.tensor_parallel_size
         return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
     # -------------------------------------------------------------------------------------------------------- sharding
@@ -125,7 +126,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         module: Any = self.lightning_module
         assert module is not None
         if not isinstance(module.model, FSDPModule):
-            if self.device_mesh[TENSOR].size() > 1:
+            if self.tensor_parallel_size > 1:
                 split_vocabulary(module.model.student, self.device_mesh[TENSOR], "student")
             if self.activation_checkpointing:
                 checkpoint_activations(module.model.student)
@@ -135,7 +136,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup(trainer)
 
     def _shard_teacher(self, model: nn.Module) -> nn.Module:
-        if self.device_mesh[TENSOR].size() > 1:
+        if self.tensor_parallel_size > 1:
             split_vocabulary(model, self.device_mesh[TENSOR], "teacher")
         return shard_teacher(model, **self.policies())
 
@@ -144,7 +145,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         whole = self.device_mesh
         copies = ("replicate",) if whole["replicate"].size() > 1 else ()
         meshes = {"mesh": whole[(*copies, "shard")]}
-        if whole[TENSOR].size() > 1:  # the layers have no vocabulary to split: they are sharded over these ranks too
+        if (
+            self.tensor_parallel_size > 1
+        ):  # layers have no vocabulary to split: sharded over these ranks too
             both = whole["shard", TENSOR]._flatten("all")
             meshes["layer_mesh"] = whole[(*copies, "all")] if copies else both
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()

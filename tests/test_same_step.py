@@ -67,7 +67,7 @@ SHARES = {1: [6], 2: [5, 1], 4: [2, 2, 1, 1]}  # rows of each reader
 
 
 def micro_batches() -> list[Batch]:
-    """Three of six rows, 1 to 9 tokens each; in the second one the last row, and so the last reader, has none counted."""
+    """Three of six rows, 1 to 9 tokens each; of the second, the last row and so the last reader has none."""
     batches = split(rows(18, VOCABULARY), 6, 6, 6)
     batches[1]["labels"][-1] = -100
     return batches
