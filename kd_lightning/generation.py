@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,7 @@ class Mixture(LogitsProcessor):
         self.share = share
         self.temperature = temperature
         self.mask = attention_mask
+        self._places = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Any = None
         self._read = 0
 
@@ -185,12 +187,11 @@ class Mixture(LogitsProcessor):
         grown = input_ids.shape[1] - self.mask.shape[1]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(new), grown)], 1)
         places = (self.mask.cumsum(1) - 1).clamp_min(0)[:, self._read :]
-        inputs = self.model.prepare_inputs_for_generation(
-            input_ids, past_key_values=self._cache, attention_mask=self.mask, use_cache=True, position_ids=places
-        )
-        inputs |= {"input_ids": new, "use_cache": True, "return_dict": True}
+        inputs = {"input_ids": new, "attention_mask": self.mask, "use_cache": True, "cache": self._cache}
+        if self._places:  # the others count by the attention mask, or not at all
+            inputs["position_ids"] = places
         out = self.model(**inputs)
-        self._cache, self._read = out.past_key_values, input_ids.shape[1]
+        self._cache, self._read = out.cache, input_ids.shape[1]
         width = min(scores.shape[-1], out.logits.shape[-1])
         p = (out.logits[:, -1, :width].float() / self.temperature).softmax(-1)
         q = (scores[:, :width].float() / self.temperature).softmax(-1)

@@ -1,0 +1,162 @@
+"""What the student's own responses are good for: on-policy methods beside forward KL on the data, on the bundled rows.
+
+Every run is a process of its own on the shipped config, all with the same number of steps and the same start; then
+`forward_kl (same time)` gets as many steps as fit into the CPU time of the slowest of the others. Measured on the test
+rows, before and after: forward and reverse KL to the teacher and NLL on the data's answers, exact match of greedy
+responses (categories), and the teacher's NLL per token of what the student writes when sampled at temperature 1.
+
+    python benchmarks/on_policy.py --steps 500 --seeds 0 1 2 --output build/on_policy
+
+writes build/on_policy/results.json after each run (a repeated call goes on) and build/on_policy/report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_lightning import DistillationModule, InstructionDataModule
+from kd_lightning.data.batch import Collator, left_pad
+from kd_lightning.rollout import generate
+from kd_lightning.teachers import HFTeacher
+from kd_lightning.written import append
+
+RUNS = {"forward_kl": "quickstart", "gkd": "gkd", "distillm": "distillm", "minillm": "minillm"}
+COLUMNS = ("forward_kl", "reverse_kl", "nll", "exact_match", "sample_nll")
+
+
+def train(root: Path, config: str, steps: int, seed: int, extra: list[str]) -> float:
+    """A run under `root`; its CPU seconds, start-up included."""
+    words = [sys.executable, "-m", "kd_lightning", "fit", "--config", config, "--trainer.default_root_dir", str(root)]
+    words += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), "--trainer.val_check_interval", "125"]
+    words += ["--model.lr_scheduler.total_iters", str(steps), "--trainer.limit_test_batches", "0"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--export.overwrite", "true"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*words, *extra], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+class Bench:
+    """The test rows and the teacher, and what they say of a student.
+
+    Args:
+        rows: how many test rows of each kind of measurement.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.data = InstructionDataModule("asset:train", test="asset:test", tokenizer="asset:teacher", max_length=128)
+        self.data.setup("test")
+        self.teacher = HFTeacher("asset:teacher")
+        self.rows = rows
+
+    @torch.no_grad()
+    def measure(self, student: str) -> dict[str, float]:
+        """All columns of a student's folder."""
+        module = DistillationModule(student, self.teacher)
+        module.configure_model()
+        items = [self.data._rows["test"][n] for n in range(len(self.data._rows["test"]))]
+        stride = max(1, len(items) // self.rows)
+        found: dict[str, list[torch.Tensor]] = {}
+        for start in range(0, len(items[::stride]), 64):
+            batch = Collator(self.data.pad_id)(items[::stride][start : start + 64])
+            for name, values in module.evaluate_batch(batch).values.items():
+                found.setdefault(name, []).append(values)
+        mean = {name: float(torch.cat(values).mean()) for name, values in found.items()}
+        prompts = self.data.generation_rows("test")
+        return {
+            **{name: mean[name] for name in ("forward_kl", "reverse_kl")},
+            "nll": mean["student_nll"],
+            "exact_match": self.exact_match(module.student, [r for r in prompts if r["row"]["task"] == "category"]),
+            "sample_nll": self.sample_nll(module, prompts[::stride]),
+        }
+
+    def exact_match(self, student: Any, rows: list[dict[str, Any]]) -> float:
+        """Share of the greedy responses that are the answer."""
+        right = 0
+        for part in (rows[n : n + 100] for n in range(0, len(rows), 100)):
+            inputs = left_pad([row["prompt_ids"] for row in part], self.data.pad_id)
+            responses = generate(student, inputs["input_ids"], inputs["attention_mask"], 8)
+            texts = self.data.tokenizer.batch_decode(responses, skip_special_tokens=True)
+            right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
+        return right / len(rows)
+
+    def sample_nll(self, module: DistillationModule, rows: list[dict[str, Any]]) -> float:
+        """The teacher's NLL per token of the student's samples."""
+        values = []
+        for n in range(0, len(rows), 100):
+            inputs = left_pad([row["prompt_ids"] for row in rows[n : n + 100]], self.data.pad_id)
+            prompt = (inputs["input_ids"], inputs["attention_mask"])
+            tokens = generate(module.student, *prompt, 32, temperature=1.0, seed=n)
+            ends = torch.tensor([self.data.tokenizer.eos_token_id])
+            blank = {"labels": torch.full_like(prompt[0], -100)}
+            batch = append(blank, prompt, tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
+            values.append(module.evaluate_batch(batch).values["teacher_nll"])
+        return float(torch.cat(values).mean())
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """A table: mean over seeds, and spread where there are several."""
+    lines = ["| run | steps | seeds | CPU s | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (4 + len(COLUMNS))]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(result["run"], []).append(result)
+    for name, group in groups.items():
+        cells = [name, str(round(statistics.mean(r["steps"] for r in group))), str(len(group))]
+        for column in ("seconds", *COLUMNS):
+            values = [r[column] for r in group]
+            digits = 0 if column == "seconds" else 3
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--rows", type=int, default=500, help="test rows measured")
+    parser.add_argument("--same_time", action="store_true", help="also forward KL for the time of the slowest run")
+    parser.add_argument("--output", type=Path, default=Path("build/on_policy"))
+    parser.add_argument("extra", nargs="*", help="after `--`: more words for every run's command line")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "results.json"
+    results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    bench = Bench(args.rows)
+
+    def add(run: str, seed: int, steps: int) -> None:
+        if any(r["run"] == run and r["seed"] == seed for r in results):
+            return
+        student, seconds = "asset:student", 0.0
+        if steps:
+            config = RUNS[run.split(" ")[0]]
+            student = str(args.output / f"{run.replace(' ', '_')}-{seed}" / "student")
+            seconds = train(Path(student).parent, config, steps, seed, args.extra)
+        results.append({"run": run, "seed": seed, "steps": steps, "seconds": seconds, **bench.measure(student)})
+        path.write_text(json.dumps(results, indent=1))
+        (args.output / "report.md").write_text(report(results))
+        print(report(results[-1:]), flush=True)
+
+    add("start", 0, 0)
+    for seed in args.seeds:
+        for run in args.runs:
+            add(run, seed, args.steps)
+        if args.same_time:
+            seconds = {r["run"]: r["seconds"] for r in results if r["seed"] == seed and r["steps"]}
+            add("forward_kl (same time)", seed, round(args.steps * max(seconds.values()) / seconds["forward_kl"]))
+
+
+if __name__ == "__main__":
+    main()
