@@ -36,6 +36,8 @@ _NAMES = {
     "module": ("DistillationModule",),
     "data.instruction": ("InstructionDataModule",),
     "data.contrastive": ("ContrastiveDataModule",),
+    "data.prompted": ("PromptDataModule",),
+    "regeneration": ("Regeneration",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -63,6 +65,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.assistants import GeometricMixture as GeometricMixture
     from kd_lightning.data.contrastive import ContrastiveDataModule as ContrastiveDataModule
     from kd_lightning.data.instruction import InstructionDataModule as InstructionDataModule
+    from kd_lightning.data.prompted import PromptDataModule as PromptDataModule
     from kd_lightning.divergences import AdaptiveKL as AdaptiveKL
     from kd_lightning.divergences import AlphaBeta as AlphaBeta
     from kd_lightning.divergences import AlphaDivergence as AlphaDivergence
@@ -99,6 +102,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.objectives import Objective as Objective
     from kd_lightning.objectives import SkewKL as SkewKL
     from kd_lightning.objectives import SkewReverseKL as SkewReverseKL
+    from kd_lightning.regeneration import Regeneration as Regeneration
     from kd_lightning.schedules import Cosine as Cosine
     from kd_lightning.schedules import Linear as Linear
     from kd_lightning.schedules import ResponseGap as ResponseGap

@@ -48,6 +48,25 @@ def batch_seed(*what: int) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:7], "big")
 
 
+def room(model: Any, max_new_tokens: int, max_length: int | None) -> int:
+    """How many tokens a prompt may have.
+
+    Args:
+        model: that responds.
+        max_new_tokens: of its longest response.
+        max_length: of prompt and response together; None: as many as the model has places for.
+
+    Raises:
+        ValueError: none.
+    """
+    places = getattr(model.config, "max_position_embeddings", None)
+    limits = {"max_length": max_length, "the model's max_position_embeddings": places}
+    for name, limit in limits.items():
+        if limit is not None and max_new_tokens >= limit:
+            raise ValueError(f"max_new_tokens must leave room for a prompt in {name} of {limit}, got {max_new_tokens}")
+    return min([limit for limit in limits.values() if limit is not None], default=1 << 30) - max_new_tokens
+
+
 @dataclass(frozen=True)
 class Writer:
     """A model with its tokenizer and how it is to write.

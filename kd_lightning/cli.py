@@ -94,6 +94,7 @@ def build_cli() -> type:
     import kd_lightning.divergences
     import kd_lightning.label_losses
     import kd_lightning.objectives
+    import kd_lightning.regeneration
     import kd_lightning.rollout
     import kd_lightning.schedules
     import kd_lightning.strategies
@@ -197,6 +198,7 @@ def parser_words() -> dict[str, Any]:
     usage = "kd-lightning {} --config NAME_OR_FILE [--GROUP.ARGUMENT VALUE ...]"
     verbs = {verb: {"description": text, "usage": usage.format(verb)} for verb, text in VERBS.items()}
     about = "Distil a causal language model. `kd-lightning VERB --help` lists the arguments of a verb."
+    about += " `--data.help` and `--data.help ContrastiveDataModule` list those of the data."
     beside = "Commands beside these verbs: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()) + "."
     return {"exit_on_error": False, "prog": "kd-lightning", "description": about, "epilog": beside, **verbs}
 

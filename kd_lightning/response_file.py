@@ -45,6 +45,7 @@ class ResponseFile:
         rows: fields of the rows.
         model: what wrote the responses: the same text for the same weights.
         sampling: how they were written.
+        anew: begin anew where the file holds anything else, in place of refusing it.
 
     Attributes:
         done: rows that are in the file.
@@ -52,16 +53,22 @@ class ResponseFile:
 
     Raises:
         ValueError: a row has a field of one of the four names.
-        OtherResponsesError: on entering, the file holds anything else.
+        OtherResponsesError: on entering, the file holds anything else, and it is not begun `anew`.
     """
 
     def __init__(
-        self, path: str | Path, rows: Sequence[Mapping[str, Any]], model: str, sampling: Mapping[str, Any]
+        self,
+        path: str | Path,
+        rows: Sequence[Mapping[str, Any]],
+        model: str,
+        sampling: Mapping[str, Any],
+        anew: bool = False,
     ) -> None:
         self.path = Path(path)
         self.rows = rows
         self.model = model
         self.sampling = dict(sampling)
+        self.anew = anew
         self.responses: list[Response] = []
         self._waiting: dict[int, Response] = {}
         self._file: BinaryIO
@@ -83,9 +90,13 @@ class ResponseFile:
         except BlockingIOError:
             self._file.close()
             raise ValueError(f"{self.path} is being written by another process") from None
-        except ValueError:
-            self._file.close()
-            raise
+        except OtherResponsesError:
+            if not self.anew:
+                self._file.close()
+                raise
+            self.responses.clear()
+            self._file.seek(0)
+            self._file.truncate()
         return self
 
     def __exit__(

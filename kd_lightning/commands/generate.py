@@ -13,7 +13,7 @@ from typing import Any
 import jsonargparse
 import torch
 
-from kd_lightning.answering import Writer, batches, fill, numbered, summary
+from kd_lightning.answering import Writer, batches, fill, numbered, room, summary
 from kd_lightning.commands.server import Server
 from kd_lightning.data.prompts import parse_question
 from kd_lightning.data.reading import read_rows
@@ -109,7 +109,7 @@ def generate(
     tokenizer = load_tokenizer(model)
     with_template(tokenizer, None, _say)
     writer = Writer(network.to(place), tokenizer, how, seed)
-    text = TextTokenizer(tokenizer, max_length=_room(network, max_new_tokens, max_length))
+    text = TextTokenizer(tokenizer, max_length=room(network, max_new_tokens, max_length))
     prompts = _prompts(text, questions)
     name = fingerprint(network, text)
     with ResponseFile(output, rows, name, {**sampling, "batch_size": batch_size}) as file:
@@ -135,16 +135,6 @@ def fingerprint(model: Any, tokenizer: TextTokenizer) -> str:
     weights = digest(itertools.chain(model.named_parameters(), model.named_buffers()))
     parts = [weights, str(model.generation_config.eos_token_id), tokenizer.fingerprint()]
     return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
-
-
-def _room(model: Any, max_new_tokens: int, max_length: int | None) -> int:
-    """Tokens that a prompt may have."""
-    places = getattr(model.config, "max_position_embeddings", None)
-    limits = {"max_length": max_length, "the model's max_position_embeddings": places}
-    for name, limit in limits.items():
-        if limit is not None and max_new_tokens >= limit:
-            raise ValueError(f"max_new_tokens must leave room for a prompt in {name} of {limit}, got {max_new_tokens}")
-    return min([limit for limit in limits.values() if limit is not None], default=1 << 30) - max_new_tokens
 
 
 def _prompts(tokenizer: TextTokenizer, questions: Sequence[Conversation]) -> list[list[int]]:

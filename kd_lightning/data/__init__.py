@@ -3,5 +3,14 @@
 from kd_lightning.data.batch import IGNORE_INDEX, Collator, PromptCollator, left_pad
 from kd_lightning.data.contrastive import ContrastiveDataModule
 from kd_lightning.data.instruction import InstructionDataModule
+from kd_lightning.data.prompted import PromptDataModule
 
-__all__ = ["IGNORE_INDEX", "Collator", "ContrastiveDataModule", "InstructionDataModule", "PromptCollator", "left_pad"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Collator",
+    "ContrastiveDataModule",
+    "InstructionDataModule",
+    "PromptCollator",
+    "PromptDataModule",
+    "left_pad",
+]

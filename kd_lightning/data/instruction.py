@@ -135,7 +135,10 @@ class InstructionDataModule(L.LightningDataModule):
         return TextTokenizer(self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length)
 
     def _load(self, split: str) -> Any:
-        rows = prepare(self.sources[split], split, self.text_tokenizer, self.read)
+        return self._kept(split, prepare(self.sources[split], split, self.text_tokenizer, self.read))
+
+    def _kept(self, split: str, rows: Any) -> Any:
+        """The rows that can be learned from; what became of the others is reported."""
         columns = {name: rows[name][:] for name in ("empty", "first_counted", "full_length", "unlocated")}
         first, empty = columns["first_counted"], columns["empty"]
         kept = [n for n in range(len(rows)) if not empty[n] and 0 <= first[n] < self.max_length]

@@ -1,0 +1,203 @@
+"""Responses written in the run: before the first step, or anew before each pass over the data."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from kd_lightning.answering import Answers, Writer, batch_seed, batches, fill, room, summary
+from kd_lightning.callbacks import is_dry
+from kd_lightning.data.batch import SIDES
+from kd_lightning.data.prompted import PromptDataModule
+from kd_lightning.response_file import Response, ResponseFile
+from kd_lightning.rollout import Sampling
+from kd_lightning.strategies import data_ranks
+from kd_lightning.teachers import digest
+
+
+class Regeneration(L.Callback):
+    """Lets teacher or student respond to the training prompts, and hands the words to the data module.
+
+    The data module is a `PromptDataModule` (SeqKD) or a `ContrastiveDataModule` (DistiLLM-2). All ranks share the work.
+    Responses are written to ROOT/responses as they come, so that a run killed in the middle goes on there; they follow
+    from the weights and the run's seed alone.
+
+    Args:
+        side: who writes, "teacher" or "student".
+        when: "once": before the first step, what is missing; "every_pass": all of them anew before each pass over the
+            training data, the first included.
+        max_new_tokens: longest response, at least 1.
+        temperature: of sampling, ≥ 0; 0: the likeliest token each time.
+        top_p: of sampling, in (0, 1].
+        batch_size: prompts answered together on each rank, at least 1.
+        keep_unfinished: take responses that were cut at `max_new_tokens` too, with an end that the writer did not
+            write; False: such a row keeps its old response, or is dropped where it has none.
+
+    Raises:
+        ValueError: an argument is out of its range; before the first step: the data module takes no responses, there is
+            no such writer in this process, or no room for a prompt.
+    """
+
+    def __init__(
+        self,
+        side: Literal["teacher", "student"] = "student",
+        when: Literal["once", "every_pass"] = "every_pass",
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int = 64,
+        keep_unfinished: bool = False,
+    ) -> None:
+        if side not in SIDES:
+            raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
+        if when not in ("once", "every_pass"):
+            raise ValueError(f"when must be 'once' or 'every_pass', got {when!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.side = side
+        self.when = when
+        self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        self.batch_size = batch_size
+        self.keep_unfinished = keep_unfinished
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look whether it can work here, and let the data module call before each pass."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(datamodule, "replace_responses"):
+            kind = "none" if datamodule is None else type(datamodule).__name__
+            raise ValueError(f"Regeneration needs a PromptDataModule or a ContrastiveDataModule, got {kind}")
+        if self.when == "every_pass" and isinstance(datamodule, PromptDataModule):
+            raise ValueError("Regeneration.when must be 'once' for a PromptDataModule, got 'every_pass'")
+        model = self._model(pl_module)
+        Writer(model, datamodule.tokenizer, self.sampling)
+        room(model, self.sampling.max_new_tokens, datamodule.max_length)
+        before = datamodule.before_pass
+
+        def announced(number: int) -> None:
+            if before is not None:
+                before(number)
+            self.respond(trainer, pl_module, number)
+
+        datamodule.before_pass = announced
+
+    def respond(self, trainer: L.Trainer, module: Any, number: int) -> None:
+        """Write the responses of a pass and hand them on.
+
+        Args:
+            trainer: of the run.
+            module: with student and teacher on their device.
+            number: of the pass, from 0 on.
+        """
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if self.when == "once" and number > 0:
+            return
+        rows = datamodule.generation_rows("train")
+        if self.when == "once":
+            missing = set(datamodule.missing_responses(self.side))
+            rows = [row for row in rows if row["index"] in missing]
+        if not rows:
+            return
+        began = time.perf_counter()
+        with self._folder(trainer) as folder, trainer.precision_plugin.forward_context():
+            found = self._everyone(trainer, self._write(trainer, module, rows, folder, number))
+        told = summary(list(found.values()))
+        rank_zero_info(f"{self.side}, pass {number}: {told}, {time.perf_counter() - began:.0f} s")
+        taken = {
+            index: response.text
+            for index, response in found.items()
+            if self.keep_unfinished or response.finish_reason == "eos"
+        }
+        if not any(text.strip() for text in taken.values()):
+            raise ValueError(
+                f"the {self.side} wrote nothing that can be learned with max_new_tokens "
+                f"{self.sampling.max_new_tokens}: {told}"
+            )
+        datamodule.replace_responses(taken, self.side)
+        if not is_dry(trainer):
+            self._path(Path(trainer.default_root_dir) / "responses", trainer, number - 1).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+    def _model(self, module: Any) -> Any:
+        """What writes.
+
+        Raises:
+            ValueError: it is not in this process.
+        """
+        if self.side == "student":
+            return module.student
+        model = getattr(module.teacher, "model", None)
+        if model is None:
+            kind = "none" if module.teacher is None else type(module.teacher).__name__
+            raise ValueError(f"Regeneration of the teacher's responses needs a teacher that is a model, got {kind}")
+        return model
+
+    def _write(
+        self, trainer: L.Trainer, module: Any, rows: list[dict[str, Any]], folder: Path, number: int
+    ) -> dict[int, Response]:
+        """This rank's share of the responses, by `index`.
+
+        All ranks ask for equally many batches from the same one on, as the model may be spread over them.
+        """
+        if self.side == "teacher":
+            module.teacher.to(module.device)
+        model, datamodule = self._model(module), trainer.datamodule  # type: ignore[attr-defined]
+        most = room(model, self.sampling.max_new_tokens, datamodule.max_length)
+        prompts = [row["prompt_ids"][-most:] for row in rows]
+        rank, ranks = data_ranks(trainer)
+        plan = list(enumerate(batches([len(prompt) for prompt in prompts], self.batch_size)))
+        mine = plan[rank::ranks]
+        mine += plan[:1] * (-(-len(plan) // ranks) - len(mine))  # a rank with a batch less asks for one once more
+        order = list(dict.fromkeys(row for _, numbers in mine for row in numbers))
+        seed = batch_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")), SIDES[self.side], number)
+        writer = Writer(model, datamodule.tokenizer, self.sampling, seed)
+        weights = digest(itertools.chain(model.named_parameters(), model.named_buffers()))
+        path = self._path(folder, trainer, number)
+        settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
+        file = ResponseFile(path, [_fields(rows[row]) for row in order], weights[:16], settings, anew=True)
+        with file:
+            done = min(self._everyone(trainer, {trainer.global_rank: self._batches_done(file, mine)}).values())
+            place = {row: local for local, row in enumerate(order)}
+            answers: Answers = ((place[row], said) for row, said in writer.answers(prompts, mine[done:]))
+            bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
+            fill(file, answers, bar, f"{self.side}, pass {number}")
+            return {rows[row]["index"]: file.responses[local] for row, local in place.items()}
+
+    def _path(self, folder: Path, trainer: L.Trainer, number: int) -> Path:
+        return folder / f"{self.side}-pass-{number:04d}.{trainer.global_rank}-of-{trainer.world_size}.jsonl"
+
+    @staticmethod
+    def _batches_done(file: ResponseFile, mine: Sequence[tuple[int, list[int]]]) -> int:
+        ends = itertools.accumulate(len(numbers) for _, numbers in mine)
+        return sum(end <= file.done for end in ends)
+
+    @contextmanager
+    def _folder(self, trainer: L.Trainer) -> Iterator[Path]:
+        if is_dry(trainer):
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder)
+            return
+        yield Path(trainer.default_root_dir) / "responses"
+
+    @staticmethod
+    def _everyone(trainer: L.Trainer, mine: dict[int, Any]) -> dict[int, Any]:
+        """What all ranks have, by key, on every rank."""
+        if trainer.world_size == 1:
+            return mine
+        parts: list[dict[int, Any]] = [{} for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(parts, mine)
+        return {key: value for part in parts for key, value in part.items()}
+
+
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    """The row's own fields, without what a file of responses would say itself."""
+    return {"row_id": row["index"], "prompt": row["prompt"]}
