@@ -33,6 +33,7 @@ _NAMES = {
     "metrics": ("TokenMean", "DivergenceMetric", "NLL", "Agreement", "Entropy", "BeatsTeacher", "CalibrationError"),
     "metric_buckets": ("ByPosition", "BySource"),
     "teachers": ("Teacher", "body_and_head"),
+    "rollout": ("ResponseSource", "OnPolicy", "AdaptiveReplay", "MiniLLM"),
     "module": ("DistillationModule",),
     "data.instruction": ("InstructionDataModule",),
     "data.contrastive": ("ContrastiveDataModule",),
@@ -103,6 +104,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.objectives import SkewKL as SkewKL
     from kd_lightning.objectives import SkewReverseKL as SkewReverseKL
     from kd_lightning.regeneration import Regeneration as Regeneration
+    from kd_lightning.rollout import AdaptiveReplay as AdaptiveReplay
+    from kd_lightning.rollout import MiniLLM as MiniLLM
+    from kd_lightning.rollout import OnPolicy as OnPolicy
+    from kd_lightning.rollout import ResponseSource as ResponseSource
     from kd_lightning.schedules import Cosine as Cosine
     from kd_lightning.schedules import Linear as Linear
     from kd_lightning.schedules import ResponseGap as ResponseGap
