@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import runs
+from kd_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,6 +84,27 @@ def test_the_lines_with_lightning_run_and_leave_a_student(tmp_path: Path, monkey
     exec(compile(block, "README", "exec"), {"__name__": "README"})
     assert (tmp_path / "runs/python/student/model.safetensors").is_file()
     assert (tmp_path / "runs/python/student/config.json").is_file()
+
+
+def shell_lines(title: str) -> list[list[str]]:
+    lines = [line for block in blocks(section(title), "sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("kd-lightning ")]
+
+
+@pytest.mark.parametrize("title", ["Start", "Before, during and after a run"])
+def test_the_commands_run_as_they_stand(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of one's own, on fewer rows and steps."""
+    few = [*runs.CPU, *runs.QUIET, "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
+    few += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--results.max_new_tokens", "2"]
+    few += ["--data.batch_size", "4"]
+    runs.little_data(tmp_path, rows=8).rename(tmp_path / "my_rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    lines = shell_lines(title)
+    assert lines
+    for _, verb, *words in lines:
+        short = few if verb == "fit" else []
+        short = [*short, "--generation.rows", "4"] if "--generation.every_n_validations" in words else short
+        assert main([verb, *words, *short]) == 0, words
 
 
 def test_the_promised_number_of_lines() -> None:
