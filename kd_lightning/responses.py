@@ -156,7 +156,7 @@ class Author:
         if teacher_share > 0:
             return [Mixture(whole_model(self.teacher), teacher_share, sampling.temperature or 1.0, mask)]
         head = None if self.teacher is None else self.teacher.head
-        return [Within(len(head.weight))] if head is not None and len(head.weight) < self.vocabulary else []
+        return [Within(head.vocabulary)] if head is not None and head.vocabulary < self.vocabulary else []
 
     @property
     def vocabulary(self) -> int:
@@ -198,7 +198,7 @@ class Author:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         student, head, training = self.model.student, self.model.head(), self.model.student.training
         teacher_head = None if self.teacher is None else self.teacher.head
-        width = None if teacher_head is None else len(teacher_head.weight)
+        width = None if teacher_head is None else teacher_head.vocabulary
         student.eval()
         try:
             if head is None or self.model.body is None:
@@ -235,8 +235,8 @@ def whole_model(teacher: Teacher | None) -> Any:
 
 
 def _cut(head: Head, vocabulary: int | None) -> Head:
-    if vocabulary is None or len(head.weight) <= vocabulary:
-        return head
+    if vocabulary is None or head.vocabulary <= vocabulary or head.group is not None:
+        return head  # of a head that is spread over ranks the padding stays: next to no mass
     bias = None if head.bias is None else head.bias[:vocabulary]
     return dataclasses.replace(head, weight=head.weight[:vocabulary], bias=bias)
 
