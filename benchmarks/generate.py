@@ -1,0 +1,106 @@
+"""Speed of `kd-lightning generate`, as ratios: to bare `model.generate` on the same batches, and to one row at a time.
+
+Every measurement is a process of its own, model and rows already loaded, in CPU seconds per token; rounds are
+interleaved. All ways write the same greedy responses, each up to its end or `--new` tokens; ours to a file.
+
+    python benchmarks/generate.py --rows 256 --rounds 3 --output build/generate
+
+writes OUTPUT.json and OUTPUT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import in_a_process, machine, spread, timed, write
+
+from kd_lightning.answering import Writer, batches, fill, numbered
+from kd_lightning.data.batch import left_pad
+from kd_lightning.data.prompts import parse_question
+from kd_lightning.data.reading import read_rows
+from kd_lightning.data.tokenizing import TextTokenizer, load_tokenizer
+from kd_lightning.models import load_causal_lm
+from kd_lightning.response_file import ResponseFile
+from kd_lightning.rollout import Sampling
+
+WAYS = ("ours", "bare", "one by one", "ours, file order")
+
+
+def calls(way: str, model_name: str, rows: int, batch_size: int, new: int) -> Callable[[], int]:
+    """What is measured: a function that answers all rows and returns the number of tokens."""
+    found = list(read_rows("asset:train", "train"))[:rows]
+    tokenizer = load_tokenizer(model_name)
+    text = TextTokenizer(tokenizer)
+    prompts = [text.prompt(parse_question(row, place))[1] for place, row in found]
+    model: Any = load_causal_lm(model_name, kwargs={"dtype": "float32"}, role="model")
+    pad = tokenizer.pad_token_id
+    plan = batches([len(prompt) for prompt in prompts], 1 if way == "one by one" else batch_size)
+    if way == "ours, file order":
+        plan = [list(range(start, min(start + batch_size, rows))) for start in range(0, rows, batch_size)]
+    inputs = [left_pad([prompts[row] for row in batch], pad) for batch in plan]
+
+    def bare() -> int:
+        tokens = 0
+        for batch in inputs:
+            written = model.generate(**batch, max_new_tokens=new, do_sample=False, pad_token_id=pad)
+            tokens += int(written[:, batch["input_ids"].shape[1] :].ne(pad).sum())
+        return tokens
+
+    def ours() -> int:
+        writer = Writer(model, tokenizer, Sampling(new, 0.0))
+        with tempfile.TemporaryDirectory() as folder:
+            with ResponseFile(Path(folder) / "out.jsonl", [row for _, row in found], "m", {}) as file:
+                fill(file, writer.answers(prompts, numbered(plan)), bar=False)
+                return sum(response.tokens for response in file.responses)
+
+    return bare if way == "bare" else ours
+
+
+def measure(words: argparse.Namespace) -> None:
+    torch.set_num_threads(words.threads)
+    call = calls(words.way, words.model, words.rows, words.batch_size, words.new)
+    tokens = call()
+    print(json.dumps({"tokens": tokens, **timed(call)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="asset:teacher")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("build/generate"))
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.way:
+        return measure(words)
+    shared = [f"--{name}={getattr(words, name)}" for name in ("model", "rows", "batch_size", "new", "threads")]
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(words.rounds):
+        for way in WAYS:
+            found = in_a_process(__file__, [*shared, f"--way={way}"])
+            if isinstance(found, str):
+                raise SystemExit(f"{way}: {found}")
+            rates[way].append(found["tokens"] / found["cpu"])
+    lines = ["| way | tokens per CPU second | ours beside it |", "|---|---|---|"]
+    for way in WAYS:
+        ratio = [a / b for a, b in zip(rates["ours"], rates[way], strict=True)]
+        lines.append(f"| {way} | {spread(rates[way], 0)} | {spread(ratio)} |")
+    head = f"{words.model}, {words.rows} rows, batches of {words.batch_size}, at most {words.new} new tokens\n"
+    text = "\n".join([machine(words.threads), head, *lines, ""])
+    record = {"machine": machine(words.threads), "settings": shared, "rates": rates}
+    record["medians"] = {way: statistics.median(values) for way, values in rates.items()}
+    write(words.output, record, text)
+
+
+if __name__ == "__main__":
+    main()
