@@ -141,7 +141,7 @@ def test_two_ranks_are_one_process() -> None:
         for found in (one, two):
             assert_same_student(found[name], whole)
     for kept in ("memory", "rollouts"):
-        assert one[kept].keys() == two[kept].keys() and int(one[kept]["pushed"]) > 4
+        assert one[kept].keys() == two[kept].keys() and int(one[kept]["pushed"]) >= 4
         assert all(torch.equal(one[kept][name], two[kept][name]) for name in one[kept])
     assert [place[4] for place in one["coins"]] == [place[4] for place in two["coins"]]
     assert {place[4] for place in one["coins"]} == {True, False}
