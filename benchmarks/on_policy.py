@@ -8,16 +8,23 @@ responses (categories), and the teacher's NLL per token of what the student writ
     python benchmarks/on_policy.py --steps 500 --seeds 0 1 2 --output build/on_policy
 
 writes build/on_policy/results.json after each run (a repeated call goes on) and build/on_policy/report.md.
+
+    python benchmarks/on_policy.py --speed
+
+prints the CPU time of an on-policy step over that of a step on the same tokens and one bare `model.generate` of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +32,9 @@ import torch
 
 from kd_lightning import DistillationModule, InstructionDataModule
 from kd_lightning.data.batch import Collator, left_pad
-from kd_lightning.rollout import generate
+from kd_lightning.rollout import Author, Sampling, generate
 from kd_lightning.teachers import HFTeacher
-from kd_lightning.written import append
+from kd_lightning.written import append, prompts
 
 RUNS = {"forward_kl": "quickstart", "gkd": "gkd", "distillm": "distillm", "minillm": "minillm"}
 COLUMNS = ("forward_kl", "reverse_kl", "nll", "exact_match", "sample_nll")
@@ -103,6 +110,41 @@ class Bench:
         return float(torch.cat(values).mean())
 
 
+def speed(rounds: int = 7) -> float:
+    """Median over rounds of (respond + step) / (generate + step), both on the same prompts and tokens."""
+    data = InstructionDataModule("asset:train", tokenizer="asset:student", batch_size=32, max_length=128)
+    data.setup("fit")
+    batches = [batch for _, batch in zip(range(rounds + 1), data.train_dataloader(), strict=False)]
+    module = DistillationModule("asset:student", "asset:teacher")
+    module.configure_model()
+    model: Any = module.model
+    student: Any = model.student
+
+    def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+        began = time.process_time()
+        found = function()
+        return time.process_time() - began, found
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        module.zero_grad()
+        model(batch, module.teacher).loss.backward()
+
+    ratios = []
+    for n, batch in enumerate(batches):
+        author = Author(model, module.teacher, seed=n)
+        writing, written = timed(functools.partial(author.respond, batch, Sampling(32)))
+        ids, mask = prompts(batch)
+        torch.manual_seed(author.number("write", 0, 0))
+        student.eval()
+        call = functools.partial(student.generate, input_ids=ids, attention_mask=mask, max_new_tokens=32)
+        with torch.no_grad():
+            bare, _ = timed(functools.partial(call, do_sample=True, top_k=0, pad_token_id=0))
+        student.train()
+        training, _ = timed(functools.partial(step, written))
+        ratios.append((writing + training) / (bare + training))
+    return statistics.median(ratios[1:])
+
+
 def report(results: list[dict[str, Any]]) -> str:
     """A table: mean over seeds, and spread where there are several."""
     lines = ["| run | steps | seeds | CPU s | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (4 + len(COLUMNS))]
@@ -128,9 +170,13 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--rows", type=int, default=500, help="test rows measured")
     parser.add_argument("--same_time", action="store_true", help="also forward KL for the time of the slowest run")
+    parser.add_argument("--speed", action="store_true", help="only the cost of a step")
     parser.add_argument("--output", type=Path, default=Path("build/on_policy"))
     parser.add_argument("extra", nargs="*", help="after `--`: more words for every run's command line")
     args = parser.parse_args()
+    if args.speed:
+        print(f"on-policy step / (step + generate) = {speed():.3f}")
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
     results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []

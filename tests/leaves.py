@@ -1,4 +1,4 @@
-"""The one list of all leaves: whoever adds a divergence, an assistant, an objective or a schedule adds a line here.
+"""The one list of all leaves: whoever adds a divergence, an assistant, an objective, a schedule or a source adds a line here.
 
 With each divergence comes the same formula as a slow loop over Python floats, written from the definition alone.
 """
@@ -26,6 +26,7 @@ from kd_lightning.divergences import (
     WeightedSum,
 )
 from kd_lightning.objectives import TAID, AMiD, Contrastive, Objective, SkewKL, SkewReverseKL
+from kd_lightning.rollout import AdaptiveReplay, MiniLLM, OnPolicy, ResponseSource
 from kd_lightning.schedules import Cosine, Linear, ResponseGap, Schedule, TAIDSchedule
 
 Row = Sequence[float]  # probabilities, all > 0
@@ -218,6 +219,12 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "Linear(until)": lambda: Linear(0.2, 0.8, until=0.5),
     "ResponseGap": ResponseGap,
     "ResponseGap(student)": lambda: ResponseGap(side="student", start=0.5),
+}
+
+RESPONSES: dict[str, Callable[[], ResponseSource]] = {
+    "OnPolicy": lambda: OnPolicy(Linear(0.2, 0.8)),
+    "AdaptiveReplay": lambda: AdaptiveReplay(0.3),
+    "MiniLLM": MiniLLM,
 }
 
 ALL = {**DIVERGENCES, **OBJECTIVES}

@@ -15,11 +15,12 @@ from architectures import tiny
 from kd_lightning import DistillationLoss, ForwardKL, InstructionDataModule
 from kd_lightning.generation import Mixture, Within, end_ids
 from kd_lightning.models import load_causal_lm
-from kd_lightning.rollout import Author, OnPolicy, Sampling, generate
+from kd_lightning.rollout import Author, Memory, OnPolicy, ResponseSource, Sampling, generate
 from kd_lightning.schedules import Linear
 from kd_lightning.student import StudentWithLoss
 from kd_lightning.teachers import HFTeacher
 from kd_lightning.written import gather_rows, prompts
+from leaves import RESPONSES
 
 NOT = -100
 
@@ -281,6 +282,26 @@ def test_the_share_of_steps() -> None:
     student = Script([[10, 2]])
     assert OnPolicy(0.0)(given, author(student)) is given and not student.asked
     assert all(OnPolicy(1.0)(given, author(Script([[10, 2]]), step=s)) is not given for s in range(50))
+
+
+# -------------------------------------------------------------------------------------------------------------- leaves
+def test_every_source_is_listed() -> None:
+    ours = {leaf.__name__ for leaf in ResponseSource.__subclasses__() if leaf.__module__.startswith("kd_lightning.")}
+    assert ours == set(RESPONSES)
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+def test_all_state_is_tensors_and_comes_back(name: str, tmp_path: Path) -> None:
+    source, other = RESPONSES[name](), RESPONSES[name]()
+    for part in source.modules():
+        if isinstance(part, Linear):
+            part.update(0.7, {})
+        if isinstance(part, Memory):
+            part.push(batch(([5, 6], [9, 2]), ([8], [9, 9, 2])))
+    source.validated(3.0)
+    torch.save(source.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_same(other.state_dict(), source.state_dict())
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
