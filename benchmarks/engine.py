@@ -181,16 +181,21 @@ def main(words: list[str] | None = None) -> None:
             else:
                 results[name].append(found)
             print(f"{name:28} {found}", file=sys.stderr, flush=True)
+            report(args, shape, results, left_out)
+    print(args.output.with_suffix(".md").read_text())
+
+
+def report(args: argparse.Namespace, shape: tuple[int, ...], results: Results, left_out: dict[str, str]) -> None:
+    """Write what is there so far."""
     on = machine(args.threads)
-    heading = f"# V {shape[0]}, widths {shape[1]} and {shape[2]}, {shape[3]} tokens, fp32\n\n"
-    heading += f"Chunk {args.chunk}; medians of {args.rounds} interleaved rounds. {on}.\n"
-    missing = "".join(f"\nLeft out: {name} ({why}).\n" for name, why in left_out.items())
+    rounds = len(results["plain"])
+    text = f"# V {shape[0]}, widths {shape[1]} and {shape[2]}, {shape[3]} tokens, fp32\n\n"
+    text += f"Chunk {args.chunk}; medians of {rounds} interleaved rounds. {on}.\n\n{table(results, shape[0])}"
+    text += "".join(f"\nLeft out: {name} ({why}).\n" for name, why in left_out.items())
+    if results["best"]:
+        text += f"\n{everything(results)}"
     record = {"shape": shape, "chunk": args.chunk, "threads": args.threads, "machine": on, "left_out": left_out}
-    write(
-        args.output,
-        {**record, "results": results},
-        "\n".join([heading, table(results, shape[0]) + missing, everything(results)]),
-    )
+    write(args.output, {**record, "results": results}, text)
 
 
 if __name__ == "__main__":

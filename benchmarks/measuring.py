@@ -40,17 +40,18 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
     first = time.perf_counter() - started
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-    resident, cpu = status("VmRSS"), time.process_time()
+    resident, cpu, wall = status("VmRSS"), time.process_time(), time.perf_counter()
     kept = call()
-    cpu = time.process_time() - cpu
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     peak = status("VmHWM") - resident
     del kept
-    calls = max(1, round(SECONDS / max(cpu, 1e-3)))
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(calls):
-        call()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"cpu": cpu / calls, "wall": wall / calls, "first": first, "peak": float(peak)}
+    calls = int(SECONDS / max(cpu, 1e-3))
+    if calls:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(calls):
+            call()
+        cpu, wall = (time.process_time() - cpu) / calls, (time.perf_counter() - wall) / calls
+    return {"cpu": cpu, "wall": wall, "first": first, "peak": float(peak)}
 
 
 def in_a_process(script: str, words: Sequence[str]) -> dict[str, Any] | str:
@@ -70,9 +71,10 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def machine(threads: int) -> str:
     """What it was measured on."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    name = names[0] if names else platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {len(names)} cores, {threads} threads, torch {torch.__version__}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0]}, {kind}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
 def write(output: Path, record: dict[str, Any], text: str) -> None:
@@ -80,4 +82,3 @@ def write(output: Path, record: dict[str, Any], text: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     output.with_suffix(".md").write_text(text)
-    print(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -96,3 +98,11 @@ def check_head(role: str, hidden: Tensor, head: Head | Tensor | None, labels: Te
             f"{head.weight.shape[1]} (shape {list(head.weight.shape)})"
         )
     return head
+
+
+def check_devices(**roles: Iterable[Tensor | None]) -> None:
+    """Raise a ValueError that says what lies where, unless all lies on one device."""
+    places = {role: sorted({str(x.device) for x in tensors if x is not None}) for role, tensors in roles.items()}
+    if len({device for devices in places.values() for device in devices}) > 1:
+        found = ", ".join(f"{role} on {' and '.join(devices)}" for role, devices in places.items() if devices)
+        raise ValueError(f"student, teacher and labels must be on one device, got {found}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.counted import Counted, check_head, check_rows, check_top_k
+from kd_lightning.counted import Counted, check_devices, check_head, check_rows, check_top_k
 from kd_lightning.divergences import Divergence, check_divergence
 from kd_lightning.engine import Given, Head, Model, Projected, Sweep
 from kd_lightning.gaps import Mean, gap, label_columns, response_means
@@ -214,8 +214,7 @@ class DistillationLoss(nn.Module):
         if teacher is None and self.token_loss.monitors:
             raise ValueError(f"monitors need a teacher, and there is none: {', '.join(self.token_loss.monitors)}")
         tensors = [x for model in (student, teacher) if model for x in model.inputs if x is not None]
-        if len(devices := {x.device for x in (*tensors, counted.index)}) > 1:
-            raise ValueError(f"models and labels must be on one device, got {', '.join(sorted(map(str, devices)))}")
+        check_devices(student=student.inputs, teacher=teacher.inputs if teacher else (), labels=(counted.index,))
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
         columns = {name: counted.column(name, column, dtype) for name, column in (rows or {}).items()}
         if teacher is not None:

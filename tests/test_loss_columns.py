@@ -191,6 +191,7 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
         ({"temperature": math.nan}, "temperature must be a finite number > 0, got nan"),
         ({"reduction": "mean"}, "reduction must be one of token_mean, sequence_mean, sum, none, got 'mean'"),
         ({"label_loss": Forward()}, "label_loss must be a LabelLoss or None, got"),
+        ({"chunk": -512}, "chunk must be a number of rows > 0 or None, got -512"),
         ({"chunk": 0}, "chunk must be a number of rows > 0 or None, got 0"),
         ({"monitors": {"kd": Forward()}}, "monitors must not be named .*, got 'kd'"),
         ({"monitors": {"x": 3}}, r"monitors\['x'\] must be a Divergence, got 3"),
@@ -218,7 +219,10 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
         ({"teacher_head": torch.zeros(V, HT + 1)}, r"teacher_hidden has width 6 .* teacher_head reads 7"),
         ({"teacher_head": None}, "teacher_head must be given with teacher_hidden"),
         ({"teacher_hidden": None}, "ce_weight must be 1 where there is no teacher, got 0.0"),
-        ({"student_hidden": torch.zeros(B, T, HS, device="meta")}, "on one device, got cpu, meta"),
+        (
+            {"student_hidden": torch.zeros(B, T, HS, device="meta")},
+            "on one device, got student on cpu and meta, .* labels on cpu",
+        ),
         ({"student_hidden": torch.zeros(B, T, HS, dtype=torch.int64)}, "student_hidden must be floating point"),
     ],
 )
