@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         mixed = self.precision_plugin.precision == "bf16-mixed"
         return {**meshes, "layer_dtype": torch.bfloat16 if mixed else None, "offload_policy": offload}
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Within a window, copies of a hybrid shard need not hear of each other: only its last micro-batch sums them."""
+        module: Any = self.lightning_module
+        module.model.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            module.model.set_requires_all_reduce(True)
 
     def model_to_device(self) -> None:
         """Move what is not sharded: buffers, and the metrics."""
