@@ -1,4 +1,4 @@
-"""The one list of all leaves: whoever adds a divergence, an assistant, an objective, a schedule or a source adds a line here.
+"""The one list of all leaves: whoever adds a divergence, assistant, objective, schedule or source adds a line here.
 
 With each divergence comes the same formula as a slow loop over Python floats, written from the definition alone.
 """
