@@ -149,7 +149,9 @@ def fill(file: ResponseFile, answers: Answers, bar: bool = True, title: str = "R
             tokens += response.tokens
             speed = f"{tokens / (time.perf_counter() - start):.0f} tokens/s"
             progress.update(task, advance=1, speed=speed)
-    return summary(file.responses)
+    seconds = time.perf_counter() - start
+    rate = f"{tokens} tokens in {seconds:.0f} s ({tokens / seconds:.0f} a second)"
+    return f"{summary(file.responses)}, {rate}" if tokens else summary(file.responses)
 
 
 def summary(responses: Sequence[Response]) -> str:

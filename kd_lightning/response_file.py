@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -85,7 +85,7 @@ class ResponseFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("r+b" if self.path.exists() else "x+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._file)
             self._recognise()
         except BlockingIOError:
             self._file.close()
@@ -166,6 +166,14 @@ class ResponseFile:
         if was != self.model:
             return f"line {number + 1} was written by another model ({was}, not {self.model})"
         return f"line {number + 1} holds another row than the data"
+
+
+def _lock(file: BinaryIO) -> None:
+    """Keep other processes out; BlockingIOError where one is in."""
+    if importlib.util.find_spec("fcntl") is not None:  # not on every system
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _dump(fields: Mapping[str, Any]) -> str:

@@ -150,6 +150,25 @@ def test_new_words_of_the_student_before_each_pass(data: Path, tmp_path: Path) -
     assert same(whole, root)
 
 
+# ----------------------------------------------------------------------------------------------------------- ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_share_the_work_and_write_the_same(strategy: str, data: Path, whole: Path, tmp_path: Path) -> None:
+    """Five batches for two ranks: one of them has a batch less, and the model may be spread over both."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ("--trainer.callbacks.batch_size", "10", "--trainer.callbacks.temperature", "0")
+    assert main(seqkd(one, data, *more, steps=1)) == 0
+    words = [*seqkd(two, data, *more, steps=1), "--trainer.devices", "2", "--trainer.strategy", strategy]
+    code, _, err = runs.finish(words)
+    assert code == 0, err
+    found: dict[int, str] = {}
+    for rank in range(2):
+        path = two / "responses" / f"teacher-pass-0000.{rank}-of-2.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found |= {row["row_id"]: row["response"] for row in rows if row["finish_reason"] == "eos"}
+    assert {n: text for n, text in found.items() if text.strip()} == said(one)
+
+
 # --------------------------------------------------------------------------------------------------------- refused
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "temperature": (["--trainer.callbacks.temperature=-1"], ["temperature", "-1"]),

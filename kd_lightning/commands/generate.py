@@ -25,11 +25,14 @@ from kd_lightning.rollout import Sampling
 from kd_lightning.teachers import digest
 
 
-def main(args: Sequence[str]) -> None:
+def main(args: Sequence[str]) -> int:
     """Run `generate` with what the words say.
 
     Args:
         args: words of the command line after the command.
+
+    Returns:
+        0; 130 where it was interrupted from the keyboard.
 
     Raises:
         ValueError: what `generate` raises.
@@ -41,7 +44,13 @@ def main(args: Sequence[str]) -> None:
         exit_on_error=False,
     )
     parser.add_function_arguments(generate)
-    generate(**parser.parse_args(list(args)).as_dict())
+    given = parser.parse_args(list(args)).as_dict()
+    try:
+        generate(**given)
+    except KeyboardInterrupt:
+        _say(f"interrupted: the same command goes on with {given['output']}")
+        return 130
+    return 0
 
 
 def generate(
