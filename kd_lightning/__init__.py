@@ -35,6 +35,7 @@ _NAMES = {
     "teachers": ("Teacher", "body_and_head"),
     "rollout": ("ResponseSource", "OnPolicy", "AdaptiveReplay", "MiniLLM"),
     "module": ("DistillationModule",),
+    "strategies": ("FSDP2Strategy",),
     "data.instruction": ("InstructionDataModule",),
     "data.contrastive": ("ContrastiveDataModule",),
     "data.prompted": ("PromptDataModule",),
@@ -114,5 +115,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.schedules import Schedule as Schedule
     from kd_lightning.schedules import TAIDSchedule as TAIDSchedule
     from kd_lightning.schedules import Weight as Weight
+    from kd_lightning.strategies import FSDP2Strategy as FSDP2Strategy
     from kd_lightning.teachers import Teacher as Teacher
     from kd_lightning.teachers import body_and_head as body_and_head

@@ -169,7 +169,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     if TENSOR not in (tensor.device_mesh.mesh_dim_names or ()):
-        return tensor.full_tensor()
+        return _there(tensor).full_tensor()
     return _gathered(_part(tensor), tensor.device_mesh.get_group(TENSOR))  # torch says it would do this badly
 
 
@@ -217,8 +217,8 @@ def _part(tensor: DTensor) -> Tensor:
     """The rows of this rank's part of the vocabulary, gathered from those that share it."""
     names = tensor.device_mesh.mesh_dim_names or ()
     if TENSOR not in names:
-        return tensor.full_tensor()
-    held = local(tensor)
+        return _there(tensor).full_tensor()
+    held = local(_there(tensor))
     if len(names) == 1:
         return held
     part = len(tensor) // tensor.device_mesh[TENSOR].size()
@@ -226,6 +226,17 @@ def _part(tensor: DTensor) -> Tensor:
     padded = held.new_zeros(-(-part // group.size()), *held.shape[1:])  # the last of them may hold fewer
     padded[: len(held)] = held
     return _gathered(padded, group)[:part]
+
+
+def _there(tensor: DTensor) -> DTensor:
+    """The same shard where ranks talk: an offloaded one comes from host memory."""
+    held = local(tensor)
+    if held.device.type == tensor.device_mesh.device_type:
+        return tensor
+    moved = held.to(tensor.device_mesh.device_type)
+    return DTensor.from_local(
+        moved, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -128,6 +128,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert module is not None
         if not isinstance(module.model, FSDPModule):
             if self.tensor_parallel_size > 1:
+                self._check_cut("student", module.model.head())
                 split_vocabulary(module.model.student, self.device_mesh[TENSOR], "student")
             if self.activation_checkpointing:
                 checkpoint_activations(module.model.student)
@@ -138,17 +139,23 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _shard_teacher(self, model: nn.Module) -> nn.Module:
         if self.tensor_parallel_size > 1:
+            self._check_cut("teacher", self.lightning_module.teacher.head)  # type: ignore[union-attr]
             split_vocabulary(model, self.device_mesh[TENSOR], "teacher")
         return shard_teacher(model, **self.policies())
+
+    def _check_cut(self, role: str, head: object) -> None:
+        if head is None:
+            raise ValueError(
+                f"strategy.tensor_parallel_size must be 1 where the {role} cannot be cut into body and head, got "
+                f"{self.tensor_parallel_size}"
+            )
 
     def policies(self) -> dict[str, Any]:
         """Meshes, precision and offload, as `shard_student` and `shard_teacher` take them."""
         whole = self.device_mesh
         copies = ("replicate",) if whole["replicate"].size() > 1 else ()
         meshes = {"mesh": whole[(*copies, "shard")]}
-        if (
-            self.tensor_parallel_size > 1
-        ):  # layers have no vocabulary to split: sharded over these ranks too
+        if self.tensor_parallel_size > 1:  # layers have no vocabulary to split: sharded over these ranks too
             both = whole["shard", TENSOR]._flatten("all")
             meshes["layer_mesh"] = whole[(*copies, "all")] if copies else both
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
@@ -157,7 +164,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Within a window, copies of a hybrid shard need not hear of each other: only its last micro-batch sums them."""
+        """Let copies of a hybrid shard hear of each other only at the last micro-batch of a step."""
         module: Any = self.lightning_module
         module.model.set_requires_all_reduce(False)
         try:

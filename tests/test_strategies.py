@@ -39,10 +39,13 @@ def joined(rank: int, ranks: int) -> None:
     os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
-def run(folder: Path, rank: int = 0, ranks: int = 1, ckpt: Path | None = None, clip: float = 0.05, **sizes: Any) -> Run:
+def run(
+    folder: Path, rank: int = 0, ranks: int = 1, ckpt: Path | None = None, student: Any = None, **sizes: Any
+) -> Run:
     """One step in each of some epochs under AdamW, with a checkpoint of each and the export."""
     torch.manual_seed(0)
-    student, teacher = tiny("llama", tie_word_embeddings=True), tiny("llama", hidden_size=48)
+    student = student or tiny("llama", tie_word_embeddings=True)
+    teacher = tiny("llama", hidden_size=48)
     module = Run(student, teacher, TAID(), ce_weight=0.5)
     readers = ranks // sizes.get("tensor_parallel_size", 1)
     batch = split(rows(8, VOCABULARY), *SHARES[readers])[rank * readers // ranks]
@@ -51,7 +54,7 @@ def run(folder: Path, rank: int = 0, ranks: int = 1, ckpt: Path | None = None, c
         devices=ranks,
         strategy=FSDP2Strategy(**sizes) if ranks > 1 else "auto",
         max_epochs=EPOCHS,
-        gradient_clip_val=clip,
+        gradient_clip_val=0.05,
         logger=False,
         callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1), HFExport()],
         plugins=[WholeCheckpointIO()],
@@ -96,6 +99,10 @@ def on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
         found[f"resumed from a {kind}"] = whole_state(run(Path(folder) / f"{kind} again", rank, 2, start).student)
     spared = run(Path(folder) / "spared", rank, 2, activation_checkpointing=True, cpu_offload=True)
     found["spared"] = whole_state(spared.student)
+    for name, student in (("uncut", tiny("bert")), ("odd", tiny("llama", vocab_size=VOCABULARY + 1))):
+        with pytest.raises(ValueError) as refusal:
+            run(Path(folder) / name, rank, 2, student=student, tensor_parallel_size=2)
+        found[name] = str(refusal.value)
     return found
 
 
@@ -155,6 +162,12 @@ def test_one_device_goes_on_with_the_checkpoint_and_exports_the_same_bytes(
     assert files == sorted(path.name for path in (tmp_path / "over" / "student").iterdir())
     for name in files:
         assert (folder / kind / "student" / name).read_bytes() == (tmp_path / "over" / "student" / name).read_bytes()
+
+
+def test_heads_that_cannot_be_split(two: Two) -> None:
+    for found in two[1]:
+        assert found["uncut"].startswith("strategy.tensor_parallel_size must be 1 where the student cannot be cut")
+        assert found["odd"] == "strategy.tensor_parallel_size must divide the student's vocabulary, 81, got 2"
 
 
 def test_a_checkpoint_with_a_missing_file_is_refused(two: Two, tmp_path: Path) -> None:
