@@ -15,10 +15,11 @@ from torch import Tensor
 import processes
 import runs
 from architectures import VOCABULARY, tiny
-from kd_lightning import ClippedPolicyGradient, Contrastive, ReverseKL
+from kd_lightning import TAID, ClippedPolicyGradient, Contrastive, Divergence, ForwardKL, ResponseGap, ReverseKL, SkewKL
 from kd_lightning.cli import main
-from kd_lightning.rollout import AdaptiveReplay, Author, MiniLLM, OnPolicy, ResponseSource
+from kd_lightning.rollout import AdaptiveReplay, Author, MiniLLM, OnPolicy, ResponseSource, Sampling
 from kd_lightning.schedules import Linear
+from leaves import RESPONSES
 from test_module import STILL, Run, assert_same_student, bundled, fit, rows, split, weights
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0}
@@ -70,6 +71,20 @@ def test_one_coin_per_step_and_what_is_logged() -> None:
         if wrote[2 * step]:
             assert 1 <= logged["train/response_length"] <= 4 and 0 <= logged["train/finished"] <= 1
     assert 0 < max(logged.get("train/generating", 0) for logged in module.logged) < 1
+
+
+@pytest.mark.parametrize("objective", [ForwardKL, TAID, Contrastive, lambda: SkewKL(ResponseGap())])
+@pytest.mark.parametrize("source", RESPONSES)
+def test_every_source_with_any_objective_and_a_label_loss(source: str, objective: Callable[[], Divergence]) -> None:
+    student, teacher, responses = tiny("llama"), tiny("llama"), RESPONSES[source]()
+    assert responses.sampling is not None
+    responses.sampling = Sampling(5)
+    module = Run(student, teacher, objective(), ce_weight=0.3, responses=responses, optimizer=STILL)
+    given = {**rows(12, VOCABULARY), "source": torch.zeros(12, dtype=torch.long)}
+    fit(module, split(given, 2, 4, 1, 3, 2), accumulate_grad_batches=2, max_epochs=2)
+    for logged in module.logged[1::2]:
+        mixed = 0.7 * logged["train/kd"] + 0.3 * logged["train/ce"]
+        assert logged["train/loss"] == pytest.approx(mixed, rel=1e-4)
 
 
 @pytest.mark.parametrize("never", [True, False])
