@@ -135,6 +135,7 @@ def lightning_beside_bare(steps: int, batch_size: int) -> dict[str, float]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            limit_val_batches=0,
         )
         trainer.fit(module, datamodule=data)
     module, data = parts(batch_size)

@@ -1,0 +1,90 @@
+"""The benchmarks run, small; what they say of speed is no test's business, how they count is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports one of the scripts as it sees itself: beside its neighbours."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_every_loss_beside_its_products(script: Any, tmp_path: Path) -> None:
+    engine = script("engine")
+    engine.main(["--quick", "--threads", "1", "--output", str(tmp_path / "engine")])
+    record = json.loads((tmp_path / "engine.json").read_text())
+    assert set(record["results"]) == set(engine.QUICK)
+    assert not record["left_out"]
+    for rounds in record["results"].values():
+        assert len(rounds) == 1
+        assert rounds[0]["cpu"] > 0
+        assert rounds[0]["floor"] == 4 * (1000 * 32 + 256 * 32 + 2 * 64 * 1000)
+    text = (tmp_path / "engine.md").read_text()
+    assert "1 threads" in text
+    assert all(f"| {name} |" in text for name in engine.QUICK)
+
+
+def test_every_case_can_be_prepared(script: Any) -> None:
+    engine = script("engine")
+    for case in engine.CASES:
+        if "trl" not in case:
+            call, x = engine.prepared(case, (50, 4, 6, 20), 8)
+            assert callable(call)
+            assert len(x["labels"]) == (80 if "4x" in case else 20)
+            assert bool((x["labels"] == -100).any()) == ("40%" in case)
+
+
+def test_the_table_divides_medians_and_marks_what_is_above_its_limit(script: Any) -> None:
+    engine = script("engine")
+    case = lambda *cpu: [{"cpu": c, "peak": 110.0, "floor": 100.0} for c in cpu]  # noqa: E731
+    results = {"plain": case(2.0, 1.0, 9.0), "best": case(1.0), "forward_kl": case(1.8, 2.4, 2.2), "jsd": case(2.0)}
+    results["forward_kl+jsd"] = case(2.6)
+    lines = {line.split(" | ")[0].strip("| "): line for line in engine.table(results, 4099).splitlines()}
+    assert "1.10 [0.90–1.20] | 1.00 | missed |" in lines["forward_kl, time / plain"]
+    assert "1.00 [1.00–1.00] | 1.05 |  |" in lines["jsd, time / plain"]
+    assert "1.10 [1.10–1.10] | 1.20 |  |" in lines["jsd, peak / floor"]
+    assert "0.20 [0.20–0.20] | 0.10 | missed |" in lines["monitor jsd, added time / plain"]
+    assert "forward_kl, time / naive" not in lines
+    assert "| 1.20 |  |" in next(x for x in engine.table(results, 4096).splitlines() if "forward_kl, time / plain" in x)
+
+
+def test_errors_against_float64(script: Any, tmp_path: Path) -> None:
+    script("exactness").main(["--quick", "--threads", "1", "--output", str(tmp_path / "exactness")])
+    record = json.loads((tmp_path / "exactness.json").read_text())
+    assert set(record["results"]) == {"forward_kl", "amid"}
+    for columns in record["results"].values():
+        for column, ways in columns.items():
+            value, gradient = ways["hidden: ours"]
+            assert value < (3e-6 if "far" in column else 1e-4)
+            assert gradient < {"fp32, far": 3e-6, "fp32, near": 5e-5}.get(column, 2.5e-3)
+            assert set(ways) >= {"hidden: ours", "logits: ours"}
+
+
+def test_whole_steps(script: Any, tmp_path: Path) -> None:
+    script("step").main(["--quick", "--threads", "1", "--output", str(tmp_path / "step")])
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert set(record["rounds"][0]) == {"kd", "sft", "teacher", "teacher_bare", "lightning", "bare"}
+    assert all(seconds > 0 for seconds in record["rounds"][0].values())
+    assert (tmp_path / "step.md").read_text().count("| 1.20 |") == 3
+
+
+def test_when_compiling_pays(script: Any, tmp_path: Path) -> None:
+    script("break_even").main(["--quick", "--threads", "1", "--output", str(tmp_path / "even")])
+    record = json.loads((tmp_path / "even.json").read_text())
+    assert [at["entries"] for at in record["results"]["forward_kl"]["warm"]["sizes"]] == [101 * 32]
+    assert "| forward_kl | 3e+03 |" in (tmp_path / "even.md").read_text()
