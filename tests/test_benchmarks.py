@@ -88,3 +88,21 @@ def test_when_compiling_pays(script: Any, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "even.json").read_text())
     assert [at["entries"] for at in record["results"]["forward_kl"]["warm"]["sizes"]] == [101 * 32]
     assert "| forward_kl | 3e+03 |" in (tmp_path / "even.md").read_text()
+
+
+def test_a_chart_of_several_shapes(script: Any, tmp_path: Path) -> None:
+    chart = script("chart")
+    case = lambda cpu: [{"cpu": cpu, "peak": 110.0, "floor": 100.0}]  # noqa: E731
+    paths = []
+    for n in (10, 100):
+        path = tmp_path / f"{n}.json"
+        path.write_text(
+            json.dumps({"shape": [50, 4, 6, n], "results": {"plain": case(2.0), "jsd": case(3.0 if n == 10 else 1.0)}})
+        )
+        paths.append(str(path))
+    records = [json.loads(Path(path).read_text()) for path in paths]
+    assert chart.points(records, "jsd", "time") == [(500, 1.5), (5000, 0.5)]
+    assert chart.points(records, "jsd", "peak") == [(500, 1.1), (5000, 1.1)]
+    assert chart.points(records, "amid", "time") == []
+    chart.main([*paths, "--output", str(tmp_path / "cost.svg")])
+    assert (tmp_path / "cost.svg").read_text().count("jsd") >= 1

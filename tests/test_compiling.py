@@ -154,7 +154,6 @@ class Mixed(Divergence):
         return weight * Forward()(log_p, log_q) + (1 - weight) * Reverse()(log_p, log_q)
 
 
-@pytest.mark.slow
 @ignore_torch
 def test_one_graph_serves_all_steps_rows_and_schedule_values_with_the_eager_numbers() -> None:
     from torch._dynamo.utils import counters
@@ -179,8 +178,9 @@ def test_one_graph_serves_all_steps_rows_and_schedule_values_with_the_eager_numb
             assert max(map(error, *found)) < 2e-6
         if step == 0:
             graphs = counters["stats"]["unique_graphs"]
+    assert compiled.token_loss.compiled.chosen  # it did not fall back
     assert counters["stats"]["unique_graphs"] == graphs
-    assert graphs <= 2  # with and without autocast around it
+    assert 1 <= graphs <= 2  # with and without autocast around it
     assert not counters["graph_break"]
 
 
