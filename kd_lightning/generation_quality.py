@@ -15,6 +15,7 @@ from kd_lightning.answering import Writer, batches, numbered
 from kd_lightning.figures import markdown_table
 from kd_lightning.response_file import Response
 from kd_lightning.rollout import Sampling
+from kd_lightning.strategies import data_ranks
 
 SHOWN = 8
 
@@ -118,7 +119,8 @@ class GenerationQuality(L.Callback):
         prompts = [row["prompt_ids"] for row in rows]
         plan = batches([len(prompt) for prompt in prompts], self.batch_size)
         writer = Writer(model, _data(trainer).tokenizer, sampling, seed)
-        mine = numbered(plan, rank=trainer.global_rank, ranks=trainer.world_size)
+        rank, ranks = data_ranks(trainer)
+        mine = numbered(plan, rank=rank, ranks=ranks)
         found = dict(writer.answers(prompts, mine))
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size

@@ -16,6 +16,7 @@ from kd_lightning.callbacks import is_dry
 from kd_lightning.data.batch import left_pad
 from kd_lightning.rollout import generate
 from kd_lightning.storage import whole_file
+from kd_lightning.strategies import data_ranks
 
 SAMPLES = 6
 HEADINGS = {"nll": "NLL per answer token", "forward_kl": "forward KL to teacher", "exact_match": "exact match"}
@@ -129,11 +130,12 @@ class ResultsTable(Checkpoint):
         if model is None or not rows:
             return None
         kept = {row["index"] for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]}
-        mine = sorted(rows[trainer.global_rank :: trainer.world_size], key=lambda row: len(row["prompt_ids"]))
+        rank, ranks = data_ranks(trainer)
+        mine = sorted(rows[rank::ranks], key=lambda row: len(row["prompt_ids"]))
         datamodule: Any = getattr(trainer, "datamodule", None)
         tokenizer, pad_id = datamodule.tokenizer, datamodule.pad_id
         right = 0
-        for start in range(0, -(-len(rows) // trainer.world_size), self.batch_size):
+        for start in range(0, -(-len(rows) // ranks), self.batch_size):
             own = mine[start : start + self.batch_size]
             part = own or rows[:1]  # ranks ask a sharded model equally often
             inputs = left_pad([row["prompt_ids"] for row in part], pad_id)
@@ -150,7 +152,7 @@ class ResultsTable(Checkpoint):
             right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, own, strict=False))
         total = torch.tensor(float(right), device=trainer.strategy.root_device)
         if trainer.world_size > 1:
-            total = trainer.strategy.reduce(total, reduce_op="sum")
+            total = trainer.strategy.reduce(total, reduce_op="sum") * ranks / trainer.world_size
         return float(total) / len(rows)
 
     def _print(self) -> None:
