@@ -120,7 +120,8 @@ class GenerationQuality(L.Callback):
         plan = batches([len(prompt) for prompt in prompts], self.batch_size)
         writer = Writer(model, _data(trainer).tokenizer, sampling, seed)
         rank, ranks = data_ranks(trainer)
-        mine = numbered(plan, rank=rank, ranks=ranks)
+        mine = list(numbered(plan, rank=rank, ranks=ranks))
+        mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often
         found = dict(writer.answers(prompts, mine))
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
