@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "preflight": "find what would waste a run, before it",
     "compare": "put finished or running folders side by side",
     "cache": "write down once what the teacher says about the data",
+    "plan": "what a run takes in memory on each of many ranks, without any",
 }
 
 
@@ -125,9 +126,13 @@ def build_cli() -> type:
             for choice in actions._choices_actions:
                 choice.help = VERBS[choice.dest]  # Lightning takes the first lines of Trainer's documentation
 
+        def change_parsed(self, config: Any) -> None:
+            """Nothing; for a command that takes the arguments of `fit` to another end."""
+
         def before_instantiate_classes(self) -> None:
             """Refuse what does not fit two models, and find the checkpoint that `last` means."""
             config = self.config[self.subcommand]
+            self.change_parsed(config)
             strategy = config.trainer.strategy
             name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
             if name.split(".")[-1].lower() in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
@@ -203,12 +208,13 @@ def parser_words() -> dict[str, Any]:
     return {"exit_on_error": False, "prog": "kd-lightning", "description": about, "epilog": beside, **verbs}
 
 
-def run(args: Sequence[str], start: bool = True) -> Any:
+def run(args: Sequence[str], start: bool = True, change: Callable[[Any], None] | None = None) -> Any:
     """Parse one of the trainer's verbs and run it.
 
     Args:
         args: words of the command line.
         start: False: only build `model`, `datamodule` and `trainer`, for a command that takes every argument of `fit`.
+        change: sees what was parsed, and may change it, before anything is built of it.
 
     Returns:
         The LightningCLI with these three.
@@ -220,6 +226,8 @@ def run(args: Sequence[str], start: bool = True) -> Any:
     program = build_cli()
     if not start:
         program = type("Prepared", (program,), {"_run_subcommand": lambda self, subcommand: None})
+    if change is not None:
+        program = type("Changed", (program,), {"change_parsed": lambda self, config: change(config)})
     return program(
         DistillationModule,
         InstructionDataModule,

@@ -222,7 +222,7 @@ class Sweep:
         student, teacher, n, gradient = self.student, self.teacher, len(weights), any(needs)
         device, vocabulary = weights.device, student.vocabulary
         height, whole = self.token_loss.height(n, vocabulary, device, gradient)
-        chunk = min(n, self.chunk or _budget(vocabulary, weights.dtype, device))
+        chunk = min(n, self.chunk or budget(vocabulary, weights.dtype, device))
         if whole:
             chunk = -(-chunk // height) * height
         z = _tile(chunk, vocabulary, weights)
@@ -254,10 +254,15 @@ class Sweep:
 
 def _tile(rows: int, vocabulary: int, like: Tensor) -> Tensor:
     """Room for logits; rows a power of two or an odd number apart would make the matrix products slow."""
-    return like.new_empty(rows, -(-vocabulary // 64) * 64 + 16)[:, :vocabulary]
+    return like.new_empty(rows, padded(vocabulary))[:, :vocabulary]
 
 
-def _budget(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+def padded(vocabulary: int) -> int:
+    """Columns that a tile of so many has room for."""
+    return -(-vocabulary // 64) * 64 + 16
+
+
+def budget(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a tile: as many as make products fast, within the bytes a tile may have."""
     rows, size = (TILE_ROWS, TILE_BYTES) if device.type == "cpu" else (TILE_ROWS_GPU, TILE_BYTES_GPU)
     return max(32, min(rows, size // (vocabulary * dtype.itemsize) // 32 * 32))

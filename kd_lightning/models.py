@@ -82,6 +82,29 @@ def load_causal_lm(
     return model
 
 
+def shape_of_causal_lm(name: str, *, kwargs: Mapping[str, Any] | None = None, role: Role = "student") -> Any:
+    """A causal language model as its configuration alone describes it, in eval mode; no weights are read or checked.
+
+    Args:
+        name: as for `load_causal_lm`; the folder needs no weights.
+        kwargs: as for `load_causal_lm`; the default dtype of a teacher is its configuration's.
+        role: as for `load_causal_lm`.
+
+    Raises:
+        ModelNotFoundError: no such folder, or no such model on the hub.
+        ValueError: no or a broken configuration; no causal language model; an argument that is refused.
+    """
+    options = checked_kwargs(kwargs, role)
+    options.setdefault("dtype", torch.float32 if role == "student" else "auto")
+    place = locate(name, role)
+    _check_config(place, role, options)
+    try:
+        with _quiet():
+            return _random(place, options).eval()
+    except REFUSALS as error:
+        raise ValueError(f"{role} '{place}' cannot be built: {_line(error)}") from None
+
+
 def checked_kwargs(kwargs: Mapping[str, Any] | None, role: Role) -> dict[str, Any]:
     """A copy of what the user passes on to `from_pretrained`, with `dtype` as torch's.
 

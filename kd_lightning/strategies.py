@@ -124,8 +124,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     # -------------------------------------------------------------------------------------------------------- sharding
     def setup(self, trainer: Trainer) -> None:
         """Shard both models, then build the optimizer over the shards."""
-        module: Any = self.lightning_module
-        assert module is not None
+        assert self.lightning_module is not None
+        self.shard(self.lightning_module)
+        super().setup(trainer)
+
+    def shard(self, module: Any) -> None:
+        """Spread student and teacher over the ranks.
+
+        Args:
+            module: a `DistillationModule` with its models; called again, nothing happens.
+        """
         if not isinstance(module.model, FSDPModule):
             if self.tensor_parallel_size > 1:
                 self._check_cut("student", module.model.head())
@@ -135,7 +143,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             shard_student(module.model, **self.policies())
         if module.teacher is not None:
             module.teacher.shard(self._shard_teacher)
-        super().setup(trainer)
 
     def _shard_teacher(self, model: nn.Module) -> nn.Module:
         if self.tensor_parallel_size > 1:

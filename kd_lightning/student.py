@@ -27,6 +27,8 @@ class StudentWithLoss(nn.Module):
         loss: the loss it is trained on.
     """
 
+    cut = staticmethod(body_and_head)
+
     def __init__(self, student: nn.Module, loss: DistillationLoss) -> None:
         super().__init__()
         self.student = student
@@ -34,7 +36,7 @@ class StudentWithLoss(nn.Module):
         self._reading: Head | None = None
         self._body: list[nn.Module] = []  # in a list: a second name for a part of the student, not a second part
         try:
-            body, reading = body_and_head(student)
+            body, reading = self.cut(student)
             self._reading = factors(reading)
             self._body.append(body)
         except ValueError as error:
