@@ -193,3 +193,12 @@ def test_a_bad_argument(case: Any, data: Path, tmp_path: Path, capfd: Any) -> No
 def test_a_bad_argument_in_python(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Regeneration(**bad)
+
+
+@pytest.mark.parametrize("make", [seqkd, contrastive])
+def test_preflight_does_not_miss_words_that_come_later(make: Any, data: Path, tmp_path: Path, capfd: Any) -> None:
+    words = make(tmp_path / "root", data)[1:]
+    assert main(["preflight", *words]) == 0
+    assert "error" not in capfd.readouterr().out
+    assert main(["preflight", *words, "--trainer.callbacks", "[]"]) == 1
+    assert not (tmp_path / "root" / "responses").exists()

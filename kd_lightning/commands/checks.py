@@ -19,6 +19,7 @@ from torch import Tensor
 from kd_lightning.functional import entropy, log_softmax
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models import auto, check_tokenizers, locate
+from kd_lightning.regeneration import Regeneration
 
 IGNORE_INDEX = -100
 Level = str  # "error": the run would be wasted; "warning": it may be; "note": for information
@@ -84,11 +85,20 @@ class Setup:
 
     @cached_property
     def batches(self) -> list[dict[str, Tensor]]:
-        """The first batches of training, on the run's device."""
+        """The first batches of training, on the run's device; of validation where the words to train on come later."""
+        if self.words_come_later and self.datamodule.sources["val"]:
+            return self.held_out
         device = self.model.student.device
         loader = self.datamodule.train_dataloader()
         found = [batch for batch, _ in zip(loader, range(2), strict=False)]
         return [{name: value.to(device) for name, value in batch.items()} for batch in found]
+
+    @property
+    def words_come_later(self) -> bool:
+        """Whether a callback lets a model respond to the training prompts once the run has begun."""
+        missing = getattr(self.datamodule, "missing_responses", None)
+        writers = [callback for callback in self.trainer.callbacks if isinstance(callback, Regeneration)]
+        return missing is not None and any(missing(writer.side) for writer in writers)
 
     @cached_property
     def held_out(self) -> list[dict[str, Tensor]]:

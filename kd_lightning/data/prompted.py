@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.data.batch import SIDES
-from kd_lightning.data.instruction import InstructionDataModule
+from kd_lightning.data.instruction import NOTES, InstructionDataModule
 from kd_lightning.data.pairs import with_answer
 from kd_lightning.data.prompts import read_prompts
 from kd_lightning.data.rows import Conversation
@@ -47,7 +47,7 @@ class PromptDataModule(InstructionDataModule):
         if split != "train":
             return super()._load(split)
         rows = gather(read_prompts, split, {"sources": self.sources[split]})
-        self.report[split] = {"rows": len(rows)}
+        self.report[split] = {"rows": len(rows), "kept": len(rows), **dict.fromkeys(NOTES, 0)}
         rank_zero_info(f"train: {len(rows)} prompts")
         return rows
 
