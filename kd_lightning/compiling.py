@@ -4,8 +4,9 @@ The rule: compiled where the first call that takes a gradient has at least `BREA
 
 Measured by `benchmarks/break_even.py` (AMD EPYC with AVX-512, 2 threads, CPU seconds; calls of 1e6 and of 1e7 entries
 say the same): a compilation costs 19 s, or 5 s where torch's cache on disk has it. An entry then takes 11 ns in the
-place of 26 (forward KL), 14 in the place of 54 (JSD). That is won back after 1e9 entries, 2e8 with the cache (forward
-KL), or 5e8 and 1e8 (JSD): after a hundred steps of 1e7 entries, after a thousand of 1e6.
+place of 26 (forward KL), 14 in the place of 54 (JSD), 18 in the place of 99 (AMiD over α-β). That is won back after 1e9
+entries, 2e8 with the cache (forward KL), 5e8 and 1e8 (JSD), 3e8 and 5e7 (AMiD): after a hundred steps of 1e7 entries at
+most, after a thousand of 1e6.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from slow_reference import (
     results,
 )
 
+DEVICES = ("cpu", "cuda")
+
 # inductor itself calls what torch has deprecated
 ignore_torch = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -235,3 +237,12 @@ def test_every_leaf_is_as_exact_as_its_dtype_far_and_near(name: str, compile: bo
             assert error(loss, expected) < (5e-4 if near else 3e-6)
             worst = max(map(error, mine, torch.autograd.grad(expected, leaves)))
             assert worst < (2e-3 if has_kinks and near and dtype == torch.float32 else bound)
+
+
+@pytest.mark.parametrize("vocabulary", [10, 257, 4099, 32768, 50257, 151936])
+def test_shapes_of_blocks_do_not_follow_the_number_of_rows(vocabulary: int) -> None:
+    token_loss = DistillationLoss(Forward(), compile=True).token_loss
+    heights = {d: {token_loss.height(n, vocabulary, torch.device(d), True)[0] for n in range(3000)} for d in DEVICES}
+    assert len(heights["cpu"]) == 1
+    assert len(heights["cuda"]) <= 9
+    assert all(height >= 32 and height % 32 == 0 for found in heights.values() for height in found)
