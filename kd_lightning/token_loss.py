@@ -25,8 +25,8 @@ from kd_lightning.schedules import Weight, value
 
 # Entries of one block on a CPU, so that its temporaries stay in the cache. Compiled, a block has at least 32 rows: with
 # fewer, inductor parallelises inside a row, and its threads fork and join once per row and pass. A small vocabulary is
-# little work between two meetings of the threads: V 4099 takes 9.5 ns per entry in blocks of 32 rows, 7.2 of 64, and 5.4
-# of 128 (JSD 12.7, 9.9, 8.1), where the temporaries of a block begin to show beside two tiles of 512 rows.
+# little work between two meetings of the threads: V 4099 takes 9.5 ns per entry in blocks of 32 rows, 7.2 of 64, 5.4 of
+# 128 (JSD 12.7, 9.9, 8.1), but there the temporaries of a block begin to show beside two tiles of 512 rows.
 EAGER_ENTRIES = 200_000
 COMPILED_ROWS, MOST_ROWS, COMPILED_ENTRIES = 32, 64, 270_000
 GPU_ENTRIES = 64_000_000
