@@ -98,11 +98,12 @@ def test_plain_prompts_tools_and_a_key(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_answers_without_words(data: Path, tmp_path: Path, capfd: Any) -> None:
     def fault(number: int, path: str, body: Any) -> Answer | None:
-        return [chat(None, "tool_calls"), chat("", "stop"), chat("and and", "length")][number % 3] if body else None
+        return [chat(None, "tool_calls"), chat("", "stop"), chat("and \ud800", "length")][number % 3] if body else None
 
     with FakeServer(fault) as fake:
         assert main(words(data, tmp_path / "out.jsonl", fake.url)) == 0
     assert "12 responses, 8 empty, 4 cut at max_new_tokens" in capfd.readouterr().err
+    assert {row["response"] for row in read(tmp_path / "out.jsonl")} == {"", "and ?"}
 
 
 # ---------------------------------------------------------------------------------------------------------- survived

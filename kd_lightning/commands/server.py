@@ -212,7 +212,8 @@ def _read(answer: Any) -> Response:
         raise TypeError
     reason = str(choice["finish_reason"])
     tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-    return Response(text or "", REASONS.get(reason, reason), int(tokens))
+    whole = (text or "").encode("utf-8", "replace").decode()  # JSON can hold half a character, a file cannot
+    return Response(whole, REASONS.get(reason, reason), int(tokens))
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
