@@ -32,7 +32,15 @@ _NAMES = {
     "losses": ("DistillationLoss", "LossParts", "distillation_loss", "fused_distillation_loss"),
     "metrics": ("TokenMean", "DivergenceMetric", "NLL", "Agreement", "Entropy", "BeatsTeacher", "CalibrationError"),
     "metric_buckets": ("ByPosition", "BySource"),
-    "teachers": ("Teacher", "body_and_head"),
+    "lora": ("LoRA",),
+    "teachers": (
+        "Teacher",
+        "HFTeacher",
+        "OffloadedTeacher",
+        "AdapterOffTeacher",
+        "CachedTeacher",
+        "body_and_head",
+    ),
     "rollout": ("ResponseSource", "OnPolicy", "AdaptiveReplay", "MiniLLM"),
     "module": ("DistillationModule",),
     "strategies": ("FSDP2Strategy",),
@@ -84,6 +92,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.label_losses import CrossEntropy as CrossEntropy
     from kd_lightning.label_losses import LabelLoss as LabelLoss
     from kd_lightning.label_losses import SampledReverseKL as SampledReverseKL
+    from kd_lightning.lora import LoRA as LoRA
     from kd_lightning.losses import DistillationLoss as DistillationLoss
     from kd_lightning.losses import LossParts as LossParts
     from kd_lightning.losses import distillation_loss as distillation_loss
@@ -116,5 +125,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kd_lightning.schedules import TAIDSchedule as TAIDSchedule
     from kd_lightning.schedules import Weight as Weight
     from kd_lightning.strategies import FSDP2Strategy as FSDP2Strategy
+    from kd_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher
+    from kd_lightning.teachers import CachedTeacher as CachedTeacher
+    from kd_lightning.teachers import HFTeacher as HFTeacher
+    from kd_lightning.teachers import OffloadedTeacher as OffloadedTeacher
     from kd_lightning.teachers import Teacher as Teacher
     from kd_lightning.teachers import body_and_head as body_and_head

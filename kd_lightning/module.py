@@ -64,7 +64,7 @@ class DistillationModule(L.LightningModule):
 
     def __init__(
         self,
-        student: str | nn.Module,
+        student: str | Any,  # a loaded model too: named here, its type would list every module in `--help`
         teacher: Teacher | str | None = None,
         objective: Divergence = ForwardKL(),  # noqa: B008 - stateless, and so it can be shown and dumped by the command line
         ce_weight: Weight = 0.0,

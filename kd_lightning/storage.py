@@ -42,7 +42,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(part, path)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         _say_if_full(error, path)
         raise
     finally:
