@@ -55,7 +55,8 @@ def write_part(checkpoint: dict[str, Any], folder: Path, rank: int) -> None:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
     rest = walk(checkpoint, leaf)
-    save_file(pieces, folder / f"rank-{rank:05d}.safetensors", metadata=places)
+    if pieces:  # a rank whose rows others write too has none
+        save_file(pieces, folder / f"rank-{rank:05d}.safetensors", metadata=places)
     if rank == 0:
         torch.save(rest, folder / META)
 
