@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -66,12 +66,18 @@ class Pieces:
 
     Args:
         folder: the checkpoint.
+
+    Raises:
+        ValueError: a file in it is broken.
     """
 
     def __init__(self, folder: Path) -> None:
         self._found: dict[str, list[tuple[int, str, Any]]] = {}  # first row, name, file
         for part in sorted(folder.glob("rank-*.safetensors")):
-            file = safe_open(part, framework="pt")
+            try:
+                file = safe_open(part, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{part} is no part of a checkpoint: {error}") from error
             for path, place in (file.metadata() or {}).items():  # type: ignore[no-untyped-call]
                 start, name = place.split(" ", 1)
                 self._found.setdefault(path, []).append((int(start), name, file))
