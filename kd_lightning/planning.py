@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.overrides import TorchFunctionMode
 
 from kd_lightning import engine
 from kd_lightning.cutting import SCALES, logits
@@ -164,6 +165,35 @@ def _cut(model: Any) -> tuple[nn.Module, Head]:
     return body, Head(weight, getattr(layer, "bias", None))
 
 
+class _Once:
+    """A function of blocks that are all alike: the first of each size stands for the others."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.chosen = function, False  # shapes do not compile, and a compiled loss needs no more
+        self._found: dict[Any, Any] = {}
+
+    def __call__(self, z: Tensor, *rest: Any) -> Any:
+        key = (*z.shape, rest[-1])
+        if key not in self._found:
+            self._found[key] = self.function(z, *rest)
+        return self._found[key]
+
+
+class _FewParts(TorchFunctionMode):
+    """Of the many equal parts that a tensor is cut into, one a rank, only the first and the last are made."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.chunk or args[1] < 3:
+            return func(*args, **kwargs)
+        tensor, parts, dim = args[0], args[1], kwargs.get("dim", 0)
+        length = tensor.shape[dim]
+        step = -(-length // parts)
+        count = max(1, -(-length // max(step, 1)))
+        first, last = tensor.narrow(dim, 0, step), tensor.narrow(dim, (count - 1) * step, length - (count - 1) * step)
+        return [*[first] * (count - 1), last]
+
+
 class _Student(StudentWithLoss):
     cut = staticmethod(_cut)
 
@@ -208,8 +238,7 @@ class _Rehearsal:
             student = shape_of_causal_lm(module.student_source, kwargs=kwargs, role="student")
             if module.lora is not None:
                 student = with_lora(student, module.lora)
-        token_loss = module.loss.token_loss
-        token_loss.compiled.chosen = False  # shapes do not compile; a compiled loss needs no more than this one
+        module.loss.token_loss.compiled = _Once(module.loss.token_loss.block)
         module.model = _Student(student.train(), module.loss)
         del module.loss
         if module.responses is not None:
@@ -258,7 +287,7 @@ class _Rehearsal:
         self.strategy.connect(self.module)
         self.strategy.setup_environment()
         if isinstance(self.strategy, FSDP2Strategy):
-            with self.tracker:
+            with self.tracker, _FewParts():
                 self.strategy.shard(self.module)
 
     def _optimizer(self) -> Any:

@@ -100,9 +100,11 @@ class Tracker(TorchDispatchMode):
         if active_fake_mode() is not None:
             return func(*args, **kwargs)  # a DTensor asks for a shape
         name = func.__name__.split(".")[0]
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        result = self._made(func, args, kwargs) if self.fake is not None and not inputs else func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if self.fake is None or types or _tensors((args, kwargs)):
+            result = func(*args, **kwargs)
+        else:
+            result = self._made(func, args, kwargs)
+        outputs = _tensors(result)
         if name in COLLECTIVES:
             self._exchanged(COLLECTIVES[name], name, args, outputs)
         for tensor in outputs:
@@ -117,7 +119,7 @@ class Tracker(TorchDispatchMode):
         return func(*args, **kwargs) if real else result
 
     def _exchanged(self, what: str, name: str, args: Any, outputs: list[Tensor]) -> None:
-        sides = [[leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args[:2]] + [outputs]
+        sides = [*map(_tensors, args[:2]), outputs]
         self.collectives[what] += 1
         self.collective_bytes[what] += max(sum(tensor.nbytes for tensor in side) for side in sides)
         if name == "_allgather_base_":
@@ -157,6 +159,12 @@ class Tracker(TorchDispatchMode):
             kind = "gathered" if kind == "activations" else kind
             self._held[key] = (kind, storage.nbytes(), reference)
             self.add(kind, storage.nbytes())
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
