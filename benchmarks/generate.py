@@ -79,10 +79,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("build/generate"))
+    parser.add_argument("--quick", action="store_true", help="see that it runs, on a few rows")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.way:
         return measure(words)
+    if words.quick:
+        words.rows, words.batch_size, words.new, words.rounds = 8, 4, 4, 1
     shared = [f"--{name}={getattr(words, name)}" for name in ("model", "rows", "batch_size", "new", "threads")]
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(words.rounds):
