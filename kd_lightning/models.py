@@ -100,7 +100,7 @@ def shape_of_causal_lm(name: str, *, kwargs: Mapping[str, Any] | None = None, ro
     _check_config(place, role, options)
     try:
         with _quiet():
-            return _random(place, options).eval()
+            return _random(place, options).train(False)
     except REFUSALS as error:
         raise ValueError(f"{role} '{place}' cannot be built: {_line(error)}") from None
 

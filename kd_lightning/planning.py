@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,23 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
-from torch.overrides import TorchFunctionMode
 
 from kd_lightning import engine
-from kd_lightning.cutting import SCALES, logits
 from kd_lightning.data.contrastive import ContrastiveDataModule
-from kd_lightning.engine import Head
-from kd_lightning.lora import with_lora
-from kd_lightning.models import shape_of_causal_lm
 from kd_lightning.rollout import AtWork
+from kd_lightning.shapes import FewParts, give_student, give_teacher
 from kd_lightning.sharding import is_sharded, layers
 from kd_lightning.strategies import FSDP2Strategy
-from kd_lightning.student import StudentWithLoss
-from kd_lightning.teachers import AdapterOffTeacher, HFTeacher, OffloadedTeacher, Teacher
 from kd_lightning.tracking import ELSEWHERE, Tracker, nbytes
 
 COLUMNS = ("advantage", "old_log_prob", "importance", "teacher_token_log_prob")  # what sources of responses add
-BUCKET = 25 << 20  # bytes that DDP sends at a time
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes that DDP sends at a time
 
 
 @dataclass
@@ -54,11 +48,11 @@ class Plan:
         student: held from step to step.
         teacher: the same; nothing of it learns.
         host: of all these, what lies in the host's memory and not on the card.
-        activations: at the peak, what is kept for backward, and temporaries.
-        gathered: at the peak, other ranks' parameters, and what is on its way between ranks.
-        tiles: at the peak, the engine's logits.
+        activations: at their most, what is kept for backward, and temporaries.
+        gathered: at their most, other ranks' parameters, and what is on its way between ranks.
+        tiles: at their most, the engine's logits.
         buckets: DDP's copy of the gradients.
-        peak: the most at any moment of a step.
+        peak: the most of all together; less than the sum of what is largest at other moments.
         collectives: by name, how often a step exchanges what, and bytes: of the gathered, of what is scattered.
         notes: what the figures do not say.
     """
@@ -120,6 +114,13 @@ def plan(module: Any, datamodule: Any, trainer: Any, gpu: bool) -> Plan:
                 "plan knows shapes alone, and one of the models decides by its numbers what it computes (such as which "
                 "expert reads a token)"
             ) from None
+        except RuntimeError as error:
+            if "Expected inputs of BF16" not in str(error):
+                raise
+            raise ValueError(
+                "plan knows mixtures of experts in bfloat16 alone: give --trainer.precision bf16-true for the student's, "
+                "--model.teacher_kwargs.dtype bfloat16 for the teacher's"
+            ) from None
     return found
 
 
@@ -131,80 +132,6 @@ def _shape(datamodule: Any) -> tuple[int, int]:
     return rows * (2 if isinstance(datamodule, ContrastiveDataModule) else 1), length
 
 
-def _cut(model: Any) -> tuple[nn.Module, Head]:
-    """Where shapes alone say that a model can be cut: what enters the last layer is what the body gives.
-
-    Raises:
-        ValueError: there is more between them, or no such parts.
-    """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layer, body = base.get_output_embeddings(), base.get_decoder()
-    body = getattr(base, "model", base) if body is base else body
-    weight, config = getattr(layer, "weight", None), base.config.get_text_config(decoder=True)
-    entered: list[Tensor] = []
-    given: list[Tensor] = []
-    handles = [
-        layer.register_forward_hook(lambda part, args, output: entered.append(args[0])),
-        body.register_forward_hook(lambda part, args, output: given.append(output.last_hidden_state)),
-    ]
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    try:
-        with torch.no_grad():
-            logits(model, ids, torch.ones_like(ids))
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{type(base).__name__} cannot be cut into body and head: {error}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
-    if body is base or len(entered) != 1 or not given or not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise ValueError(f"{type(base).__name__} cannot be cut into body and head")
-    same = entered[0].untyped_storage()._cdata == given[0].untyped_storage()._cdata
-    scaled = entered[0].shape == given[0].shape and any(getattr(config, name, None) for name in SCALES)
-    if not (same or scaled):
-        raise ValueError(f"{type(base).__name__} cannot be cut into body and head: there are layers between")
-    return body, Head(weight, getattr(layer, "bias", None))
-
-
-class _Once:
-    """A function of blocks that are all alike: the first of each size stands for the others."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.chosen = function, False  # shapes do not compile, and a compiled loss needs no more
-        self._found: dict[Any, Any] = {}
-
-    def __call__(self, z: Tensor, *rest: Any) -> Any:
-        key = (*z.shape, rest[-1])
-        if key not in self._found:
-            self._found[key] = self.function(z, *rest)
-        return self._found[key]
-
-
-class _FewParts(TorchFunctionMode):
-    """Of the many equal parts that a tensor is cut into, one a rank, only the first and the last are made."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.chunk or args[1] < 3:
-            return func(*args, **kwargs)
-        tensor, parts, dim = args[0], args[1], kwargs.get("dim", 0)
-        length = tensor.shape[dim]
-        step = -(-length // parts)
-        count = max(1, -(-length // max(step, 1)))
-        first, last = tensor.narrow(dim, 0, step), tensor.narrow(dim, (count - 1) * step, length - (count - 1) * step)
-        return [*[first] * (count - 1), last]
-
-
-class _Student(StudentWithLoss):
-    cut = staticmethod(_cut)
-
-
-class _Teacher(HFTeacher):
-    cut = staticmethod(_cut)
-
-    def _read(self) -> Any:
-        return self._given
-
-
 class _Rehearsal:
     """The run's own step, on shapes."""
 
@@ -213,81 +140,50 @@ class _Rehearsal:
         self.strategy = trainer.strategy
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Tracker(self.fake)
+        self.away: list[Tensor] = []  # of the teacher, in the host's memory
         self.offloaded = gpu and getattr(self.strategy, "cpu_offload", False)
 
     def run(self) -> None:
         """Build, then step; write what was seen into the plan."""
-        torch.set_num_threads(1)
-        self._build_student()
-        self._build_teacher()
+        self._build()
         self._spread()
         optimizer = self._optimizer()
         self._hold(optimizer)
         self._step(optimizer)
         self._write(optimizer)
 
-    # ------------------------------------------------------------------------------------------------------- the models
-    def _build_student(self) -> None:
-        module, precision = self.module, self.trainer.precision_plugin.precision
-        if not isinstance(module.student_source, str):
-            raise ValueError("plan: the student must be a folder, a hub name or an asset")
-        kwargs = dict(module.student_kwargs or {})
-        if precision in ("bf16-true", "16-true", "64-true"):
-            kwargs["dtype"] = {"b": torch.bfloat16, "1": torch.float16, "6": torch.float64}[precision[0]]
-        with self.fake:
-            student = shape_of_causal_lm(module.student_source, kwargs=kwargs, role="student")
-            if module.lora is not None:
-                student = with_lora(student, module.lora)
-        module.loss.token_loss.compiled = _Once(module.loss.token_loss.block)
-        module.model = _Student(student.train(), module.loss)
-        del module.loss
+    def _build(self) -> None:
+        module = self.module
+        precision = self.trainer.precision_plugin
+        with precision.train_step_context():
+            give_student(module, precision.precision, self.fake)
+            offloaded = give_teacher(module, self.fake)
         if module.responses is not None:
             module._at_work = AtWork(None)
             self.plan.notes.append("responses that are generated in a step, and their cache, are not counted")
-
-    def _build_teacher(self) -> None:
-        teacher = self.module.teacher
-        if teacher is None:
-            return
-        if isinstance(teacher, AdapterOffTeacher):
-            teacher.meet(self.module)
-            return
-        inner = teacher._inner if isinstance(teacher, OffloadedTeacher) else teacher
-        if not isinstance(inner, HFTeacher):
-            raise ValueError(f"plan: {type(teacher).__name__} has no configuration to plan with: name its model instead")
-        if not isinstance(inner._given, str):
-            raise ValueError("plan: the teacher must be a folder, a hub name or an asset")
-        with self.fake:
-            model = shape_of_causal_lm(inner._given, kwargs=inner.kwargs, role="teacher")
-        planned = _Teacher(model)
-        if self.gpu and isinstance(teacher, OffloadedTeacher):
-            self._visit(model)
-        self.module.teacher = planned
-        planned.load()
-        if isinstance(teacher, OffloadedTeacher):
-            planned.shard = Teacher.shard.__get__(planned)  # type: ignore[method-assign]  # it stays where it is
-        if self.module.teacher_cache:
+        if offloaded and self.gpu:
+            self._visit(module.teacher.model)
+        if module.teacher_cache:
             self.plan.notes.append("the teacher is there only while its cache is written, without the student's step")
 
     def _visit(self, model: nn.Module) -> None:
         """Layers lie in the host's memory and are on the card while they are read."""
         for layer in layers(model):
-            size = nbytes(layer.parameters())
-            layer.register_forward_pre_hook(lambda *_, size=size: self.tracker.add("gathered", size))  # type: ignore[misc]
-            layer.register_forward_hook(lambda *_, size=size: self.tracker.add("gathered", -size))  # type: ignore[misc]
-        self._away = [parameter for layer in layers(model) for parameter in layer.parameters()]
+            count = functools.partial(self._visited, nbytes(layer.parameters()))
+            layer.register_forward_pre_hook(functools.partial(count, 1))
+            layer.register_forward_hook(functools.partial(count, -1))
+            self.away += layer.parameters()
 
-    _away: list[Tensor] = []  # noqa: RUF012 - replaced, never filled
+    def _visited(self, size: int, sign: int, *_: Any) -> None:
+        self.tracker.add("gathered", sign * size)
 
     def _spread(self) -> None:
         """Lay out ranks, and give each its part."""
-        for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning wants to know, though nobody is called
-            os.environ.setdefault(name, "0")
         self.module.trainer = self.trainer
         self.strategy.connect(self.module)
         self.strategy.setup_environment()
         if isinstance(self.strategy, FSDP2Strategy):
-            with self.tracker, _FewParts():
+            with self.tracker, FewParts():
                 self.strategy.shard(self.module)
 
     def _optimizer(self) -> Any:
@@ -318,7 +214,7 @@ class _Rehearsal:
         for name, model in self._models().items():
             hold(ELSEWHERE if self.offloaded else f"{name}.parameters", model.parameters())
             hold(f"{name}.buffers", model.buffers())
-        hold(ELSEWHERE, self._away)
+        hold(ELSEWHERE, self.away)
         hold(ELSEWHERE if self.offloaded else "student.optimizer", _state(optimizer))
         self._hold_gradients()
         if self.plan.strategy == "ddp" and not self.strategy._ddp_kwargs.get("gradient_as_bucket_view"):
@@ -337,9 +233,14 @@ class _Rehearsal:
         self._size_tiles()
         batch = self._batch()
         tracker.hold("activations", batch.values())
+
+        def hold(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            tracker.hold("student.gradients", [parameter.grad])
+
         for parameter in self._learning():
             if not is_sharded(parameter):
-                parameter.register_post_accumulate_grad_hook(lambda p: tracker.hold("student.gradients", [p.grad]))
+                parameter.register_post_accumulate_grad_hook(hold)  # type: ignore[no-untyped-call]
         micro = trainer.accumulate_grad_batches
         with tracker:
             for i in range(min(micro, 2)):
@@ -363,15 +264,12 @@ class _Rehearsal:
 
     def _size_tiles(self) -> None:
         """Tiles of the device that is planned for, and how they are known."""
-        heads = [part.get_output_embeddings().weight for part in self._hf()]
-        vocabulary = min(len(weight) for weight in heads)
+        parts: list[Any] = [self.module.model.student, *list(self._models().values())[1:]]
+        vocabulary = min(len(part.get_output_embeddings().weight) for part in parts)
         self.tracker.widths = {engine.padded(vocabulary): "tiles"}
         loss = self.module.model.loss
         if self.gpu and loss.chunk is None:
             loss.chunk = engine.budget(vocabulary, torch.float32, torch.device("cuda"))
-
-    def _hf(self) -> list[Any]:
-        return [self.module.model.student, *(model for name, model in self._models().items() if name == "teacher")]
 
     def _batch(self) -> dict[str, Tensor]:
         rows, length = self.plan.batch
@@ -388,19 +286,28 @@ class _Rehearsal:
         for name, model in self._models().items():
             setattr(plan, name, Holding(nbytes(model.parameters()), buffers=nbytes(model.buffers())))
         plan.student.gradients, plan.student.optimizer = nbytes(self._gradients()), nbytes(_state(optimizer))
-        plan.host = tracker.now[ELSEWHERE]
-        seen = tracker.at_peak
-        plan.peak, plan.gathered, plan.tiles = tracker.peak, seen["gathered"], seen["tiles"]
-        plan.activations = seen["activations"]
+        plan.host, plan.peak = tracker.now[ELSEWHERE], tracker.peak
+        plan.activations, plan.gathered, plan.tiles = (
+            tracker.most[kind] for kind in ("activations", "gathered", "tiles")
+        )
         plan.collectives = {
             name: {"count": count, "bytes": tracker.collective_bytes[name]}
             for name, count in sorted(tracker.collectives.items())
         }
         if plan.buckets:
-            total = nbytes(self._gradients())
-            plan.collectives.setdefault("all_reduce", {"count": 0, "bytes": 0})
-            plan.collectives["all_reduce"]["count"] += -(-total // BUCKET)
-            plan.collectives["all_reduce"]["bytes"] += total
+            found = plan.collectives.setdefault("all_reduce", {"count": 0, "bytes": 0})
+            found["count"] += _buckets(self._gradients())
+            found["bytes"] += nbytes(self._gradients())
+
+
+def _buckets(gradients: list[Tensor]) -> int:
+    """How often DDP sends: a bucket is full when what it holds reaches its size; the first is smaller."""
+    count, held, limit = 0, 0, FIRST_BUCKET
+    for gradient in reversed(gradients):
+        held += gradient.nbytes
+        if held >= limit:
+            count, held, limit = count + 1, 0, BUCKET
+    return count + (held > 0)
 
 
 def _state(optimizer: Any) -> list[Tensor]:

@@ -30,7 +30,7 @@ COLLECTIVES = {
 }
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, every storage is counted from its first use to its end; what is not held by a name is an activation.
 
     Kinds are free names. Two are given here: "gathered", parameters of other ranks and what is sent to them, and
@@ -44,15 +44,15 @@ class Tracker(TorchDispatchMode):
     Attributes:
         now: bytes by kind.
         peak: the largest total so far.
-        at_peak: bytes by kind at that moment.
+        most: the most of each kind so far, at moments of their own.
         collectives: number and bytes of the exchanges between ranks: the larger side of each.
     """
 
     def __init__(self, fake: Any = None, widths: Mapping[int, str] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake, self.widths = fake, dict(widths or {})
         self.now: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
         self.peak = self.total = 0
         self.collectives: Counter[str] = Counter()
         self.collective_bytes: Counter[str] = Counter()
@@ -67,10 +67,10 @@ class Tracker(TorchDispatchMode):
     def add(self, kind: str, size: int) -> None:
         """Count bytes that no tensor here stands for; negative: no longer."""
         self.now[kind] += size
+        self.most[kind] = max(self.most[kind], self.now[kind])
         if kind != ELSEWHERE:
             self.total += size
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, Counter(self.now)
+            self.peak = max(self.peak, self.total)
 
     def __enter__(self) -> Tracker:
         """Start to count."""
@@ -82,14 +82,14 @@ class Tracker(TorchDispatchMode):
             tracker._resized(storage)
             return found
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]  # FSDP2 fills and empties by it
-        self.peak, self.at_peak = self.total, Counter(self.now)
-        super().__enter__()
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]  # FSDP2 fills and empties by it
+        self.peak, self.most = self.total, Counter(self.now)
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *args: Any) -> None:
         """Stop counting; what was held stays known."""
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

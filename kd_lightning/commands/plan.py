@@ -13,7 +13,14 @@ from kd_lightning.cli import run
 from kd_lightning.tracking import in_words
 
 FLAGS = "--world_size N [--memory 80GiB] [--json FILE]"
-UNITS = {"": 1, **{f"{letter}{kind}": base**power for kind, base in (("B", 1000), ("iB", 1024)) for power, letter in enumerate("KMGTP", 1)}}
+UNITS = {
+    "": 1,
+    **{
+        f"{letter}{kind}": base**power
+        for kind, base in (("B", 1000), ("iB", 1024))
+        for power, letter in enumerate("KMGTP", 1)
+    },
+}
 FULL = 0.9  # of a card: the rest is for what is not counted, fragments and the buffers of exchanges
 MODELS = ("student", "teacher")
 
@@ -36,7 +43,8 @@ def main(args: Sequence[str]) -> int:
         0, also where it does not fit.
 
     Raises:
-        ValueError: an argument is out of its range, sizes do not divide the number of ranks, or a model cannot be built.
+        ValueError: an argument is out of its range, a size does not divide the number of ranks, or a model cannot be
+            built.
     """
     own = _Parser(
         prog="kd-lightning plan",
@@ -91,8 +99,8 @@ def table(plan: Any) -> list[str]:
     """The figures as lines."""
     rows, length = plan.batch
     lines = [
-        f"{plan.strategy} on {plan.ranks} rank{'s' * (plan.ranks != 1)}; on each, in a micro-batch, {rows} rows of "
-        f"{length} tokens, all counted",
+        f"{plan.strategy} on {plan.ranks} rank{'s' * (plan.ranks != 1)}; on each, in a micro-batch, "
+        f"{rows} row{'s' * (rows != 1)} of {length} tokens, all counted",
         f"{'':14}{'student':>12}{'teacher':>12}",
     ]
     for name in ("parameters", "gradients", "optimizer", "buffers"):
@@ -121,36 +129,36 @@ def verdict(plan: Any, memory: int | None, cli: Any) -> list[str]:
 
 def changes(plan: Any, cli: Any) -> list[str]:
     """What makes the largest parts smaller, the largest first."""
-    module, trainer = cli.model, cli.trainer
+    module, strategy, precision = cli.model, cli.trainer.strategy, cli.trainer.precision_plugin.precision
+    sharded, several = plan.strategy == "fsdp2", plan.ranks > 1
+    fsdp2 = "--trainer.strategy FSDP2Strategy --trainer.strategy."
+    spread = "--trainer.strategy fsdp2: every rank holds its part of student and teacher"
+    more = "a larger --world_size" if sharded or several else f"a larger --world_size with {spread}"
     held = plan.student.parameters + plan.student.gradients + plan.student.optimizer + plan.buckets
-    sharded = plan.strategy == "fsdp2"
-    checkpointed = getattr(trainer.strategy, "activation_checkpointing", False)
-    words: dict[str, tuple[int, list[str]]] = {
-        "student": (held, [] if sharded or plan.ranks == 1 else ["--trainer.strategy fsdp2: every rank holds its part"]),
-        "teacher": (plan.teacher.parameters, [] if sharded or plan.ranks == 1 else ["--trainer.strategy fsdp2"]),
-        "activations": (plan.activations, []),
-        "gathered": (plan.gathered, []),
-    }
-    student, teacher, activations, gathered = (words[name][1] for name in words)
-    student.append("a larger --world_size" if sharded else "more ranks and --trainer.strategy fsdp2")
-    if module.lora is None:
-        student.append("--model.lora.r 16: gradients and optimizer state of adapters alone")
-    if sharded and not trainer.strategy.cpu_offload:
-        student.append("--trainer.strategy.cpu_offload true: shards in the host's memory")
-    teacher.append("--model.teacher OffloadedTeacher: its layers in the host's memory")
-    if module.responses is None and not module.teacher_cache:
-        teacher.append("--model.teacher_cache true: it is asked once, before the first step")
-    if sharded and not checkpointed:
-        activations.append("--trainer.strategy.activation_checkpointing true: layers are computed again in backward")
-    if plan.batch[0] > 1:
-        activations.append(f"--data.batch_size below {plan.batch[0]}, with --trainer.accumulate_grad_batches")
-    activations.append(f"--data.max_length below {plan.batch[1]}")
-    if trainer.precision_plugin.precision == "32-true":
-        activations.append("--trainer.precision bf16-mixed")
-        gathered.append("--trainer.precision bf16-mixed: layers are gathered in half the bytes")
-    if sharded and trainer.strategy.tensor_parallel_size == 1:
-        gathered.append("--trainer.strategy.tensor_parallel_size 2: each rank makes its part of the logits")
-    found: list[str] = []
-    for _, names in sorted(words.values(), key=lambda part: -part[0]):
-        found += [name for name in names if name not in found]
-    return found[:4]
+    batch = plan.batch[0] > 1
+    ways = [
+        (held + plan.teacher.parameters, not sharded and several, spread),
+        (held, module.lora is None, "--model.lora.r 16: gradients and optimizer state of adapters alone"),
+        (held, True, more),
+        (held, sharded and not strategy.cpu_offload, f"{fsdp2}cpu_offload true: shards in the host's memory"),
+        (plan.teacher.parameters, True, "--model.teacher OffloadedTeacher: its layers in the host's memory"),
+        (
+            plan.teacher.parameters,
+            module.responses is None and not module.teacher_cache,
+            "--model.teacher_cache true: it is asked once, before the first step, and leaves",
+        ),
+        (
+            plan.activations,
+            sharded and not strategy.activation_checkpointing,
+            f"{fsdp2}activation_checkpointing true: layers are computed again in backward",
+        ),
+        (plan.activations, batch, f"--data.batch_size below {plan.batch[0]}, with --trainer.accumulate_grad_batches"),
+        (plan.activations, True, f"--data.max_length below {plan.batch[1]}"),
+        (plan.activations + plan.gathered, precision == "32-true", "--trainer.precision bf16-mixed"),
+        (
+            plan.gathered,
+            sharded and strategy.tensor_parallel_size == 1 and several,
+            f"{fsdp2}tensor_parallel_size 2: each rank makes its part of the logits",
+        ),
+    ]
+    return [way for size, possible, way in sorted(ways, key=lambda way: -way[0]) if possible and size][:4]
