@@ -92,7 +92,9 @@ def shell_lines(title: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("kd-lightning ")]
 
 
-@pytest.mark.parametrize("title", ["Start", "Before, during and after a run", "Responses from a model"])
+@pytest.mark.parametrize(
+    "title", ["Start", "Before, during and after a run", "Responses from a model", "A run before its hardware"]
+)
 def test_the_commands_run_as_they_stand(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder of one's own, on fewer rows and steps."""
     few = [*runs.CPU, *runs.QUIET, "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
