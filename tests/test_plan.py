@@ -250,6 +250,10 @@ def test_it_says_whether_it_fits_and_what_to_change(tmp_path: Path, capsys: pyte
         (["--world_size", "2", "--model.teacher", "EMPTY"], r"teacher '.*' is no folder .*: no config\.json in it"),
         (["--world_size", "2", "--model.student", "EMPTY"], r"student '.*' is no folder .*: no config\.json in it"),
         (["--world_size", "2", "--model.student", "BROKEN"], r"student '.*': config\.json cannot be read"),
+        (
+            ["--world_size", "1", "--model.teacher", "CachedTeacher", "--model.teacher.path", "X"],
+            r"CachedTeacher has no",
+        ),
         (["--world_size", "2", "--trainer.strategy", "fsdp"], r"trainer\.strategy fsdp .* use fsdp2"),
     ],
 )
