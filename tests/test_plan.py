@@ -31,6 +31,7 @@ WIDE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermedia
 TWO: dict[str, dict[str, Any]] = {
     "full": {},
     "spared": {"activation_checkpointing": True, "precision": "bf16-mixed", "accumulate_grad_batches": 2},
+    "copies": {"strategy": "ddp"},
 }
 FOUR: dict[str, dict[str, Any]] = {"hybrid": {"shard_size": 2}, "head": {"tensor_parallel_size": 2}}
 SIZES = ("shard_size", "tensor_parallel_size", "activation_checkpointing")
@@ -106,14 +107,13 @@ def seen(rank: int, ranks: int, setups: dict[str, dict[str, Any]], student: str,
     found = {}
     for name, setup in setups.items():
         sizes = {key: value for key, value in setup.items() if key in SIZES}
-        settings = {key: value for key, value in setup.items() if key not in SIZES}
+        settings = {"strategy": FSDP2Strategy(**sizes)} | {k: value for k, value in setup.items() if k not in SIZES}
         module = KeepsGradients(student, teacher, reduction="sequence_mean")
         window = settings.get("accumulate_grad_batches", 1)
         watch = Watch(window)
         trainer = L.Trainer(
             accelerator="cpu",
             devices=ranks,
-            strategy=FSDP2Strategy(**sizes),
             max_epochs=1,
             gradient_clip_val=1.0,
             logger=False,
@@ -142,9 +142,10 @@ def seen(rank: int, ranks: int, setups: dict[str, dict[str, Any]], student: str,
 
 
 def words_of(setup: dict[str, Any]) -> list[str]:
-    words = ["--trainer.strategy", "FSDP2Strategy" if setup.keys() & set(SIZES) else "fsdp2"]
-    for name, value in setup.items():
-        words += [f"--trainer.strategy.{name}" if name in SIZES else f"--trainer.{name}", str(value).lower()]
+    settings = {"strategy": "FSDP2Strategy" if setup.keys() & set(SIZES) else "fsdp2"} | setup
+    words = []
+    for name, value in settings.items():
+        words += [f"--trainer.strategy.{name}" if name in SIZES else f"--trainer.{name}", str(value)]
     return words
 
 
