@@ -118,8 +118,8 @@ def plan(module: Any, datamodule: Any, trainer: Any, gpu: bool) -> Plan:
             if "Expected inputs of BF16" not in str(error):
                 raise
             raise ValueError(
-                "plan knows mixtures of experts in bfloat16 alone: give --trainer.precision bf16-true for the student's, "
-                "--model.teacher_kwargs.dtype bfloat16 for the teacher's"
+                "plan knows mixtures of experts in bfloat16 alone: --trainer.precision bf16-true for a student, "
+                "--model.teacher_kwargs.dtype bfloat16 for a teacher"
             ) from None
     return found
 
