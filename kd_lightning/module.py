@@ -202,9 +202,10 @@ class DistillationModule(L.LightningModule):
 
     # ---------------------------------------------------------------------------------------------------- training
     def on_train_start(self) -> None:
-        """Write down what the teacher says, where asked; the callbacks have seen it at work."""
+        """Write down what the teacher says, where asked, the callbacks having seen it; catch up with validation."""
         if self.teacher_cache and self.teacher is not None and not getattr(self.trainer, "fast_dev_run", False):
             self.teacher = written_down(self, self.trainer)
+        self._at_work.start(self)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Randomness of this micro-batch from (seed, counter, rank): stored generator states shift at a resume."""

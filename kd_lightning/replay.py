@@ -114,6 +114,7 @@ class AdaptiveReplay(ResponseSource):
     sampling: Sampling
     threshold: Tensor
     previous: Tensor
+    heard: Tensor
 
     def __init__(
         self,
@@ -137,6 +138,7 @@ class AdaptiveReplay(ResponseSource):
         self.capacity, self.memory = capacity, Memory(capacity)
         self.register_buffer("threshold", torch.tensor(float(threshold)))
         self.register_buffer("previous", torch.tensor(torch.nan))  # no validation yet
+        self.register_buffer("heard", torch.tensor(-1))  # the step of the last validation
         self._decided: tuple[int, str] = (-1, "data")
 
     def forward(self, batch: Batch, author: Author) -> Batch:
@@ -162,8 +164,13 @@ class AdaptiveReplay(ResponseSource):
             return "data"
         return "write" if not full or coin < threshold * float(value(self.fresh_share)) else "replay"
 
-    def validated(self, loss: float) -> None:
+    def waits(self, step: int) -> bool:
+        """Whether no validation of this step has been heard."""
+        return int(self.heard) != step
+
+    def validated(self, loss: float, step: int = 0) -> None:
         """Raise the threshold where the loss has risen."""
+        self.heard.fill_(step)
         if self.previous.isnan():
             self.previous.fill_(loss)
         elif loss >= float(self.previous) + self.tolerance:

@@ -57,8 +57,17 @@ class ResponseSource(nn.Module, ABC):
         if self.sampling is not None:
             self.sampling.check(student, max_length)
 
-    def validated(self, loss: float) -> None:
-        """Hear how the student does: the cross entropy of the validation rows, over all ranks."""
+    def validated(self, loss: float, step: int = 0) -> None:
+        """Hear how the student does.
+
+        Args:
+            loss: cross entropy of the validation rows, over all ranks.
+            step: optimizer steps done.
+        """
+
+    def waits(self, step: int) -> bool:
+        """Whether it wants to hear how the student does after so many steps, and has not yet."""
+        return False
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.generation import Sampling, check_sampling, generate
+from kd_lightning.metrics import TokenMean
 from kd_lightning.minillm import MiniLLM
 from kd_lightning.replay import AdaptiveReplay, Memory
 from kd_lightning.responses import Author, ResponseSource
@@ -116,4 +117,25 @@ class AtWork:
         trainer = module.trainer
         whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
         if self.source is not None and trainer.state.fn == "fit" and whole and "val_ce" in module.evaluation:
-            self.source.validated(float(module.evaluation["val_ce"].compute()))
+            self.source.validated(float(module.evaluation["val_ce"].compute()), trainer.global_step)
+
+    def start(self, module: Any) -> None:
+        """Tell the source of a validation that a resumed run skips: one due when its checkpoint had been written."""
+        trainer = module.trainer
+        due = trainer.fit_loop.epoch_loop._should_check_val_fx
+        if (
+            self.source is None
+            or trainer.global_step == 0
+            or not self.source.waits(trainer.global_step)
+            or not due(None)
+        ):
+            return
+        mean = TokenMean().to(module.device)
+        for loader, count in zip(_listed(trainer.val_dataloaders), trainer.num_val_batches, strict=False):
+            for _, batch in zip(range(int(count)), loader, strict=False):
+                mean.update(module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values["student_nll"])
+        self.source.validated(float(mean.compute()), trainer.global_step)
+
+
+def _listed(loaders: Any) -> list[Any]:
+    return [] if loaders is None else loaders if isinstance(loaders, list) else [loaders]

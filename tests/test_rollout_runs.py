@@ -189,6 +189,7 @@ def test_resumed_equals_untouched(config: str, tmp_path: Path) -> None:
     mine = {name for name in one if name.startswith("responses.")}
     assert (mine == set()) == (config == "gkd")
     if config == "distillm":
+        assert float(one["responses.threshold"]) > 0.75  # also by the validation at the step of the kept checkpoint
         assert int(one["responses.memory.pushed"]) > 0 and one["responses.memory.labels"].shape[0] <= 9
 
 
