@@ -112,7 +112,8 @@ class CachedTeacher(Teacher):
         self._opened()
         kept = self.description
         if self._head is None and kept.kind == "hidden":
-            self._head = Head(**read_head(Path(self.path)), scale=kept.scale, softcap=kept.softcap)
+            tensors = read_head(Path(self.path))
+            self._head = Head(tensors["weight"], tensors.get("bias"), scale=kept.scale, softcap=kept.softcap)
         self.to(device)
 
     def _opened(self) -> Shards:

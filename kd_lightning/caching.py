@@ -96,7 +96,7 @@ def written_down(module: Any, trainer: Any) -> CachedTeacher:
     """
     if isinstance(module.teacher, CachedTeacher):
         return module.teacher
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule: Any = getattr(trainer, "datamodule", None)
     if not hasattr(datamodule, "every_row"):
         raise ValueError("teacher_cache needs a data module of this package, which can go through all of its rows")
     if datamodule.sources["test"] and trainer.limit_test_batches != 0:

@@ -15,7 +15,14 @@ from kd_lightning.results import HEADINGS, ResultsTable
 from kd_lightning.run_folder import RunFolder
 from kd_lightning.storage import whole_file
 
-SET_UP: tuple[str, ...] = ("model", "data", "trainer.max_steps", "trainer.max_epochs", "trainer.precision", "trainer.strategy")
+SET_UP: tuple[str, ...] = (
+    "model",
+    "data",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.precision",
+    "trainer.strategy",
+)
 SET_UP += ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "seed_everything", "export.which")
 CHARTS = {
     "validation NLL per answer token": ("val/ce", "teacher_nll", "student_before_nll", "run_nll"),
