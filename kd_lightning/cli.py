@@ -75,6 +75,7 @@ def quiet() -> None:
         r".*LightningCLI's args parameter is intended to run from within Python.*",  # names of configs are expanded
         r".*You have overridden `.*` in .* but have passed.*",
         r".*is smaller than the logging interval.*",  # short runs and tests
+        r".*callbacks used to create the checkpoint need to be provided.*",  # those of `fit` do nothing in `test`
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # inside Lightning
     ):
         warnings.filterwarnings("ignore", message=pattern)

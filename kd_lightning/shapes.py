@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from kd_lightning.cutting import SCALES, logits
+from kd_lightning.cutting import SCALES, factors, logits
 from kd_lightning.engine import Head
 from kd_lightning.lora import with_lora
 from kd_lightning.models import Role, shape_of_causal_lm
@@ -66,27 +67,60 @@ class ShapedStudent(StudentWithLoss):
     cut = staticmethod(cut)
 
 
-class ShapedTeacher(HFTeacher):
-    """A teacher without numbers, cut by its shapes.
+class ShapedTeacher(Teacher):
+    """A teacher without numbers, cut by its shapes where they say that it can be.
 
     Args:
         model: the model.
         spread: whether a strategy that spreads models may spread it.
     """
 
-    cut = staticmethod(cut)
-
     def __init__(self, model: Any, spread: bool = True) -> None:
-        super().__init__(model)
         self.spread = spread
+        self._inner = HFTeacher(model)
+        self._inner.model = model.eval().requires_grad_(False)  # read already, and without numbers to look at
+        with suppress(ValueError):
+            self._inner._body, reading = cut(model)
+            self._inner._reading = factors(reading)
+
+    @property
+    def name(self) -> str | None:
+        """Where its configuration lies."""
+        return self._inner.name
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self._inner.model
+
+    @property
+    def head(self) -> Head | None:
+        """Its head; None where it cannot be cut."""
+        return self._inner.head
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Nothing: shapes are there."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the shapes."""
+        self._inner.to(device)
 
     def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
         """Let a strategy spread the model over ranks, where it may."""
         if self.spread:
-            super().shard(wrap)
+            self._inner.shard(wrap)
 
-    def _read(self) -> Any:
-        return self._given
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [B, T, H]."""
+        return self._inner.hidden(batch)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits [B, T, V]."""
+        return self._inner.logits(batch)
+
+    def fingerprint(self) -> str:
+        """Nothing tells shapes apart."""
+        return ""
 
 
 class Once:
@@ -171,7 +205,6 @@ def give_teacher(module: Any, fake: FakeTensorMode) -> bool:
         model = shape_of_causal_lm(inner._given, kwargs=inner.kwargs, role=role)
     _place(model, fake)
     module.teacher = ShapedTeacher(model, spread=not offloaded)
-    module.teacher.load()
     return offloaded
 
 

@@ -42,8 +42,6 @@ class HFTeacher(Teacher):
         ValueError: an argument in `kwargs` is refused; on `load`, the model cannot be read.
     """
 
-    cut = staticmethod(body_and_head)
-
     def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:
         self._given: Any = path
         self.kwargs = checked_kwargs(kwargs, "teacher")
@@ -71,7 +69,7 @@ class HFTeacher(Teacher):
         if self.model is None:
             self.model = self._read().eval().requires_grad_(False)
             try:
-                self._body, reading = self.cut(self.model)
+                self._body, reading = body_and_head(self.model)
                 self._reading = factors(reading)
             except ValueError as error:
                 rank_zero_info(f"teacher: {error}; its whole logits are used instead")

@@ -20,13 +20,14 @@ from kd_lightning.functional import entropy, log_softmax
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models import auto, check_tokenizers, locate
 from kd_lightning.regeneration import Regeneration
+from kd_lightning.responses import Author
 
 IGNORE_INDEX = -100
 Level = str  # "error": the run would be wasted; "warning": it may be; "note": for information
 Check = Callable[["Setup"], Iterator[tuple[Level, str]]]
 
 MANY = 0.05  # share of rows from which on truncation is a warning and duplicates are an error
-STEPS = 8  # on one batch: Adam's first step may raise the loss of a healthy run, as it has the size of the rate
+STEPS = 24  # at most, on one batch: Adam's first ones, each of the size of the rate, may raise a healthy run's loss
 NEARLY_UNIFORM = 0.98  # entropy of the softened teacher, as a share of log V
 # The objective's gradient at this student as a share of that at the geometric middle between it and the teacher. Of the
 # shipped configs: 0.93 to 1.65 from a supervised student; from random weights 1.0 to 1.8 with forward KL, TAID, AMiD
@@ -172,6 +173,8 @@ def rows(setup: Setup) -> Iterator[tuple[Level, str]]:
             if counts[name] > MANY * counts["rows"]:
                 yield "warning", f"{split}: {counts[name]} of {counts['rows']} rows {what} {data.max_length}"
         for name, what in (("empty", "have no answer"), ("unlocated", "hide answers from the template")):
+            if split == "train" and setup.words_come_later:
+                continue
             if counts[name] > MANY * counts["rows"]:
                 yield "warning", f"{split}: {counts[name]} of {counts['rows']} rows {what}"
     digests = {split: _digests(data.generation_rows(split)) for split in data.report}
@@ -309,6 +312,8 @@ def objective(setup: Setup) -> Iterator[tuple[Level, str]]:
 def step(setup: Setup) -> Iterator[tuple[Level, str]]:
     """A few steps on one batch keep everything finite and lower its loss."""
     batch, model = setup.batches[0], copy.deepcopy(setup.model)
+    if setup.module.responses is not None:
+        batch = copy.deepcopy(setup.module.responses)(batch, Author(model, setup.module.teacher))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = setup.module.optimizer_callable(parameters)
     ask, losses, seconds = None if setup.module.labels_only else setup.module.teacher, [], 0.0
@@ -324,6 +329,8 @@ def step(setup: Setup) -> Iterator[tuple[Level, str]]:
         if not (math.isfinite(losses[-1]) and torch.isfinite(norm)):
             yield "error", f"loss {losses[-1]:.4g}, gradient norm {float(norm):.4g} after {len(losses) - 1} steps"
             return
+        if len(losses) > 4 and losses[-1] < losses[0]:
+            break
         optimizer.step()
         seconds = time.perf_counter() - begin
     rate = optimizer.param_groups[0]["lr"]
