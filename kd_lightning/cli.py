@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
-import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from kd_lightning.messages import expected as expected
+from kd_lightning.messages import explain as explain
+from kd_lightning.messages import quiet as quiet
 
 VERBS = {
     "fit": "Distil a student, measure it on the test rows, export it under --trainer.default_root_dir.",
@@ -65,30 +66,10 @@ def expand_configs(args: Sequence[str]) -> list[str]:
     return out
 
 
-def quiet() -> None:
-    """Silence what a user can do nothing about; each line says why."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # calls that Lightning makes, not the user
-    for pattern in (
-        r".*does not have many workers.*",  # the bundled data is tokenised once and needs none
-        r".*module\(s\) in eval mode at the start of training.*",  # dropout-free parts of Hugging Face models
-        r".*Checkpoint directory .* exists and is not empty.*",  # a resume writes where it wrote
-        r".*LightningCLI's args parameter is intended to run from within Python.*",  # names of configs are expanded
-        r".*You have overridden `.*` in .* but have passed.*",
-        r".*is smaller than the logging interval.*",  # short runs and tests
-        r".*callbacks used to create the checkpoint need to be provided.*",  # those of `fit` do nothing in `test`
-        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # inside Lightning
-    ):
-        warnings.filterwarnings("ignore", message=pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: (
-            not any(word in record.getMessage() for word in ("TPU available", "HPU available", "💡", "GPU available"))
-        )
-    )
-
-
 def build_cli() -> type:
     """The LightningCLI subclass; built in a function so that importing this module stays cheap."""
     import lightning.pytorch as L
+    from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -105,6 +86,7 @@ def build_cli() -> type:
     from kd_lightning.callbacks import HFExport, Predictions, RunCheckpoint, RunConfig, is_dry
     from kd_lightning.dashboard import Dashboard
     from kd_lightning.generation_quality import GenerationQuality
+    from kd_lightning.progress import progress
     from kd_lightning.report import Report
     from kd_lightning.results import ResultsTable
     from kd_lightning.storage import WholeCheckpointIO
@@ -153,6 +135,10 @@ def build_cli() -> type:
                 kwargs["logger"] = TensorBoardLogger(root, name="", version="tensorboard")
             kwargs["plugins"] = [*_as_list(config.plugins), WholeCheckpointIO()]
             kwargs["callbacks"] = [*_as_list(config.callbacks)]
+            if config.enable_progress_bar is not False and not any(
+                isinstance(c, ProgressBar) for c in kwargs["callbacks"]
+            ):
+                kwargs["callbacks"].append(progress())
             if self.subcommand == "fit":
                 parser, parsed = self._parser(self.subcommand), self.config[self.subcommand].clone()
                 parsed.ckpt_path = None
@@ -206,7 +192,9 @@ def parser_words() -> dict[str, Any]:
     about = "Distil a causal language model. `kd-lightning VERB --help` lists the arguments of a verb."
     about += " `--data.help` and `--data.help ContrastiveDataModule` list those of the data."
     beside = "Commands beside these verbs: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()) + "."
-    return {"exit_on_error": False, "prog": "kd-lightning", "description": about, "epilog": beside, **verbs}
+    words = {"exit_on_error": False, "allow_abbrev": False, "prog": "kd-lightning"}
+    every = f"kd-lightning {{{','.join([*VERBS, *COMMANDS])}}} ..."
+    return {**words, "usage": every, "description": about, "epilog": beside, **verbs}
 
 
 def run(args: Sequence[str], start: bool = True, change: Callable[[Any], None] | None = None) -> Any:
@@ -235,7 +223,7 @@ def run(args: Sequence[str], start: bool = True, change: Callable[[Any], None] |
         subclass_mode_data=True,  # `--data ContrastiveDataModule`; without a class it is this one
         save_config_callback=None,
         seed_everything_default=42,
-        trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1},
+        trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1, "enable_model_summary": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         parser_kwargs=parser_words(),
@@ -250,6 +238,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: words of the command line; None: the process's own. `--debug` (or KD_LIGHTNING_DEBUG=1) shows tracebacks.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a class of one's own beside the config; last, so that it hides nothing
     debug = "--debug" in words or os.environ.get("KD_LIGHTNING_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     try:
@@ -262,49 +252,3 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kd-lightning: error: {explain(error)}", file=sys.stderr)
         return 1
     return 0
-
-
-def explain(error: BaseException) -> str:
-    """The error in one line; where a class name was misspelt, with the names there are."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ", "", text)
-    text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*$", "", text)
-    found = re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\w+)$', text)
-    if found is None or found[1].split(".")[-1] in ("optimizer", "lr_scheduler"):  # torch's own classes
-        return text
-    from lightning.pytorch import LightningDataModule
-
-    from kd_lightning.assistants import Assistant
-    from kd_lightning.divergences import Divergence
-    from kd_lightning.label_losses import LabelLoss
-    from kd_lightning.rollout import ResponseSource
-    from kd_lightning.schedules import Schedule
-
-    key, name = found.groups()
-    last = key.split(".")[-1]
-    bases: dict[str, type] = {"assistant": Assistant, "label_loss": LabelLoss, "responses": ResponseSource}
-    bases["data"] = LightningDataModule
-    base = bases.get(last, Divergence)
-    if last.endswith(("weight", "alpha", "share")):
-        base = Schedule
-    ours = base is LightningDataModule  # Lightning has some of its own, for demonstrations
-    below = [leaf for leaf in _leaves(base) if not ours or leaf.__module__.startswith("kd_lightning.")]
-    leaves = sorted(leaf.__name__ for leaf in below if not leaf.__name__.startswith("_"))
-    return f"{key}: there is no class {name}; the classes are {', '.join(leaves)} (or the dotted path of your own)"
-
-
-def _leaves(base: type) -> set[type]:
-    """Every class below `base` that can be built."""
-    below: set[type] = set()
-    child: type
-    for child in type.__subclasses__(base):
-        below |= {child, *_leaves(child)}
-    return {leaf for leaf in below if not getattr(leaf, "__abstractmethods__", None)}
-
-
-def expected(error: BaseException) -> bool:
-    """Whether the error speaks of the user's input or machine rather than of a fault of ours."""
-    import jsonargparse
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    return isinstance(error, (ValueError, OSError, MisconfigurationException, jsonargparse.ArgumentError))

@@ -38,14 +38,15 @@ class _PerTokenMean(Metric, ABC):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor, weights: Tensor | None = None) -> None:
+        # Not in place: a state made in inference mode (`Trainer.validate`) must not be written to outside of it.
         values = values.detach().double()
         if weights is None:
-            self.count += values.numel()
+            self.count = self.count + values.numel()
         else:
             weights = weights.detach().double()
             values = values * weights
-            self.count += weights.sum()
-        self.total += values.sum()
+            self.count = self.count + weights.sum()
+        self.total = self.total + values.sum()
 
     def compute(self) -> Tensor:
         """Mean over every token seen on every rank, 0-d fp32; NaN where none was."""
@@ -251,7 +252,7 @@ class CalibrationError(Metric):
         confidence, likeliest = _rows(log_q, index).exp().max(-1)
         place = (confidence * self.bins).ceil().long().clamp(1, self.bins) - 1
         values = torch.stack([torch.ones_like(confidence), confidence, (likeliest == targets).to(confidence.dtype)])
-        self.sums.index_add_(1, place, values.to(self.sums.dtype))
+        self.sums = self.sums.index_add(1, place, values.to(self.sums.dtype))
 
     def compute(self) -> Tensor:
         """The error in [0, 1], 0-d fp32; NaN before the first token."""

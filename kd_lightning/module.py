@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.caching import written_down
@@ -199,6 +200,14 @@ class DistillationModule(L.LightningModule):
         except RuntimeError as error:
             lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])
             raise ValueError(f"the checkpoint belongs to another model or objective: {lines[:400]}") from error
+
+    def on_fit_start(self) -> None:
+        """Say who learns from whom."""
+        learning = [p.numel() for p in self.parameters() if p.requires_grad]
+        everything = sum(p.numel() for p in self.student.parameters())
+        theirs = getattr(self.teacher, "model", None)
+        teacher = "" if theirs is None else f", teacher: {sum(p.numel() for p in theirs.parameters()):,} parameters"
+        rank_zero_info(f"student: {everything:,} parameters, {sum(learning):,} of them learn{teacher}")
 
     # ---------------------------------------------------------------------------------------------------- training
     def on_train_start(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.callbacks import is_dry
 from kd_lightning.figures import as_markdown, curves, markdown_table
@@ -49,6 +50,7 @@ class Report(Checkpoint):
         samples = [] if table is None else table.samples
         with whole_file(root / "report.md") as part:
             part.write_text(page(RunFolder.read(root), getattr(datamodule, "report", {}), samples), encoding="utf-8")
+        rank_zero_info(f"{root}: student/ (plain Hugging Face), report.md, tensorboard/, checkpoints/last.ckpt")
 
 
 def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str, str]]) -> str:

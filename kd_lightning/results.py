@@ -54,6 +54,12 @@ class ResultsTable(Checkpoint):
         names = list(dict.fromkeys(name for sample in self._samples.values() for name in sample))
         return [{name: sample.get(name, "–") for name in names} for sample in self._samples.values()]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Read the test rows before a bar of progress stands in the way."""
+        if stage == "fit" and self._wanted(trainer):
+            datamodule: Any = getattr(trainer, "datamodule", None)
+            datamodule.setup("test")
+
     def state_dict(self) -> dict[str, Any]:
         """What was measured before the first step, for a run that goes on later."""
         return {"rows": self.rows}

@@ -49,6 +49,7 @@ def test_a_config(name: str, tmp_path: Path) -> None:
     written = student.generate(**prompt, max_new_tokens=4)
     assert written.shape[1] > prompt["input_ids"].shape[1]
 
+    assert len({file.stat().st_mode for file in (root / "student").iterdir()}) == 1  # whoever may read one may read all
     checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     parameters = sum(p.numel() for p in student.parameters())
     state = {key: t for key, t in checkpoint["state_dict"].items() if "lora_" not in key}  # merged in the export
@@ -126,3 +127,20 @@ def test_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(words) == 0
     assert (tmp_path / "root" / "student" / "model.safetensors").exists()
     shutil.rmtree(tmp_path / "root")
+
+
+def test_a_class_of_ones_own_lies_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "my_divergence.py").write_text(
+        "from kd_lightning import Divergence\n\n\n"
+        "class SquaredHellinger(Divergence):\n"
+        "    def forward(self, log_p, log_q):\n"
+        "        return 1 - ((log_p + log_q) / 2).exp().sum(-1)\n"
+    )
+    words = [*runs.little(tmp_path / "root", steps=1), "--model.objective", "my_divergence.SquaredHellinger"]
+    program = (
+        "-c",
+        "import sys; sys.path.remove(''); from kd_lightning.cli import main; sys.exit(main())",
+    )  # a script's
+    process = runs.start([*words, "--data.train", str(runs.little_data(tmp_path))], program, cwd=tmp_path)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err

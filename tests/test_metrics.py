@@ -253,3 +253,17 @@ def test_a_copy_of_the_teacher_beats_it_half_the_time() -> None:
     metric = BeatsTeacher()
     metric.update(log_p, log_p, labels)
     assert metric.compute().item() == 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_of_inference_mode_go_on_outside_of_it(name: str) -> None:
+    metric = metrics()[name]
+    with torch.inference_mode():
+        metric.reset()
+        add(name, metric, *case(seed=1))
+    with torch.no_grad():
+        add(name, metric, *case(seed=2))
+    whole = metrics()[name]
+    add(name, whole, *case(seed=1))
+    add(name, whole, *case(seed=2))
+    assert metric.compute().item() == whole.compute().item()

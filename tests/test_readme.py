@@ -105,7 +105,9 @@ def test_the_commands_run_as_they_stand(title: str, tmp_path: Path, monkeypatch:
     lines = shell_lines(title)
     assert lines
     for _, verb, *words in lines:
-        short = few if verb == "fit" else []
+        short = {"fit": few, "test": few[:-2], "predict": [*runs.CPU, "--trainer.limit_predict_batches", "1"]}.get(
+            verb, []
+        )
         short = [*short, "--generation.rows", "4"] if "--generation.every_n_validations" in words else short
         assert main([verb, *words, *short]) == 0, words
 

@@ -1,0 +1,110 @@
+"""What the program says: errors in one line and in the user's words, and nothing a user can do nothing about."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import logging
+import os
+import re
+import warnings
+
+
+def quiet() -> None:
+    """Silence what a user can do nothing about; each line says why."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # calls that Lightning makes, not the user
+    for pattern in (
+        r".*does not have many workers.*",  # the bundled data is tokenised once and needs none
+        r".*module\(s\) in eval mode at the start of training.*",  # dropout-free parts of Hugging Face models
+        r".*Checkpoint directory .* exists and is not empty.*",  # a resume writes where it wrote
+        r".*LightningCLI's args parameter is intended to run from within Python.*",  # names of configs are expanded
+        r".*You have overridden `.*` in .* but have passed.*",
+        r".*is smaller than the logging interval.*",  # short runs and tests
+        r".*callbacks used to create the checkpoint need to be provided.*",  # those of `fit` do nothing in `test`
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # inside Lightning
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: (
+            not any(word in record.getMessage() for word in ("TPU available", "HPU available", "💡", "GPU available"))
+        )
+    )
+
+
+def explain(error: BaseException) -> str:
+    """The error in one line; where a class name was misspelt, with the names there are."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ", "", text)
+    text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*$", "", text)
+    text = _wrong_type(_unknown_option(text))
+    found = re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\w+)$', text)
+    if found is None or found[1].split(".")[-1] in ("optimizer", "lr_scheduler"):  # torch's own classes
+        return text
+    from lightning.pytorch import LightningDataModule
+
+    from kd_lightning.assistants import Assistant
+    from kd_lightning.divergences import Divergence
+    from kd_lightning.label_losses import LabelLoss
+    from kd_lightning.rollout import ResponseSource
+    from kd_lightning.schedules import Schedule
+
+    key, name = found.groups()
+    last = key.split(".")[-1]
+    bases: dict[str, type] = {"assistant": Assistant, "label_loss": LabelLoss, "responses": ResponseSource}
+    bases["data"] = LightningDataModule
+    base = bases.get(last, Divergence)
+    if last.endswith(("weight", "alpha", "share")):
+        base = Schedule
+    ours = base is LightningDataModule  # Lightning has some of its own, for demonstrations
+    below = [leaf for leaf in _leaves(base) if not ours or leaf.__module__.startswith("kd_lightning.")]
+    leaves = sorted(leaf.__name__ for leaf in below if not leaf.__name__.startswith("_"))
+    return f"{key}: there is no class {name}; the classes are {', '.join(leaves)} (or the dotted path of your own)"
+
+
+def _unknown_option(text: str) -> str:
+    """Where a class does not take an argument, what it takes."""
+    found = re.search(r"class_path '([\w.]+)\.(\w+)': Option '([\w.]+)' is not accepted$", text)
+    inside = re.search(r"Option '([\w.]+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)\.(\w+)'", text)
+    if found is not None:
+        module, name, option = found.groups()
+    elif inside is not None:  # of an optimizer or scheduler
+        option, module, name = inside.groups()
+    else:
+        return text
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    close = difflib.get_close_matches(option, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names) or 'none'}"
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    return f"{key[1] + ': ' if key else ''}{name} has no argument {option!r}: {hint}"
+
+
+def _wrong_type(text: str) -> str:
+    """Of an argument inside an optimizer or scheduler: its name, what it takes and what it was given."""
+    found = re.search(
+        r'Parser key "([\w.]+)": Type typing\.(?:Callable|Optional).*?Parser key "(\w+)": (.*?)'
+        r"(?:Given value type: <class '\w+'> Given value|Got value): (.+?)\. Got value",
+        text,
+    )
+    kinds = {} if found is None else dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", found[3]))
+    if found is None or not kinds:
+        return text
+    return f"{found[1]}.{found[2]} must be {' or '.join(kinds)}, got {found[4]!r}"
+
+
+def _leaves(base: type) -> set[type]:
+    """Every class below `base` that can be built."""
+    below: set[type] = set()
+    child: type
+    for child in type.__subclasses__(base):
+        below |= {child, *_leaves(child)}
+    return {leaf for leaf in below if not getattr(leaf, "__abstractmethods__", None)}
+
+
+def expected(error: BaseException) -> bool:
+    """Whether the error speaks of the user's input or machine rather than of a fault of ours."""
+    import jsonargparse
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, (ValueError, OSError, MisconfigurationException, jsonargparse.ArgumentError))
