@@ -25,8 +25,8 @@ from kd_lightning.schedules import Schedule, Weight
 from kd_lightning.sharding import clip_norm, is_sharded, local
 from kd_lightning.strategies import data_ranks
 from kd_lightning.student import StudentWithLoss
-from kd_lightning.teachers import HFTeacher, Teacher
-from kd_lightning.window import Window
+from kd_lightning.teachers import Teacher, as_teacher, sizes
+from kd_lightning.window import LossWatch, Window
 
 
 class DistillationModule(L.LightningModule):
@@ -104,7 +104,7 @@ class DistillationModule(L.LightningModule):
         self.teacher_cache = teacher_cache
         if teacher_kwargs and isinstance(teacher, Teacher):
             raise ValueError(f"teacher_kwargs {teacher_kwargs} go to the Teacher itself where one is given")
-        self.teacher = _as_teacher(teacher, teacher_kwargs)
+        self.teacher = as_teacher(teacher, teacher_kwargs)
         self.loss = DistillationLoss(
             objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
         )
@@ -133,7 +133,7 @@ class DistillationModule(L.LightningModule):
         self._at_work = AtWork(responses)
         self._window = Window(reduction)
         self._means: dict[str, Tensor] = {}
-        self._unchecked: tuple[int, Tensor | None, Tensor] | None = None
+        self._watch = LossWatch()
 
     # ------------------------------------------------------------------------------------------------ construction
     @property
@@ -203,11 +203,7 @@ class DistillationModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Say who learns from whom."""
-        learning = [p.numel() for p in self.parameters() if p.requires_grad]
-        everything = sum(p.numel() for p in self.student.parameters())
-        theirs = getattr(self.teacher, "model", None)
-        teacher = "" if theirs is None else f", teacher: {sum(p.numel() for p in theirs.parameters()):,} parameters"
-        rank_zero_info(f"student: {everything:,} parameters, {sum(learning):,} of them learn{teacher}")
+        rank_zero_info(sizes(self.student, self.teacher))
 
     # ---------------------------------------------------------------------------------------------------- training
     def on_train_start(self) -> None:
@@ -232,7 +228,7 @@ class DistillationModule(L.LightningModule):
         batch, notes = self._at_work.draw(self, batch)
         parts: LossParts = self.model(batch, None if self.labels_only else self.teacher)
         self._window.add(batch, parts, notes)
-        self._unchecked = (self.trainer.global_step, batch.get("row_ids"), parts.loss.detach())
+        self._watch.remember(self.trainer.global_step, batch.get("row_ids"), parts.loss)
         return parts.loss
 
     @property
@@ -310,14 +306,7 @@ class DistillationModule(L.LightningModule):
         self.log_dict(scalars)
 
     def _check_finite(self) -> None:
-        """Stop at a loss that is not finite; asked one step late, so that no step waits for the device."""
-        if self._unchecked is None:
-            return
-        step, row_ids, loss = self._unchecked
-        self._unchecked = None
-        if not torch.isfinite(loss):
-            rows = "" if row_ids is None else f", on rows {self._places(row_ids.tolist())}"
-            raise ValueError(f"the loss is {loss.item()} at step {step}{rows}; checkpoints written before it are kept")
+        self._watch.check(self._places)
 
     def _places(self, row_ids: list[int]) -> str:
         """File and line of rows where the data module knows them."""
@@ -387,10 +376,3 @@ class DistillationModule(L.LightningModule):
 
         responses = generate(self.student, batch["input_ids"], batch["attention_mask"])
         return {"row_ids": batch["row_ids"], "responses": responses}
-
-
-def _as_teacher(teacher: Any, kwargs: dict[str, Any] | None) -> Teacher | None:
-    """A `Teacher` from what the user gave: one already, a name, a loaded model, or nothing."""
-    if teacher is None or isinstance(teacher, Teacher):
-        return teacher
-    return HFTeacher(teacher, kwargs)

@@ -299,3 +299,17 @@ class AdapterOffTeacher(Teacher):
         if self._model is None:
             raise ValueError("teacher AdapterOffTeacher has met no student yet: it is given one when a run starts")
         return self._model
+
+
+def as_teacher(teacher: Any, kwargs: dict[str, Any] | None = None) -> Teacher | None:
+    """A `Teacher` from what a user gives: one already, a name, a loaded model, or nothing."""
+    return teacher if teacher is None or isinstance(teacher, Teacher) else HFTeacher(teacher, kwargs)
+
+
+def sizes(student: nn.Module, teacher: Teacher | None) -> str:
+    """Who learns from whom, in numbers of parameters."""
+    parameters = list(student.parameters())
+    learning = sum(p.numel() for p in parameters if p.requires_grad)
+    theirs = getattr(teacher, "model", None)
+    text = f"student: {sum(p.numel() for p in parameters):,} parameters, {learning:,} of them learn"
+    return text if theirs is None else f"{text}, teacher: {sum(p.numel() for p in theirs.parameters()):,} parameters"

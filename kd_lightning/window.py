@@ -70,3 +70,31 @@ class Window:
         means = {name: value / divisor for name, value in total.items()} | over_responses
         means["student_share"] = by_student / counted.clamp_min(1)
         return divisor, means
+
+
+class LossWatch:
+    """Stops a run whose loss is not finite; asked one step late, so that no step waits for the device."""
+
+    def __init__(self) -> None:
+        self._unchecked: tuple[int, Tensor | None, Tensor] | None = None
+
+    def remember(self, step: int, row_ids: Tensor | None, loss: Tensor) -> None:
+        """Keep the loss of one micro-batch until it is asked for."""
+        self._unchecked = (step, row_ids, loss.detach())
+
+    def check(self, places: Callable[[list[int]], str]) -> None:
+        """Look at the loss that was kept.
+
+        Args:
+            places: file and line of rows, in words.
+
+        Raises:
+            ValueError: it is NaN or inf; with the step and the rows.
+        """
+        if self._unchecked is None:
+            return
+        step, row_ids, loss = self._unchecked
+        self._unchecked = None
+        if not torch.isfinite(loss):
+            rows = "" if row_ids is None else f", on rows {places(row_ids.tolist())}"
+            raise ValueError(f"the loss is {loss.item()} at step {step}{rows}; checkpoints written before it are kept")
