@@ -27,6 +27,10 @@ CONFIGS = (
     "taid",
     "amid",
     "seqkd",
+    "gkd",
+    "distillm",
+    "distillm2",
+    "minillm",
 )
 
 
@@ -93,7 +97,14 @@ def shell_lines(title: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "title", ["Start", "Before, during and after a run", "Responses from a model", "A run before its hardware"]
+    "title",
+    [
+        "Start",
+        "Before, during and after a run",
+        "Responses from a model",
+        "A run before its hardware",
+        "Adapters, a teacher on disk, more ranks",
+    ],
 )
 def test_the_commands_run_as_they_stand(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder of one's own, on fewer rows and steps."""
@@ -101,6 +112,7 @@ def test_the_commands_run_as_they_stand(title: str, tmp_path: Path, monkeypatch:
     few += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--results.max_new_tokens", "2"]
     few += ["--data.batch_size", "4"]
     runs.little_data(tmp_path, rows=8).rename(tmp_path / "my_rows.jsonl")
+    rows = [word for name in ("train", "val", "test") for word in (f"--data.{name}", "my_rows.jsonl")]
     monkeypatch.chdir(tmp_path)
     lines = shell_lines(title)
     assert lines
@@ -109,6 +121,8 @@ def test_the_commands_run_as_they_stand(title: str, tmp_path: Path, monkeypatch:
             verb, []
         )
         short = [*short, "--generation.rows", "4"] if "--generation.every_n_validations" in words else short
+        if verb == "cache" or "--model.teacher_cache" in words:  # the teacher reads every row
+            short = [*short, *rows]
         assert main([verb, *words, *short]) == 0, words
 
 
