@@ -203,6 +203,11 @@ def orthogonal(n: int, dtype: torch.dtype) -> Tensor:
     return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0].to(dtype)
 
 
+# The compiled path takes seconds a record; torch itself warns when the compiler is first imported.
+COMPILED = (pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"))
+PATHS = ["logits", "hidden", pytest.param("compiled", marks=COMPILED)]
+
+
 def run(path: str, record: dict[str, Any], divergence: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
     """Loss and gradient with respect to the student's logits, by either of the two losses."""
     inputs = arrays(f"inputs_{record['case']}")
@@ -223,7 +228,8 @@ def run(path: str, record: dict[str, Any], divergence: Divergence, temperature: 
         head = orthogonal(vocabulary, inputs["student_logits"].dtype)
         student = (inputs["student_logits"] @ head).requires_grad_()
         teacher = inputs["teacher_logits"] @ head
-        loss = fused_distillation_loss(student, head, teacher, head, labels, chunk=4, **settings)
+        compiled = True if path == "compiled" else None
+        loss = fused_distillation_loss(student, head, teacher, head, labels, chunk=4, compile=compiled, **settings)
         (gradient,) = torch.autograd.grad(loss, student)
         gradient = gradient @ head.T
     factor = 1 / vocabulary if record["reduction"] == "elem_mean" else 1.0
@@ -248,7 +254,7 @@ def assert_gradient(mine: Tensor, wanted: Tensor) -> None:
     assert (mine.double() - wanted.double()).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
-@pytest.mark.parametrize("path", ["logits", "hidden"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradient(name: str, path: str) -> None:
     record = RECORDS[name]
@@ -264,7 +270,7 @@ def test_loss_and_gradient(name: str, path: str) -> None:
             assert_gradient(gradient, official[key])
 
 
-@pytest.mark.parametrize("path", ["logits", "hidden"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ALPHANET)
 def test_alphanet_is_the_larger_of_two_alpha_divergences(name: str, path: str) -> None:
     record = RECORDS[name]
