@@ -32,12 +32,13 @@ class Counted:
         table = labels.reshape(-1, labels.shape[-1])
         mask = table != IGNORE_INDEX
         self.lengths = mask.sum(1)
-        self.index = mask.view(-1).nonzero().squeeze(1)  # on a GPU the host waits here
+        outside = mask & ((table < 0) | (table.long() >= vocabulary))
+        count, wrong = torch.stack((self.lengths.sum(), outside.sum())).tolist()  # on a GPU the host waits here, once
+        self.index = torch.nonzero_static(mask.view(-1), size=count).squeeze(1)
         self.response = self.index // table.shape[1] if table.shape[1] else self.index
         self.labels = table.reshape(-1).index_select(0, self.index).long()
-        outside = (self.labels < 0) | (self.labels >= vocabulary)
-        if outside.any():
-            label = int(self.labels[outside][0])
+        if wrong:
+            label = int(table[outside][0])
             raise ValueError(
                 f"labels must be −100 or in [0, {vocabulary}), the vocabulary that both models share, got {label}"
             )

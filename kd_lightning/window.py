@@ -77,10 +77,14 @@ class LossWatch:
 
     def __init__(self) -> None:
         self._unchecked: tuple[int, Tensor | None, Tensor] | None = None
+        self._arrived: torch.cuda.Event | None = None
 
     def remember(self, step: int, row_ids: Tensor | None, loss: Tensor) -> None:
         """Keep the loss of one micro-batch until it is asked for."""
-        self._unchecked = (step, row_ids, loss.detach())
+        self._unchecked = (step, row_ids, loss.detach().to("cpu", non_blocking=loss.is_cuda))
+        if loss.is_cuda:  # asking the tensor itself would wait for all that was queued since; not yet run on a GPU
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     def check(self, places: Callable[[list[int]], str]) -> None:
         """Look at the loss that was kept.
@@ -95,6 +99,9 @@ class LossWatch:
             return
         step, row_ids, loss = self._unchecked
         self._unchecked = None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._arrived = None
         if not torch.isfinite(loss):
             rows = "" if row_ids is None else f", on rows {places(row_ids.tolist())}"
             raise ValueError(f"the loss is {loss.item()} at step {step}{rows}; checkpoints written before it are kept")
