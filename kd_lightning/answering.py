@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from kd_lightning.data.batch import left_pad
+from kd_lightning.generation import positions
 from kd_lightning.response_file import Response, ResponseFile
 from kd_lightning.rollout import Sampling, generate
 
@@ -59,8 +60,7 @@ def room(model: Any, max_new_tokens: int, max_length: int | None) -> int:
     Raises:
         ValueError: none.
     """
-    places = getattr(model.config, "max_position_embeddings", None)
-    limits = {"max_length": max_length, "the model's max_position_embeddings": places}
+    limits = {"max_length": max_length, "the model's max_position_embeddings": positions(model)}
     for name, limit in limits.items():
         if limit is not None and max_new_tokens >= limit:
             raise ValueError(f"max_new_tokens must leave room for a prompt in {name} of {limit}, got {max_new_tokens}")
@@ -76,6 +76,7 @@ class Writer:
         tokenizer: its tokenizer.
         sampling: how responses are sampled.
         seed: of the samples.
+        device: where it computes, which need not be where its parameters lie; None: there.
 
     Raises:
         ValueError: the model names no token that ends a response.
@@ -85,6 +86,7 @@ class Writer:
     tokenizer: Any
     sampling: Sampling
     seed: int = 0
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if not self.ends:
@@ -106,9 +108,9 @@ class Writer:
             numbered: batches of their numbers, each with its own number, which decides its samples.
         """
         pad = self.tokenizer.pad_token_id
+        device = self.device or next(self.model.parameters()).device
         for number, rows in numbered:
             inputs = left_pad([prompts[row] for row in rows], self.ends[0] if pad is None else pad)
-            device = next(self.model.parameters()).device
             arguments = (self.model, *(inputs[name].to(device) for name in ("input_ids", "attention_mask")))
             settings = {**asdict(self.sampling), "seed": batch_seed(self.seed, number)}
             yield from zip(rows, self.read(generate(*arguments, **settings)), strict=True)

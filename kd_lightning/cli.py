@@ -77,7 +77,6 @@ def build_cli() -> type:
     import kd_lightning.divergences
     import kd_lightning.label_losses
     import kd_lightning.objectives
-    import kd_lightning.regeneration
     import kd_lightning.rollout
     import kd_lightning.schedules
     import kd_lightning.strategies
@@ -87,19 +86,22 @@ def build_cli() -> type:
     from kd_lightning.dashboard import Dashboard
     from kd_lightning.generation_quality import GenerationQuality
     from kd_lightning.progress import progress
+    from kd_lightning.regeneration import Regeneration
     from kd_lightning.report import Report
     from kd_lightning.results import ResultsTable
+    from kd_lightning.samples import Samples
     from kd_lightning.storage import WholeCheckpointIO
 
     class KDCLI(LightningCLI):
         """Defaults, groups of callbacks, and nothing else."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            """Add `checkpoint`, `export`, `results`, `generation` and `baseline`."""
+            """Add `checkpoint`, `export`, `results`, `generation`, `samples` and `baseline`."""
             parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
             parser.add_lightning_class_args(HFExport, "export")
             parser.add_lightning_class_args(ResultsTable, "results")
             parser.add_lightning_class_args(GenerationQuality, "generation")
+            parser.add_lightning_class_args(Samples, "samples")
             text = "folder of another run, a supervised one say, drawn as a constant line beside this one"
             parser.add_argument("--baseline", type=str | None, default=None, help=text)
 
@@ -152,7 +154,10 @@ def build_cli() -> type:
             """Nothing: checkpoints hold no hyper-parameters, and what is typed at a resume is honoured."""
 
         def before_fit(self) -> None:
-            """Refuse a taken or unwritable ROOT before anything is written into it."""
+            """Refuse a taken or unwritable ROOT, and a cache of words to come, before anything is written into it."""
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, Regeneration):
+                    callback.check(self.model)
             export: HFExport = self._get(self.config_init, "export")
             export.resuming = bool(self.config["fit"].ckpt_path)
             if not is_dry(self.trainer):

@@ -118,7 +118,7 @@ class GenerationQuality(L.Callback):
         rows = _data(trainer).generation_rows(split)[: self.rows]
         prompts = [row["prompt_ids"] for row in rows]
         plan = batches([len(prompt) for prompt in prompts], self.batch_size)
-        writer = Writer(model, _data(trainer).tokenizer, sampling, seed)
+        writer = Writer(model, _data(trainer).tokenizer, sampling, seed, module.device)
         rank, ranks = data_ranks(trainer)
         mine = list(numbered(plan, rank=rank, ranks=ranks))
         mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often

@@ -22,7 +22,7 @@ from kd_lightning.data.prompted import PromptDataModule
 from kd_lightning.response_file import Response, ResponseFile
 from kd_lightning.rollout import Sampling
 from kd_lightning.strategies import data_ranks
-from kd_lightning.teachers import digest
+from kd_lightning.teachers import CachedTeacher, digest
 
 
 class Regeneration(L.Callback):
@@ -43,9 +43,11 @@ class Regeneration(L.Callback):
         keep_unfinished: take responses that were cut at `max_new_tokens` too, with an end that the writer did not
             write; False: such a row keeps its old response, or is dropped where it has none.
 
+    Logged: `train/regenerate_share`, the share of the run's time so far that all of them together have been writing.
+
     Raises:
         ValueError: an argument is out of its range; before the first step: the data module takes no responses, there is
-            no such writer in this process, or no room for a prompt.
+            no such writer in this process, no room for a prompt, or the teacher's words are to be cached.
     """
 
     def __init__(
@@ -69,9 +71,26 @@ class Regeneration(L.Callback):
         self.sampling = Sampling(max_new_tokens, temperature, top_p)
         self.batch_size = batch_size
         self.keep_unfinished = keep_unfinished
+        self.seconds = 0.0  # spent writing in this run
+        self._began = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look at the teacher before any model is loaded."""
+        if stage == "fit":
+            self.check(pl_module)
+
+    def check(self, module: Any) -> None:
+        """Refuse a teacher whose words on the responses are to be known before there are any."""
+        if getattr(module, "teacher_cache", False):
+            raise ValueError(
+                "teacher_cache must be false where no responses can be known beforehand: Regeneration writes new ones"
+            )
+        if isinstance(getattr(module, "teacher", None), CachedTeacher):
+            raise ValueError("a teacher cache holds no responses that Regeneration writes: leave one of them out")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look whether it can work here, and let the data module call before each pass."""
+        self._began = time.perf_counter()
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "replace_responses"):
             kind = "none" if datamodule is None else type(datamodule).__name__
@@ -89,6 +108,13 @@ class Regeneration(L.Callback):
             self.respond(trainer, pl_module, number)
 
         datamodule.before_pass = announced
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Log how much of the run's time went into writing."""
+        writers = [part for part in trainer.callbacks if isinstance(part, Regeneration)]  # type: ignore[attr-defined]
+        if writers[0] is self:
+            share = sum(writer.seconds for writer in writers) / (time.perf_counter() - self._began)
+            pl_module.log("train/regenerate_share", torch.full((), share, device=pl_module.device))
 
     def respond(self, trainer: L.Trainer, module: Any, number: int) -> None:
         """Write the responses of a pass and hand them on.
@@ -110,8 +136,9 @@ class Regeneration(L.Callback):
         began = time.perf_counter()
         with self._folder(trainer) as folder, trainer.precision_plugin.forward_context():
             found = self._everyone(trainer, self._write(trainer, module, rows, folder, number))
-        told = summary(list(found.values()))
-        rank_zero_info(f"{self.side}, pass {number}: {told}, {time.perf_counter() - began:.0f} s")
+        told, seconds = summary(list(found.values())), time.perf_counter() - began
+        self.seconds += seconds
+        rank_zero_info(f"{self.side}, pass {number}: {told}, {seconds:.0f} s")
         taken = {
             index: response.text
             for index, response in found.items()
@@ -159,7 +186,7 @@ class Regeneration(L.Callback):
         mine += plan[:1] * (-(-len(plan) // ranks) - len(mine))  # a rank with a batch less asks for one once more
         order = list(dict.fromkeys(row for _, numbers in mine for row in numbers))
         seed = batch_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")), SIDES[self.side], number)
-        writer = Writer(model, datamodule.tokenizer, self.sampling, seed)
+        writer = Writer(model, datamodule.tokenizer, self.sampling, seed, module.device)
         weights = digest(itertools.chain(model.named_parameters(), model.named_buffers()))
         path = self._path(folder, trainer, number)
         settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}

@@ -118,8 +118,11 @@ class Author:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.number("order", *what)))
 
     def note(self, name: str, values: Tensor) -> None:
-        """Remember values whose mean is to be logged."""
-        self.notes[name] = (values.sum(dtype=torch.float32), torch.tensor(float(values.numel()), device=values.device))
+        """Remember values whose mean is to be logged; without waiting for the device."""
+        self.notes[name] = (
+            values.sum(dtype=torch.float32),
+            torch.full((), float(values.numel()), device=values.device),
+        )
 
     def respond(self, batch: Batch, sampling: Sampling, teacher_share: float = 0.0) -> Batch:
         """The student's own responses to the batch's prompts, which are all that stands before the first counted label.

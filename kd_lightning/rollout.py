@@ -58,10 +58,13 @@ class OnPolicy(ResponseSource):
         check_weight("share", share, per_row=False)
         self.share = share
         self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        self._decided = (-1, False)
 
     def forward(self, batch: Batch, author: Author) -> Batch:
         """The student's responses where the coin says so, otherwise the data's."""
-        return author.respond(batch, self.sampling) if author.coin() < float(value(self.share)) else batch
+        if self._decided[0] != author.step:  # a schedule is asked once a step: reading it waits for the device
+            self._decided = (author.step, author.coin() < float(value(self.share)))
+        return author.respond(batch, self.sampling) if self._decided[1] else batch
 
 
 class AtWork:
@@ -69,11 +72,16 @@ class AtWork:
 
     Args:
         source: the source; None: the data as it is.
+
+    Attributes:
+        names: of what has been logged.
+        drawn: the last batch that was not the data's own.
     """
 
     def __init__(self, source: ResponseSource | None) -> None:
         self.source = source
         self.names: set[str] = set()
+        self.drawn: Batch | None = None
         self._step, self._micro = -1, 0
         self._clock: float | None = None
 
@@ -102,14 +110,18 @@ class AtWork:
             ranks=ranks,
             max_length=getattr(getattr(trainer, "datamodule", None), "max_length", None),
         )
-        batch = self.source(batch, author)
+        drawn = self.source(batch, author)
+        if drawn is not batch:
+            self.drawn = drawn
         now = time.perf_counter()
-        if self._clock is not None:
-            spent = torch.tensor([author.seconds, now - self._clock], device=batch["labels"].device)
-            author.notes["generating"] = (spent[0], spent[1])
+        if self._clock is not None:  # seconds written to the device as a fill, which nobody waits for
+            spent, passed = (
+                drawn["labels"].new_full((), x, dtype=torch.float32) for x in (author.seconds, now - self._clock)
+            )
+            author.notes["generate_share"] = (spent, passed)
         self._clock = now
         self.names |= author.notes.keys()
-        return batch, author.notes
+        return drawn, author.notes
 
     def hear(self, module: Any) -> None:
         """Tell the source how validation went; one before step 0 counts where it went over all rows."""

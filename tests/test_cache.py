@@ -320,6 +320,28 @@ def test_a_bad_argument(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "writer"),
+    [
+        ("seqkd", "Regeneration"),
+        ("distillm2", "Regeneration"),
+        ("gkd", "OnPolicy"),
+        ("distillm", "AdaptiveReplay"),
+        ("minillm", "MiniLLM"),
+    ],
+)
+def test_words_that_are_written_in_the_run(
+    config: str, writer: str, tmp_path: Path, kept: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing can be written down of them beforehand, and nothing is."""
+    common = [*runs.little(tmp_path / "root", config), "--data.train", str(kept["data"])]
+    refused(["cache", *common[1:], "--output", str(tmp_path / "cache")], ["cache: ", writer, "generate"], capfd)
+    refused([*common, "--model.teacher_cache", "true"], ["teacher_cache must be false", writer], capfd)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    cached = ["--model.teacher", "CachedTeacher", "--model.teacher.path", str(kept["hidden"])]
+    refused([*common, *cached], ["cache holds no responses", "leave"], capfd)
+
+
 def test_another_kind_is_not_mixed_in(kept: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     refused(words(kept["data"], kept["hidden"]), ["another dtype", "float32", "bfloat16"], capfd)
     refused(words(kept["data"], kept["hidden"], "--kind", "top_k"), ["another kind", "'hidden'", "'top_k'"], capfd)

@@ -70,7 +70,7 @@ def test_one_coin_per_step_and_what_is_logged() -> None:
         assert logged["schedule/responses.share"] == pytest.approx((step + 1) / 12)
         if wrote[2 * step]:
             assert 1 <= logged["train/response_length"] <= 4 and 0 <= logged["train/finished"] <= 1
-    assert 0 < max(logged.get("train/generating", 0) for logged in module.logged) < 1
+    assert 0 < max(logged.get("train/generate_share", 0) for logged in module.logged) < 1
 
 
 @pytest.mark.parametrize("objective", [ForwardKL, TAID, Contrastive, lambda: SkewKL(ResponseGap())])

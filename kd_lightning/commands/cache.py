@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from kd_lightning.caching import fill_cache
 from kd_lightning.cli import run
+from kd_lightning.regeneration import Regeneration
 from kd_lightning.teachers import CachedTeacher
 
 FLAGS = "--output DIR [--kind hidden|top_k] [--k 64] [--dtype bfloat16|float32] [--shard_mib 256]"
@@ -31,7 +32,8 @@ def main(args: Sequence[str]) -> int:
         args: every word that `fit` takes, and the command's own.
 
     Raises:
-        ValueError: an argument is out of its range, there is no teacher, or the folder is another cache's.
+        ValueError: an argument is out of its range, there is no teacher, the responses are written in the run, or the
+            folder is another cache's.
     """
     own = _Parser(
         prog="kd-lightning cache",
@@ -78,13 +80,19 @@ def prepared(cli: Any) -> tuple[Any, Any]:
         cli: what `cli.run(words, start=False)` returns.
 
     Raises:
-        ValueError: there is no teacher to listen to.
+        ValueError: there is no teacher to listen to, or nothing that is known before the run.
     """
     module, datamodule = cli.model, cli.datamodule
     if module.teacher is None:
         raise ValueError("cache: model.teacher is null, and there is nothing to write down")
     if isinstance(module.teacher, CachedTeacher):
         raise ValueError(f"cache: model.teacher is a cache already ({module.teacher.path})")
+    writers = [module.responses, *(part for part in cli.trainer.callbacks if isinstance(part, Regeneration))]
+    if names := [type(writer).__name__ for writer in writers if writer is not None]:
+        raise ValueError(
+            f"cache: {names[0]} writes what is trained on while the run goes on, and a cache made before holds none of "
+            "it; what `kd-lightning generate` wrote to a file can be cached"
+        )
     if datamodule.tokenizer_source is None:
         datamodule.tokenizer_source = module.tokenizer_name
     datamodule.setup("fit")
