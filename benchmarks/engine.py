@@ -4,6 +4,7 @@ Every measurement is a fresh process: a warm-up call (which compiles), then time
 a machine that slows down slows all of them down. What does not run here (a peer that is not installed) is left out.
 
     python benchmarks/engine.py --shape 50257,576,960,1024 --rounds 3 --threads 2 --output build/V50257
+    python benchmarks/engine.py --rounds 2 --cases own,taid --add ...   # two more rounds of these
     python benchmarks/engine.py --quick
 
 writes OUTPUT.json and OUTPUT.md; benchmarks/README.md says how to read them. Linux only. A case is LOSS[+EXTRA][:HOW]:
@@ -153,6 +154,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("build/engine"))
+    parser.add_argument("--add", action="store_true", help="rounds to those that OUTPUT.json has")
     parser.add_argument("--quick", action="store_true", help="tiny, once, in this process, nothing compiled")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -162,11 +164,14 @@ def main(words: list[str] | None = None) -> None:
     if args.one:
         print(json.dumps(measure(args.one, shape, args.chunk, args.threads)))
         return
-    results: Results = {name: [] for name in dict.fromkeys(["plain", "best", *args.cases.split(",")])}
+    cases = dict.fromkeys(["plain", "best", *args.cases.split(",")])
+    results = earlier(args, shape) if args.add else {}
+    for name in cases:
+        results.setdefault(name, [])
     left_out: dict[str, str] = {}
     settings = ["--shape", args.shape, "--chunk", str(args.chunk), "--threads", str(args.threads)]
     for _ in range(args.rounds):
-        for name in results:
+        for name in cases:
             if name in left_out:
                 continue
             if args.quick:
@@ -182,10 +187,26 @@ def main(words: list[str] | None = None) -> None:
     print(args.output.with_suffix(".md").read_text())
 
 
+def earlier(args: argparse.Namespace, shape: tuple[int, ...]) -> Results:
+    """What a file has of the same shape, chunk and machine.
+
+    Raises:
+        ValueError: it is of another.
+    """
+    record = json.loads(args.output.with_suffix(".json").read_text())
+    wanted = {"shape": list(shape), "chunk": args.chunk, "machine": machine(args.threads)}
+    found = {name: record[name] for name in wanted}
+    if found != wanted:
+        raise ValueError(f"{args.output}.json was measured with {found}, not with {wanted}")
+    results: Results = record["results"]
+    return results
+
+
 def report(args: argparse.Namespace, shape: tuple[int, ...], results: Results, left_out: dict[str, str]) -> None:
     """Write what is there so far."""
     on = machine(args.threads)
-    rounds = len(results["plain"])
+    counts = sorted({len(found) for found in results.values() if found})
+    rounds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
     text = f"# V {shape[0]}, widths {shape[1]} and {shape[2]}, {shape[3]} tokens, fp32\n\n"
     text += f"Chunk {args.chunk}; medians of {rounds} interleaved rounds. {on}.\n\n{table(results, shape[0])}"
     text += "".join(f"\nLeft out: {name} ({why}).\n" for name, why in left_out.items())
