@@ -1,9 +1,10 @@
 """Speed of `kd-lightning generate`, as ratios: to bare `model.generate` on the same batches, and to one row at a time.
 
-Every measurement is a process of its own, model and rows already loaded, in CPU seconds per token; rounds are
-interleaved. All ways write the same greedy responses, each up to its end or `--new` tokens; ours to a file.
+CPU seconds per token; all ways write the same greedy responses, each up to its end or `--new` tokens; ours to a file.
+Every round is a process of its own, model and rows already loaded, in which the ways take turns, so that a machine that
+slows down slows all of them down.
 
-    python benchmarks/generate.py --rows 256 --rounds 3 --output build/generate
+    python benchmarks/generate.py --rows 256 --rounds 5 --output build/generate
 
 writes OUTPUT.json and OUTPUT.md.
 """
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import in_a_process, machine, spread, timed, write
+from measuring import in_a_process, machine, spread, write
 
 from kd_lightning.answering import Writer, batches, fill, numbered
 from kd_lightning.data.batch import left_pad
@@ -64,45 +65,60 @@ def calls(way: str, model_name: str, rows: int, batch_size: int, new: int) -> Ca
 
 
 def measure(words: argparse.Namespace) -> None:
+    """One round: CPU seconds and tokens of every way, after a call that warms it up; ways of many rows take turns."""
     torch.set_num_threads(words.threads)
-    call = calls(words.way, words.model, words.rows, words.batch_size, words.new)
-    tokens = call()
-    print(json.dumps({"tokens": tokens, **timed(call)}))
+    ways = {way: calls(way, words.model, words.rows, words.batch_size, words.new) for way in WAYS}
+    tokens = {way: call() for way, call in ways.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(words.turns):
+        for way, call in ways.items():
+            began = time.process_time()
+            call()
+            seconds[way].append(time.process_time() - began)
+    print(json.dumps({"tokens": tokens, "seconds": seconds}))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def table(rounds: list[dict[str, Any]]) -> str:
+    """Tokens per CPU second of every way, and ours beside it, turn by turn."""
+    lines = ["| way | tokens per CPU second | ours beside it |", "|---|---|---|"]
+    rates = {
+        way: [one["tokens"][way] / seconds for one in rounds for seconds in one["seconds"][way]]
+        for way in rounds[0]["tokens"]
+    }
+    for way, found in rates.items():
+        ratio = [a / b for a, b in zip(rates["ours"], found, strict=True)]
+        lines.append(f"| {way} | {spread(found, 0)} | {spread(ratio)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="asset:teacher")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3, help="of every way in a round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("build/generate"))
     parser.add_argument("--quick", action="store_true", help="see that it runs, on a few rows")
-    parser.add_argument("--way", help=argparse.SUPPRESS)
-    words = parser.parse_args()
-    if words.way:
+    parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)
+    words = parser.parse_args(args)
+    if words.round:
         return measure(words)
     if words.quick:
-        words.rows, words.batch_size, words.new, words.rounds = 8, 4, 4, 1
-    shared = [f"--{name}={getattr(words, name)}" for name in ("model", "rows", "batch_size", "new", "threads")]
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+        words.rows, words.batch_size, words.new, words.rounds, words.turns = 8, 4, 4, 1, 1
+    names = ("model", "rows", "batch_size", "new", "turns", "threads")
+    shared = [f"--{name}={getattr(words, name)}" for name in names]
+    rounds = []
     for _ in range(words.rounds):
-        for way in WAYS:
-            found = in_a_process(__file__, [*shared, f"--way={way}"])
-            if isinstance(found, str):
-                raise SystemExit(f"{way}: {found}")
-            rates[way].append(found["tokens"] / found["cpu"])
-    lines = ["| way | tokens per CPU second | ours beside it |", "|---|---|---|"]
-    for way in WAYS:
-        ratio = [a / b for a, b in zip(rates["ours"], rates[way], strict=True)]
-        lines.append(f"| {way} | {spread(rates[way], 0)} | {spread(ratio)} |")
-    head = f"{words.model}, {words.rows} rows, batches of {words.batch_size}, at most {words.new} new tokens\n"
-    text = "\n".join([machine(words.threads), head, *lines, ""])
-    record = {"machine": machine(words.threads), "settings": shared, "rates": rates}
-    record["medians"] = {way: statistics.median(values) for way, values in rates.items()}
-    write(words.output, record, text)
+        found = in_a_process(__file__, [*shared, "--round"])
+        if isinstance(found, str):
+            raise SystemExit(found)
+        rounds.append(found)
+    head = f"{words.model}, {words.rows} rows, batches of {words.batch_size}, at most {words.new} new tokens"
+    record = {"machine": machine(words.threads), "settings": shared, "rounds": rounds}
+    write(words.output, record, f"{record['machine']}\n\n{head}; {words.rounds} rounds\n\n{table(rounds)}")
 
 
 if __name__ == "__main__":

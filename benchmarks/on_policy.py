@@ -1,51 +1,53 @@
-"""What the student's own responses are good for: on-policy methods beside forward KL on the data, on the bundled rows.
+"""What responses of the models are good for: every source of them beside forward KL on the data, on the bundled rows.
 
 Every run is a process of its own on the shipped config, all with the same number of steps and the same start; then
-`forward_kl (same time)` gets as many steps as fit into the CPU time of the slowest of the others. Measured on the test
-rows, before and after: forward and reverse KL to the teacher and NLL on the data's answers, exact match of greedy
-responses (categories), and the teacher's NLL per token of what the student writes when sampled at temperature 1.
+`forward_kl (same time)` gets as many steps as fit into the CPU time of the slowest of the others. What is written
+before or between the steps (seqkd, distillm2) is part of a run and of its time. Measured on the test rows, before and
+after: forward and reverse KL to the teacher and NLL on the data's answers, exact match of greedy responses
+(categories), and the teacher's NLL per token of what the student writes when sampled at temperature 1.
 
-    python benchmarks/on_policy.py --steps 500 --seeds 0 1 2 --output build/on_policy
+    python benchmarks/on_policy.py --steps 1000 --seeds 0 1 2 --same_time --output build/on_policy
 
-writes build/on_policy/results.json after each run (a repeated call goes on) and build/on_policy/report.md.
+writes build/on_policy/results.json after each run (a repeated call goes on; other numbers of steps want another folder)
+and build/on_policy/report.md.
 
-    python benchmarks/on_policy.py --speed
+    python benchmarks/on_policy.py --speed --output build/responses
 
-prints the CPU time of an on-policy step over that of a step on the same tokens and one bare `model.generate` of them.
+is responses.py, which writes what a step costs to OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import responses
 import torch
 
 from kd_lightning import DistillationModule, InstructionDataModule
 from kd_lightning.data.batch import Collator, left_pad
-from kd_lightning.rollout import Author, Sampling, generate
+from kd_lightning.rollout import generate
 from kd_lightning.teachers import HFTeacher
-from kd_lightning.written import append, prompts
+from kd_lightning.written import append
 
-RUNS = {"forward_kl": "quickstart", "gkd": "gkd", "distillm": "distillm", "minillm": "minillm"}
+RUNS = {"forward_kl": "quickstart", **{name: name for name in ("seqkd", "gkd", "distillm", "distillm2", "minillm")}}
 COLUMNS = ("forward_kl", "reverse_kl", "nll", "exact_match", "sample_nll")
 
 
 def train(root: Path, config: str, steps: int, seed: int, extra: list[str]) -> float:
-    """A run under `root`; its CPU seconds, start-up included."""
+    """A run under `root`, from nothing; its CPU seconds, start-up included."""
+    shutil.rmtree(root, ignore_errors=True)  # of one that was interrupted, whose responses would cost nothing now
     words = [sys.executable, "-m", "kd_lightning", "fit", "--config", config, "--trainer.default_root_dir", str(root)]
     words += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), "--trainer.val_check_interval", "125"]
     words += ["--model.lr_scheduler.total_iters", str(steps), "--trainer.limit_test_batches", "0"]
-    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--export.overwrite", "true"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*words, *extra], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -110,41 +112,6 @@ class Bench:
         return float(torch.cat(values).mean())
 
 
-def speed(rounds: int = 7) -> float:
-    """Median over rounds of (respond + step) / (generate + step), both on the same prompts and tokens."""
-    data = InstructionDataModule("asset:train", tokenizer="asset:student", batch_size=32, max_length=128)
-    data.setup("fit")
-    batches = [batch for _, batch in zip(range(rounds + 1), data.train_dataloader(), strict=False)]
-    module = DistillationModule("asset:student", "asset:teacher")
-    module.configure_model()
-    model: Any = module.model
-    student: Any = model.student
-
-    def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-        began = time.process_time()
-        found = function()
-        return time.process_time() - began, found
-
-    def step(batch: dict[str, torch.Tensor]) -> None:
-        module.zero_grad()
-        model(batch, module.teacher).loss.backward()
-
-    ratios = []
-    for n, batch in enumerate(batches):
-        author = Author(model, module.teacher, seed=n)
-        writing, written = timed(functools.partial(author.respond, batch, Sampling(32)))
-        ids, mask = prompts(batch)
-        torch.manual_seed(author.number("write", 0, 0))
-        student.eval()
-        call = functools.partial(student.generate, input_ids=ids, attention_mask=mask, max_new_tokens=32)
-        with torch.no_grad():
-            bare, _ = timed(functools.partial(call, do_sample=True, top_k=0, pad_token_id=0))
-        student.train()
-        training, _ = timed(functools.partial(step, written))
-        ratios.append((writing + training) / (bare + training))
-    return statistics.median(ratios[1:])
-
-
 def report(results: list[dict[str, Any]]) -> str:
     """A table: mean over seeds, and spread where there are several."""
     lines = ["| run | steps | seeds | CPU s | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (4 + len(COLUMNS))]
@@ -162,10 +129,10 @@ def report(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Run what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--rows", type=int, default=500, help="test rows measured")
@@ -173,10 +140,11 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="only the cost of a step")
     parser.add_argument("--output", type=Path, default=Path("build/on_policy"))
     parser.add_argument("extra", nargs="*", help="after `--`: more words for every run's command line")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.speed:
-        print(f"on-policy step / (step + generate) = {speed():.3f}")
-        return
+        return responses.main(["--output", str(args.output)])
+    if args.same_time and "forward_kl" not in args.runs:
+        parser.error("--same_time is the time of forward_kl, which --runs leaves out")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
     results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
@@ -185,6 +153,7 @@ def main() -> None:
     def add(run: str, seed: int, steps: int) -> None:
         if any(r["run"] == run and r["seed"] == seed for r in results):
             return
+        print(f"{run}, seed {seed}, {steps} steps", flush=True)
         student, seconds = "asset:student", 0.0
         if steps:
             config = RUNS[run.split(" ")[0]]

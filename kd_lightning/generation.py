@@ -68,7 +68,8 @@ def generate(
         sampling["logits_processor"] = LogitsProcessorList(processors)
     training = model.training
     device = input_ids.device
-    model.eval()
+    if any(part.training for part in model.modules()):
+        model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -77,11 +78,13 @@ def generate(
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
+                use_cache=True,
                 synced_gpus=together,
                 **sampling,
             )
     finally:
-        model.train(training)
+        if training:
+            model.train()
     return tokens[:, input_ids.shape[1] :]
 
 

@@ -128,8 +128,9 @@ class Regeneration(L.Callback):
         if self.when == "once" and number > 0:
             return
         rows = datamodule.generation_rows("train")
+        missing = set(datamodule.missing_responses(self.side))
+        nothing_yet = len(missing) == len(rows)
         if self.when == "once":
-            missing = set(datamodule.missing_responses(self.side))
             rows = [row for row in rows if row["index"] in missing]
         if not rows:
             return
@@ -144,7 +145,7 @@ class Regeneration(L.Callback):
             for index, response in found.items()
             if self.keep_unfinished or response.finish_reason == "eos"
         }
-        if not any(text.strip() for text in taken.values()):
+        if nothing_yet and not any(text.strip() for text in taken.values()):
             raise ValueError(
                 f"the {self.side} wrote nothing that can be learned with max_new_tokens "
                 f"{self.sampling.max_new_tokens}: {told}"

@@ -90,6 +90,58 @@ def test_when_compiling_pays(script: Any, tmp_path: Path) -> None:
     assert "| forward_kl | 3e+03 |" in (tmp_path / "even.md").read_text()
 
 
+def test_generate_beside_bare_generate(script: Any, tmp_path: Path) -> None:
+    generate = script("generate")
+    generate.main(["--quick", "--output", str(tmp_path / "generate")])
+    record = json.loads((tmp_path / "generate.json").read_text())
+    (found,) = record["rounds"]
+    assert set(found["tokens"]) == set(found["seconds"]) == set(generate.WAYS)
+    assert len(set(found["tokens"].values())) == 1  # the same responses
+    text = generate.table([{"tokens": {"ours": 6, "bare": 6}, "seconds": {"ours": [2.0, 3.0], "bare": [4.0, 3.0]}}])
+    assert "| bare | 2 [2–2] | 1.50 [1.00–2.00] |" in text
+
+
+def test_steps_by_where_their_responses_come_from(script: Any, tmp_path: Path) -> None:
+    responses = script("responses")
+    responses.main(["--quick", "--output", str(tmp_path / "responses")])
+    (turn,) = json.loads((tmp_path / "responses.json").read_text())["turns"]
+    assert all(seconds > 0 for seconds in turn.values())
+    names = ("respond", "generate", "step", "contrastive", "gap", "teacher's half", "student's half")
+    assert set(turn) == set(names)
+    text = responses.table([dict(zip(names, (5.0, 2.0, 2.0, 4.0, 6.0, 1.0, 3.0), strict=True))])
+    assert "| 1.75 [1.75–1.75] | 1.10 | missed |" in text
+    assert "| 1.00 [1.00–1.00] | 1.05 |  |" in text
+    assert "| 1.50 [1.50–1.50] |  |  |" in text
+
+
+def test_sources_of_responses_go_on_where_they_were(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_policy = script("on_policy")
+    asked: list[tuple[str, int, int]] = []
+
+    class Bench:
+        def __init__(self, rows: int) -> None: ...
+
+        def measure(self, student: str) -> dict[str, float]:
+            return dict.fromkeys(on_policy.COLUMNS, 0.5)
+
+    def train(root: Path, config: str, steps: int, seed: int, extra: list[str]) -> float:
+        asked.append((config, steps, seed))
+        return 3.0 if config == "minillm" else 2.0
+
+    monkeypatch.setattr(on_policy, "Bench", Bench)
+    monkeypatch.setattr(on_policy, "train", train)
+    words = ["--steps", "10", "--output", str(tmp_path)]
+    on_policy.main([*words, "--runs", "forward_kl", "gkd"])
+    on_policy.main([*words, "--same_time", "--seeds", "0", "1"])
+    others = [(name, 10, 0) for name in ("seqkd", "distillm", "distillm2", "minillm")]
+    again = [(name, 10, 1) for name in ("quickstart", "seqkd", "gkd", "distillm", "distillm2", "minillm")]
+    longer = [("quickstart", 15, seed) for seed in (0, 1)]
+    assert asked == [("quickstart", 10, 0), ("gkd", 10, 0), *others, longer[0], *again, longer[1]]
+    assert "| distillm2 | 10 | 2 | 2 ± 0 | 0.500 ± 0.000 |" in (tmp_path / "report.md").read_text()
+
+
 def test_a_chart_of_several_shapes(script: Any, tmp_path: Path) -> None:
     chart = script("chart")
     case = lambda cpu: [{"cpu": cpu, "peak": 110.0, "floor": 100.0}]  # noqa: E731

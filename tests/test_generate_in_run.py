@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import runs
+from kd_lightning.answering import Writer
 from kd_lightning.cli import main
 from kd_lightning.data import IGNORE_INDEX, PromptDataModule
 from kd_lightning.regeneration import Regeneration
+from kd_lightning.response_file import Response
 from test_bad_input import refused
 
 ROWS = 48
@@ -148,6 +150,68 @@ def test_new_words_of_the_student_before_each_pass(data: Path, tmp_path: Path) -
     killed_when(contrastive(root, data), root / "responses" / "student-pass-0001.0-of-1.jsonl", 300)
     assert main(contrastive(root, data, "--ckpt_path", "last")) == 0
     assert same(whole, root)
+
+
+@pytest.mark.parametrize("said", [Response("", "eos", 1), Response("and and", "length", 8)], ids=["empty", "endless"])
+def test_a_student_that_says_nothing_more(
+    said: Response, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """It is counted, what was said before is learned again, and no loss is NaN; at the very first pass it is refused."""
+    own, calls = Writer.answers, []
+
+    def answers(writer: Any, prompts: Any, numbered: Any) -> Any:
+        calls.append(writer)
+        if len(calls) < 3:  # the teacher, and the student before its first pass
+            return own(writer, prompts, numbered)
+        return ((row, said) for _, rows in numbered for row in rows)
+
+    monkeypatch.setattr(Writer, "answers", answers)
+    root = tmp_path / "root"
+    words = [word.replace("contrastive.yaml", "own.yaml") for word in contrastive(root, data, steps=8)]
+    text = json.loads((tmp_path / "contrastive.yaml").read_text())
+    for callback in text["trainer"]["callbacks"]:
+        callback["init_args"] |= {"keep_unfinished": False, "max_new_tokens": 16}
+    (tmp_path / "own.yaml").write_text(json.dumps(text))
+    assert main(words) == 0
+    rows = int(caplog.text.split("student, pass 1: ")[1].split(" responses")[0])
+    kind = "empty" if said.finish_reason == "eos" else "cut at max_new_tokens"
+    assert f"student, pass 1: {rows} responses, {rows} {kind}" in caplog.text
+    assert f"train: 0 of {rows} responses of the student replaced" in caplog.text
+    first, second = ((root / "responses" / f"student-{n:04d}.jsonl").read_text() for n in (2, 3))
+    assert first == second
+    assert all(tensor.isfinite().all() for tensor in runs.student(root).values())
+    calls += [None, None]  # from now on it says nothing from the start, nor does the teacher
+    assert main([*words, "--trainer.default_root_dir", str(tmp_path / "again")]) == 1
+
+
+def state(root: Path) -> dict[str, Any]:
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_killed_in_a_pass_and_between_two_and_resumed(data: Path, tmp_path: Path) -> None:
+    """Weights, skews, pairs, coin and order are those of a run that nobody killed."""
+    whole, root = tmp_path / "whole", tmp_path / "root"
+    follow = {"class_path": "ResponseGap"}, {"class_path": "ResponseGap", "init_args": {"side": "student"}}
+    sides = [
+        {"class_path": name, "init_args": {"alpha": skew}}
+        for name, skew in zip(("SkewKL", "SkewReverseKL"), follow, strict=True)
+    ]
+    arguments = dict(zip(("teacher_responses", "student_responses"), sides, strict=True))
+    more = ("--model.objective", json.dumps({"class_path": "Contrastive", "init_args": arguments}))
+    assert main(contrastive(whole, data, *more)) == 0
+    runs.kill_when(contrastive(root, data, *more), root / "checkpoints" / "epoch=1-step=8.ckpt")
+    assert 6 < state(root)["global_step"] < 12  # within the second pass
+    resume = ("--ckpt_path", "last")
+    killed_when(contrastive(root, data, *more, *resume), root / "responses" / "student-pass-0002.0-of-1.jsonl", 300)
+    assert state(root)["global_step"] == 12  # between the second and the third
+    assert main(contrastive(root, data, *more, *resume)) == 0
+    one, two = state(whole)["state_dict"], state(root)["state_dict"]
+    gaps = [name for name in one if name.endswith("mean_gap")]
+    assert len(gaps) == 2 and all(one[name].isfinite() for name in gaps)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    for path in (whole / "responses").glob("student-0*.jsonl"):
+        assert (root / "responses" / path.name).read_bytes() == path.read_bytes()
 
 
 # ----------------------------------------------------------------------------------------------------------- ranks
