@@ -281,6 +281,12 @@ def test_ends_and_reasons() -> None:
     assert [found[n].text for n in range(4)] == ["", once, once, tokenizer.decode([word] * 3)]
 
 
+def test_prompts_go_where_the_model_computes_not_where_its_parameters_wait() -> None:
+    model = Parrot([[5, 1]], 1).to("meta")  # in a run: shards in host memory, computed with on a card
+    writer = Writer(model, load_tokenizer("asset:student"), Sampling(2), device=torch.device("cpu"))
+    assert [response.tokens for _, response in writer.answers([[5]], [(0, [0])])] == [2]
+
+
 def test_dropout_is_off_and_the_mode_comes_back() -> None:
     model: Any = load_causal_lm("asset:student", kwargs={"attention_dropout": 0.9})
     tokenizer = load_tokenizer("asset:student")
