@@ -155,7 +155,7 @@ def build_cli() -> type:
 
         def before_fit(self) -> None:
             """Refuse a taken or unwritable ROOT, and a cache of words to come, before anything is written into it."""
-            for callback in self.trainer.callbacks:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Regeneration):
                     callback.check(self.model)
             export: HFExport = self._get(self.config_init, "export")
