@@ -237,6 +237,26 @@ def test_ranks_share_the_work_and_write_the_same(strategy: str, data: Path, whol
     assert {n: text for n, text in found.items() if text.strip()} == said(one)
 
 
+@pytest.mark.slow
+def test_a_student_that_is_spread_over_ranks_writes_the_same(data: Path, tmp_path: Path) -> None:
+    """Between two passes, of weights that have learned meanwhile."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ("--data.shuffle", "false")
+    words = [contrastive(root, data, *more, steps=7) for root in (one, two)]
+    text = json.loads((tmp_path / "contrastive.yaml").read_text())
+    for callback in text["trainer"]["callbacks"]:
+        callback["init_args"] |= {"temperature": 0, "batch_size": 10}
+    (tmp_path / "contrastive.yaml").write_text(json.dumps(text))
+    assert main(words[0]) == 0
+    spread = ["--data.batch_size", "4", "--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
+    code, _, err = runs.finish([*words[1], *spread])
+    assert code == 0, err
+    for number in (2, 3):  # before the first pass and the second
+        texts = [(root / "responses" / f"student-{number:04d}.jsonl").read_text().splitlines() for root in (one, two)]
+        assert len(texts[0]) == len(texts[1]) == ROWS
+        assert sum(a == b for a, b in zip(*texts, strict=True)) >= (ROWS if number == 2 else ROWS - 2)  # near ties
+
+
 # --------------------------------------------------------------------------------------------------------- refused
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "temperature": (["--trainer.callbacks.temperature=-1"], ["temperature", "-1"]),
