@@ -43,7 +43,9 @@ class Regeneration(L.Callback):
         keep_unfinished: take responses that were cut at `max_new_tokens` too, with an end that the writer did not
             write; False: such a row keeps its old response, or is dropped where it has none.
 
-    Logged: `train/regenerate_share`, the share of the run's time so far that all of them together have been writing.
+    Logged: `train/regenerate_share`, the share of the run's time so far that all of them together have been writing;
+    and of each pass under `train/SIDE_…`: `response_length` (tokens), `finished` (share that the writer ended itself),
+    `empty`.
 
     Raises:
         ValueError: an argument is out of its range; before the first step: the data module takes no responses, there is
@@ -140,6 +142,7 @@ class Regeneration(L.Callback):
         told, seconds = summary(list(found.values())), time.perf_counter() - began
         self.seconds += seconds
         rank_zero_info(f"{self.side}, pass {number}: {told}, {seconds:.0f} s")
+        self._log(trainer, list(found.values()))
         taken = {
             index: response.text
             for index, response in found.items()
@@ -155,6 +158,17 @@ class Regeneration(L.Callback):
             self._path(Path(trainer.default_root_dir) / "responses", trainer, number - 1).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------------- helpers
+    def _log(self, trainer: L.Trainer, found: Sequence[Response]) -> None:
+        lengths = [response.tokens for response in found if response.tokens] or [0]  # a file does not hold them
+        figures = {
+            "response_length": sum(lengths) / len(lengths),
+            "finished": sum(response.finish_reason == "eos" for response in found) / len(found),
+            "empty": sum(not response.text.strip() for response in found) / len(found),
+        }
+        scalars = {f"train/{self.side}_{name}": value for name, value in figures.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+
     def _model(self, module: Any) -> Any:
         """What writes.
 

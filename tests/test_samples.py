@@ -18,6 +18,10 @@ from test_generate_in_run import contrastive, seqkd
 
 LOGGED = ["--trainer.log_every_n_steps", "1", "--samples.every_n_steps", "2", "--samples.rows", "3"]
 WRITING = {"train/response_length", "train/finished", "train/empty", "train/generate_share", "train/student_share"}
+WROTE = {
+    side: [f"train/{side}_{name}" for name in ("response_length", "finished", "empty")]
+    for side in ("teacher", "student")
+}
 GAPS = {
     "class_path": "Contrastive",
     "init_args": {
@@ -52,13 +56,15 @@ RUNS: dict[str, tuple[Any, set[str], set[str]]] = {
     "minillm": (on_policy("minillm"), WRITING | {"train/reward", "train/importance"}, {"student"}),
     "seqkd": (
         lambda root, data: seqkd(root, data, "--trainer.callbacks.max_new_tokens", "16", steps=4),
-        {"train/regenerate_share"},
+        {"train/regenerate_share", *WROTE["teacher"]},
         {"teacher"},
     ),
     "distillm2": (
         pairs,
         {
             "train/regenerate_share",
+            *WROTE["teacher"],
+            *WROTE["student"],
             "train/student_share",
             "schedule/teacher_responses.assistant.teacher_weight",
             "schedule/student_responses.assistant.teacher_weight",
@@ -80,6 +86,12 @@ def test_what_is_written_is_logged_and_can_be_read(name: str, tmp_path: Path) ->
     for share in scalars & {"train/generate_share", "train/regenerate_share"}:
         values = [event.value for event in events.Scalars(share)]
         assert all(0 <= value < 1 for value in values) and max(values) > 0
+    for side in ("teacher", "student"):
+        if WROTE[side][0] in scalars:
+            passes = {event.step for event in events.Scalars(WROTE[side][0])}
+            assert passes == ({0} if side == "teacher" else {0, 6})
+            assert 0 < events.Scalars(WROTE[side][0])[0].value <= 16
+            assert all(0 <= event.value <= 1 for name in WROTE[side][1:] for event in events.Scalars(name))
     shown = events.Tensors("trained on/text_summary")
     assert len(shown) >= 2
     assert len({event.step for event in shown}) == len(shown)
