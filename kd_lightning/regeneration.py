@@ -92,7 +92,7 @@ class Regeneration(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look whether it can work here, and let the data module call before each pass."""
-        self._began = time.perf_counter()
+        self.seconds, self._began = 0.0, time.perf_counter()
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "replace_responses"):
             kind = "none" if datamodule is None else type(datamodule).__name__
