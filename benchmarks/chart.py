@@ -1,9 +1,13 @@
-"""Time and memory against tokens and vocabulary, drawn from the results of several shapes.
+"""Time and memory against tokens and against vocabulary, drawn from the results of several shapes.
 
-    python benchmarks/chart.py build/V4099.json build/V32768.json build/V50257.json --output build/cost.svg
+    for n in 256 1024 4096 16384; do
+        python benchmarks/engine.py --shape 16384,256,512,$n --cases forward_kl,jsd:naive --output build/N$n
+    done
+    python benchmarks/chart.py build/N*.json build/V*.json --output build/cost.svg
 
-Left: CPU time over the plain products; right: peak over the floor, both against rows × vocabulary. A case that was not
-measured in a file is left out there.
+Above: CPU time over the plain products; below: peak over the floor. Left against tokens, from the largest set of
+results that differ in nothing else; right against vocabulary likewise. A case that was not measured in a file is left
+out there.
 """
 
 from __future__ import annotations
@@ -22,7 +26,19 @@ import matplotlib.pyplot as plt
 CASES = ("forward_kl", "jsd", "amid", "forward_kl:eager", "forward_kl:naive", "jsd:naive", "jsd:trl_gkd")
 
 
-def points(records: list[dict[str, Any]], case: str, figure: str) -> list[tuple[float, float]]:
+TOKENS, VOCABULARY = 3, 0  # places in a shape
+
+
+def alike(records: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
+    """The largest set of records whose shapes differ in one place alone, by that place."""
+    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["shape"][place]):
+        shape = record["shape"]
+        groups.setdefault((*shape[:place], *shape[place + 1 :]), []).append(record)
+    return max(groups.values(), key=len)
+
+
+def points(records: list[dict[str, Any]], case: str, figure: str, place: int) -> list[tuple[float, float]]:
     """Size and median ratio of a case in every record that has it."""
     found = []
     for record in records:
@@ -30,8 +46,8 @@ def points(records: list[dict[str, Any]], case: str, figure: str) -> list[tuple[
         if rounds:
             unit = statistics.median(r["cpu"] for r in plain)
             ratios = [r["cpu"] / unit if figure == "time" else r["peak"] / r["floor"] for r in rounds]
-            found.append((record["shape"][0] * record["shape"][3], statistics.median(ratios)))
-    return sorted(found)
+            found.append((record["shape"][place], statistics.median(ratios)))
+    return found
 
 
 def main(words: list[str] | None = None) -> None:
@@ -40,14 +56,25 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("build/cost.svg"))
     args = parser.parse_args(words)
     records = [json.loads(path.read_text()) for path in args.results]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, what, label in zip(axes, ("time", "peak"), ("CPU time / plain", "peak / floor"), strict=True):
-        for case in CASES:
-            if found := points(records, case, what):
-                axis.plot(*zip(*found, strict=True), marker="o", label=case)
-        axis.set(xscale="log", yscale="log", xlabel="rows × vocabulary", ylabel=label)
-        axis.axhline(1, color="grey", linewidth=0.8)
-    axes[1].legend(fontsize="small")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", sharey="row", layout="constrained")
+    for column, (place, name) in enumerate(((TOKENS, "tokens"), (VOCABULARY, "vocabulary"))):
+        group = alike(records, place)
+        shape = group[0]["shape"]
+        fixed = f"vocabulary {shape[VOCABULARY]:,}" if place == TOKENS else f"{shape[TOKENS]:,} tokens"
+        for row, (what, label) in enumerate((("time", "CPU time / plain"), ("peak", "peak / floor"))):
+            axis = axes[row, column]
+            for case in CASES:
+                if found := points(group, case, what, place):
+                    axis.plot(*zip(*found, strict=True), marker="o", label=case)
+            axis.set(xscale="log", yscale="log")
+            axis.axhline(1, color="grey", linewidth=0.8)
+            if column == 0:
+                axis.set_ylabel(label)
+        axes[0, column].set_title(f"{fixed}, widths {shape[1]} and {shape[2]}")
+        axes[1, column].set(xlabel=name, xticks=[record["shape"][place] for record in group])
+        axes[1, column].set_xticklabels([f"{record['shape'][place]:,}" for record in group])
+        axes[1, column].minorticks_off()
+    axes[0, 1].legend(fontsize="small")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output)
     plt.close(figure)

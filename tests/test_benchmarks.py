@@ -146,15 +146,15 @@ def test_a_chart_of_several_shapes(script: Any, tmp_path: Path) -> None:
     chart = script("chart")
     case = lambda cpu: [{"cpu": cpu, "peak": 110.0, "floor": 100.0}]  # noqa: E731
     paths = []
-    for n in (10, 100):
-        path = tmp_path / f"{n}.json"
-        path.write_text(
-            json.dumps({"shape": [50, 4, 6, n], "results": {"plain": case(2.0), "jsd": case(3.0 if n == 10 else 1.0)}})
-        )
+    for i, (v, n, cpu) in enumerate([(50, 100, 1.0), (50, 10, 3.0), (50, 1000, 1.0), (70, 10, 4.0)]):
+        path = tmp_path / f"{i}.json"
+        path.write_text(json.dumps({"shape": [v, 4, 6, n], "results": {"plain": case(2.0), "jsd": case(cpu)}}))
         paths.append(str(path))
     records = [json.loads(Path(path).read_text()) for path in paths]
-    assert chart.points(records, "jsd", "time") == [(500, 1.5), (5000, 0.5)]
-    assert chart.points(records, "jsd", "peak") == [(500, 1.1), (5000, 1.1)]
-    assert chart.points(records, "amid", "time") == []
+    over_tokens, over_vocabulary = chart.alike(records, chart.TOKENS), chart.alike(records, chart.VOCABULARY)
+    assert chart.points(over_tokens, "jsd", "time", chart.TOKENS) == [(10, 1.5), (100, 0.5), (1000, 0.5)]
+    assert chart.points(over_vocabulary, "jsd", "time", chart.VOCABULARY) == [(50, 1.5), (70, 2.0)]
+    assert chart.points(over_tokens, "jsd", "peak", chart.TOKENS) == [(10, 1.1), (100, 1.1), (1000, 1.1)]
+    assert chart.points(over_tokens, "amid", "time", chart.TOKENS) == []
     chart.main([*paths, "--output", str(tmp_path / "cost.svg")])
     assert (tmp_path / "cost.svg").read_text().count("jsd") >= 1
