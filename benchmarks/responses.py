@@ -160,11 +160,8 @@ def main(args: list[str] | None = None) -> None:
         words.turns, words.batch_size, words.new = 1, 4, 4
     torch.set_num_threads(words.threads)
     turns = measure(words.turns, words.batch_size, words.new)
-    record = {
-        "machine": machine(words.threads),
-        "settings": vars(words) | {"output": str(words.output)},
-        "turns": turns,
-    }
+    settings = {name: getattr(words, name) for name in ("turns", "batch_size", "new", "threads")}
+    record = {"machine": machine(words.threads), "settings": settings, "turns": turns}
     head = f"batches of {words.batch_size} rows, at most {words.new} new tokens; {words.turns} turns"
     write(words.output, record, f"{record['machine']}\n\n{head}\n\n{table(turns)}")
 
