@@ -142,6 +142,47 @@ def test_sources_of_responses_go_on_where_they_were(
     assert "| distillm2 | 10 | 2 | 2 ± 0 | 0.500 ± 0.000 |" in (tmp_path / "report.md").read_text()
 
 
+def test_methods_beside_their_controls_go_on_where_they_were(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = script("compare_methods")
+    asked: list[tuple[str, ...]] = []
+    measured = dict.fromkeys(methods.COLUMNS, 0.5)
+
+    class Bench:
+        def __init__(self, rows: int) -> None: ...
+
+        def measure(self, student: str) -> dict[str, float]:
+            return measured
+
+    def one(file: str, words: list[str]) -> dict[str, float]:
+        _, run, seed, steps, _ = words
+        asked.append((run, seed, steps))
+        away = 0.4 if run == "gkd" else 0.01 * int(seed)
+        return {**measured, "forward_kl": 0.5 + away, "seconds": {"gkd": 4.0, "jsd": 2.1}.get(run, 2.0)}
+
+    monkeypatch.setattr(methods, "Bench", Bench)
+    monkeypatch.setattr(methods, "in_a_process", one)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")
+    words = ["--steps", "10", "--output", str(tmp_path), "--runs", "forward_kl", "jsd", "gkd"]
+    methods.main([*words, "--same_time"])
+    methods.main([*words, "--same_time", "--seeds", "0", "1", "--jobs", "2"])
+    first = [("forward_kl", "0", "10"), ("jsd", "0", "10"), ("gkd", "0", "10"), ("gkd", "0", "5")]
+    assert asked[:4] == first
+    assert sorted(asked[4:]) == sorted([(run, "1", steps) for run, _, steps in first])
+    report = (tmp_path / "report.md").read_text()
+    assert "| jsd | 10 | 2 | 2 | 0.505 ± 0.007 |" in report
+    assert "| gkd | 10 | 2 | 4 | 0.900 ± 0.000\\* |" in report
+    assert report.count("| gkd | 5 | 2 | 4 |") == 1
+    assert "jsd" in (tmp_path / "chart.svg").read_text()
+
+
+def test_every_method_that_ships_is_compared(script: Any) -> None:
+    shipped = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")} - {"lora", "sft"}
+    assert shipped == {words[0] for words in script("compare_methods").METHODS.values()}
+
+
 def test_a_chart_of_several_shapes(script: Any, tmp_path: Path) -> None:
     chart = script("chart")
     case = lambda cpu: [{"cpu": cpu, "peak": 110.0, "floor": 100.0}]  # noqa: E731

@@ -1,0 +1,226 @@
+"""Every method beside its controls, on the bundled rows: equal steps, then equal time.
+
+Every run is a process of its own on the shipped config; methods start from the bundled supervised student, the controls
+(labels only) from a random start, and from that student. With `--same_time` each method whose CPU time differs from
+forward KL's by over a tenth runs again, with as many steps as that time allows. What is written before or between the
+steps is part of a run and of its time. Measured on the test rows as `on_policy.py` does.
+
+    python benchmarks/compare_methods.py --steps 400 --seeds 0 1 2 3 4 --same_time --jobs 2 --output build/methods
+
+writes build/methods/results.json after each run (a repeated call goes on; other numbers of steps want another folder),
+build/methods/report.md and build/methods/chart.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from measuring import in_a_process, machine
+from on_policy import Bench
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+SOURCES = ("seqkd", "gkd", "distillm", "distillm2", "minillm")
+OBJECTIVES = ("reverse_kl", "jsd", "akl", "alpha", "abkd", "skew_kl", "skew_reverse_kl", "taid", "amid")
+TOTAL_ITERS = "--model.lr_scheduler.total_iters"
+LABELS = ("--model.objective", "ForwardKL", "--model.ce_weight", "1")
+METHODS: dict[str, tuple[str, ...]] = {
+    "forward_kl": ("quickstart",),
+    **{name: (name,) for name in OBJECTIVES},
+    "symmetric_kl": ("quickstart", "--model.objective", "SymmetricKL"),
+    "total_variation": ("quickstart", "--model.objective", "TotalVariation"),
+    **{name: (name,) for name in SOURCES},
+}
+CONTROLS: dict[str, tuple[str, ...]] = {
+    "labels, random start, last step": ("sft",),
+    "labels, random start, best step": ("sft", "--export.which", "best"),
+    "labels, same start, last step": ("quickstart", *LABELS),
+    "labels, same start, best step": ("quickstart", *LABELS, "--export.which", "best"),
+}
+RUNS = {**METHODS, **CONTROLS}
+COLUMNS = {"forward_kl": 3, "reverse_kl": 3, "nll": 3, "exact_match": 3, "sample_nll": 2}
+NOTES = """
+Mean ± standard deviation over seeds. \\*: further from forward KL than twice the spread of the difference.
+
+- This is low-data transfer: a teacher that saw 206,465 related rows, a student that is given 4,000.
+- Seeds vary the order of the rows, the responses drawn and the random start of a control, not data, teacher or
+  tokenizer: the spreads understate what is uncertain.
+- One learning rate for all that start from the supervised student (the configs say which ones differ), not tuned for
+  any method: **the order among the divergences is no finding**, least of all within the spread. Forward KL is also what
+  a column measures.
+- *Labels* is the control, at its last step and where its validation loss is lowest. More rows to supervise on are not
+  bundled, so that control is left out.
+"""
+
+
+def one(run: str, seed: int, steps: int, root: Path) -> dict[str, float]:
+    """Train and measure in this process and a child of it; CPU seconds are the child's."""
+    shutil.rmtree(root, ignore_errors=True)  # of one that was interrupted
+    config, *extra = RUNS[run]
+    words = [sys.executable, "-m", "kd_lightning", "fit", "--config", config, "--trainer.default_root_dir", str(root)]
+    words += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), "--trainer.limit_test_batches", "0"]
+    words += ["--trainer.val_check_interval", str(max(1, min(100, steps // 4)))]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *extra]
+    words += [] if config == "sft" else [TOTAL_ITERS, str(steps)]
+    done = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.stderr is not None
+    said = done.stderr.read()
+    _, status, used = os.wait4(done.pid, 0)
+    if status:
+        raise SystemExit(f"{run}: {said.strip().splitlines()[-1]}")
+    found = Bench(500).measure(str(root / "student"))
+    shutil.rmtree(root)
+    return {"seconds": used.ru_utime + used.ru_stime, **found}
+
+
+def groups(results: list[dict[str, Any]], part: str) -> dict[str, list[dict[str, Any]]]:
+    """The results of one part by run, in the order of the methods."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in ("student before", "teacher", *RUNS):
+        if rows := [r for r in results if r["part"] == part and r["run"] == name]:
+            found[name] = rows
+    return found
+
+
+def cell(rows: list[dict[str, Any]], base: list[dict[str, Any]], column: str, digits: int) -> str:
+    """Mean, spread, and a star where it is further from the base than twice the spread of the difference."""
+    values, others = ([r[column] for r in part] for part in (rows, base))
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    spread = statistics.stdev(values)
+    text = f"{mean:.{digits}f} ± {spread:.{digits}f}"
+    if len(others) > 1 and rows is not base:
+        both = (spread**2 + statistics.stdev(others) ** 2) ** 0.5
+        text += "\\*" if abs(mean - statistics.mean(others)) > 2 * both else ""
+    return text
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """Two tables and what they do not say."""
+    text = f"# Methods beside their controls\n\n{machine(1)}.\n"
+    for part in ("equal steps", "equal time"):
+        if not (found := groups(results, part)):
+            continue
+        base = groups(results, "equal steps").get("forward_kl", [])
+        names = "forward KL | reverse KL | NLL | exact match | teacher's NLL of its words"
+        text += f"\n## {part.capitalize()}\n\n| run | steps | seeds | CPU s | {names} |\n|{'---|' * 9}\n"
+        for name, rows in found.items():
+            start = [name, str(round(statistics.mean(r["steps"] for r in rows))), str(len(rows))]
+            start += [f"{statistics.mean(r['seconds'] for r in rows):.0f}"]
+            cells = [cell(rows, base, column, digits) for column, digits in COLUMNS.items()]
+            text += f"| {' | '.join(start + cells)} |\n"
+    return text + NOTES
+
+
+def chart(results: list[dict[str, Any]], path: Path) -> None:
+    """Forward KL and exact match of every run at equal steps, with their spread."""
+    found = {name: rows for name, rows in groups(results, "equal steps").items() if name != "teacher"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.3 * len(found) + 1.2), sharey=True, layout="constrained")
+    for axis, column, label in zip(
+        axes, ("forward_kl", "exact_match"), ("forward KL to the teacher", "exact match of the category"), strict=True
+    ):
+        for i, (name, rows) in enumerate(found.items()):
+            values = [r[column] for r in rows]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            colour = "C0" if name in METHODS else "C7"
+            axis.errorbar(statistics.mean(values), i, xerr=spread, fmt="o", color=colour, capsize=3)
+        axis.set(yticks=range(len(found)), yticklabels=list(found), xlabel=label)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    for rows in groups(results, "equal steps").get("teacher", []):
+        axes[1].axvline(rows["exact_match"], color="grey", linestyle=":", label="teacher")
+        axes[1].legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+class Comparison:
+    """All runs of a folder, those that are there already left alone."""
+
+    def __init__(self, output: Path, jobs: int, threads: int) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        self.output, self.jobs, self.threads = output, jobs, threads
+        path = output / "results.json"
+        self.results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """One more result: everything is written anew."""
+        self.results.append(result)
+        (self.output / "results.json").write_text(json.dumps(self.results, indent=1))
+        (self.output / "report.md").write_text(report(self.results))
+        chart(self.results, self.output / "chart.svg")
+
+    def at(self, seed: int) -> list[dict[str, Any]]:
+        """What a seed has at equal steps."""
+        return [r for r in self.results if r["part"] == "equal steps" and r["seed"] == seed and r["steps"]]
+
+    def missing(self, wanted: list[tuple[str, str, int, int]]) -> list[tuple[str, str, int, int]]:
+        """Those of (part, run, seed, steps) that are not there yet."""
+        there = {(r["part"], r["run"], r["seed"]) for r in self.results}
+        return [key for key in wanted if key[:3] not in there]
+
+    def do(self, wanted: list[tuple[str, str, int, int]]) -> None:
+        """Run what is missing, some side by side."""
+        left, started = self.missing(wanted), time.perf_counter()
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(self.threads)
+
+        def work(key: tuple[str, str, int, int]) -> tuple[tuple[str, str, int, int], dict[str, Any] | str]:
+            part, run, seed, steps = key
+            root = self.output / f"{part} {run} {seed}".replace(" ", "_")
+            return key, in_a_process(__file__, ["--one", run, str(seed), str(steps), str(root)])
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for n, (key, found) in enumerate(pool.map(work, left), start=1):
+                if isinstance(found, str):
+                    raise SystemExit(f"{key}: {found}")
+                self.keep({"part": key[0], "run": key[1], "seed": key[2], "steps": key[3], **found})
+                minutes = (time.perf_counter() - started) / n * (len(left) - n) / 60
+                print(f"{key}: {found}; {minutes:.0f} min left", flush=True)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--same_time", action="store_true", help="also with as many steps as forward KL's time allows")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--output", type=Path, default=Path("build/methods"))
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    if args.one:
+        run, seed, steps, root = args.one
+        print(json.dumps(one(run, int(seed), int(steps), Path(root))))
+        return
+    if args.same_time and "forward_kl" not in args.runs:
+        parser.error("--same_time is the time of forward_kl, which --runs leaves out")
+    comparison = Comparison(args.output, args.jobs, args.threads)
+    for name, student in (("student before", "asset:student"), ("teacher", "asset:teacher")):
+        if comparison.missing([("equal steps", name, 0, 0)]):
+            found = {"seconds": 0.0, **Bench(500).measure(student)}
+            comparison.keep({"part": "equal steps", "run": name, "seed": 0, "steps": 0, **found})
+    for seed in args.seeds:
+        comparison.do([("equal steps", run, seed, args.steps) for run in args.runs])
+        if args.same_time:
+            seconds = {r["run"]: r["seconds"] for r in comparison.at(seed)}
+            ratios = {run: seconds["forward_kl"] / seconds[run] for run in args.runs if run in METHODS}
+            again = {run: max(1, round(args.steps * r)) for run, r in ratios.items() if abs(r - 1) > 0.1}
+            comparison.do([("equal time", run, seed, steps) for run, steps in again.items()])
+
+
+if __name__ == "__main__":
+    main()
