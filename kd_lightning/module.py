@@ -18,6 +18,7 @@ from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, Reve
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.lora import LoRA, with_lora
 from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.messages import show_information
 from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.rollout import AtWork, ResponseSource
@@ -203,6 +204,7 @@ class DistillationModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Say who learns from whom."""
+        show_information()
         rank_zero_info(sizes(self.student, self.teacher))
 
     # ---------------------------------------------------------------------------------------------------- training

@@ -83,7 +83,7 @@ class LossWatch:
         """Keep the loss of one micro-batch until it is asked for."""
         self._unchecked = (step, row_ids, loss.detach().to("cpu", non_blocking=loss.is_cuda))
         if loss.is_cuda:  # asking the tensor itself would wait for all that was queued since; not yet run on a GPU
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def check(self, places: Callable[[list[int]], str]) -> None:

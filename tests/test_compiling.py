@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -63,6 +65,18 @@ def test_without_a_compiler_it_runs_eagerly_after_one_warning() -> None:
             mine = results(arguments, objective=Reverse(), compile=True)
     assert sum("runs eagerly" in str(warning.message) for warning in caught) == 1
     assert max(map(error, mine, expected)) < 1e-6
+
+
+def test_the_line_that_says_so_is_seen_once_where_nobody_has_set_up_logging() -> None:
+    code = """
+import logging
+from kd_lightning.messages import show_information
+show_information()
+show_information()
+logging.getLogger("kd_lightning").info("compiling")
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert said == "compiling\n"
 
 
 def test_a_fault_in_the_users_code_shows_in_its_own_words() -> None:

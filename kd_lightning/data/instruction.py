@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from typing import Any
 
@@ -14,8 +13,6 @@ from kd_lightning.data.batch import Collator, PromptCollator, TokenRows
 from kd_lightning.data.order import BatchOrder, ResumableLoader
 from kd_lightning.data.rows import Conversation
 from kd_lightning.data.tokenizing import Reader, TextTokenizer, load_tokenizer, prepare, with_template
-
-log = logging.getLogger(__name__)
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SHORTEST = 8
