@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from kd_lightning.agreement import check_same
 from kd_lightning.lora import merged_state, save_adapter
 from kd_lightning.sharding import whole_state
 from kd_lightning.storage import whole_file, whole_folder
@@ -236,6 +237,10 @@ class RunConfig(L.Callback):
 
     def __init__(self, text: str) -> None:
         self.text = text
+
+    def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """See that every rank was started with the same one."""
+        check_same({"configuration": self.text})
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.agreement import check_same
 from kd_lightning.caching import written_down
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.label_losses import LabelLoss
@@ -151,11 +152,14 @@ class DistillationModule(L.LightningModule):
         return source if isinstance(source, str) else getattr(source, "name_or_path", None) or None
 
     def setup(self, stage: str) -> None:
-        """Compare the two tokenizers before anything is loaded or trained."""
+        """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
         datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)
+        if stage == "fit":
+            rows = datamodule.description() if hasattr(datamodule, "description") else {}
+            check_same({"loss": repr(self.evaluation_loss), **rows})
 
     def configure_model(self) -> None:
         """Load student and teacher; Lightning calls this more than once."""

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_lightning.agreement import describe_rows
 from kd_lightning.data.batch import Collator, PromptCollator, TokenRows
 from kd_lightning.data.order import BatchOrder, ResumableLoader
 from kd_lightning.data.rows import Conversation
@@ -189,6 +190,10 @@ class InstructionDataModule(L.LightningDataModule):
         return ResumableLoader(
             _Prompts(prompts), batch_size=None, sampler=order, collate_fn=PromptCollator(self.pad_id)
         )
+
+    def description(self) -> dict[str, str]:
+        """Every loaded split in a line that changes with its rows."""
+        return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
 
     @property
     def splits(self) -> list[str]:
