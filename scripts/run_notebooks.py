@@ -2,7 +2,8 @@
 
     python scripts/run_notebooks.py [tutorials/02_forward_and_reverse_kl.ipynb ...]
 
-Without arguments all of `tutorials/`. A cell that fails ends the run, and its notebook is left as it was.
+Without arguments all of `tutorials/` (the last one, 10, needs two packages that it names). A cell that fails ends the
+run, and its notebook is left as it was.
 """
 
 from __future__ import annotations
