@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -231,16 +232,17 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _write_part(self, checkpoint: dict[str, Any], folder: Path) -> None:
         """Write this rank's file, and see that the others have written theirs."""
         self.barrier("the folder is there")
-        error: Exception | None = None
+        failure: str | None = None
         try:
             write_part(checkpoint, folder, self.global_rank)
-        except (OSError, RuntimeError, SafetensorError) as failure:
-            error = failure
-        failed = self.reduce(torch.tensor(float(error is not None), device=self.root_device), reduce_op="sum")
-        if error is not None:
-            raise error
-        if failed:
-            raise OSError(f"{folder} could not be written by {int(failed)} of the ranks")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            full = shutil.disk_usage(folder.parent).free < 1 << 16  # what a writer says then is not always that
+            failure = "No space left on device" if full else str(error)
+        failures: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(failures, failure)
+        for rank, reason in enumerate(failures):
+            if reason is not None:
+                raise OSError(f"{folder} could not be written by rank {rank}: {reason}")
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a file or a folder; tensors are read when `load_model_state_dict` and the optimizer ask for their rows.

@@ -7,18 +7,26 @@ import functools
 import itertools
 import os
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID
+from kd_lightning.cached_teacher import CachedTeacher
+from kd_lightning.lora import LoRA, with_lora
 from kd_lightning.sharding import whole_state
 from kd_lightning.strategies import FSDP2Strategy
+from kd_lightning.teacher_cache import Description, Shards, ShardWriter, places, row_keys, updated, write_head
+from kd_lightning.teachers import AdapterOffTeacher, HFTeacher, OffloadedTeacher
+from test_lora import stirred
 from test_module import SGD, Batch, Run, fit, rows, split
 
 FP32 = 2e-5  # of any weight
@@ -32,6 +40,7 @@ class Placement:
     name: str
     ranks: int
     sizes: dict[str, int] | None = None  # of FSDP2; None: DDP
+    models: str = "plain"  # one of MODELS
 
     @property
     def readers(self) -> int:
@@ -56,6 +65,12 @@ PLACEMENTS = [
     Placement("hybrid 2 x 2", 4, {"shard_size": 2}),
     Placement("fsdp2 2 x head 2", 4, {"tensor_parallel_size": 2}),
     Placement("hybrid 2 x 1 x head 2", 4, {"shard_size": 1, "tensor_parallel_size": 2}),
+    *(
+        Placement(f"{models}, {name}", ranks, sizes, models)
+        for models in ("lora", "adapter off", "offloaded", "cached")
+        for name, ranks, sizes in (("ddp", 2, None), ("fsdp2", 2, {}), ("hybrid 2 x 2", 4, {"shard_size": 2}))
+    ),
+    Placement("cached, head over 2", 2, {"tensor_parallel_size": 2}, "cached"),
 ]
 SETTINGS = [
     Setting(*values)
@@ -74,10 +89,43 @@ def micro_batches() -> list[Batch]:
     return batches
 
 
-def train(setting: Setting, batches: list[Batch], **kwargs: Any) -> dict[str, Any]:
+def adapted(student: nn.Module) -> nn.Module:
+    """The student with adapters that have learnt something."""
+    return stirred(with_lora(student, LoRA(r=3)))
+
+
+def cached(teacher: nn.Module) -> CachedTeacher:
+    """A teacher that has written down what it says about every row."""
+    folder, live = Path(tempfile.mkdtemp()), HFTeacher(teacher)
+    live.load()
+    assert live.head is not None
+    whose = Description("tiny", live.fingerprint(), "-", "-", 0, "hidden", "float32", None, live.head.vocabulary)
+    write_head(folder, live.head.weight, live.head.bias)
+    writer = ShardWriter(folder, whose.digest)
+    for batch in micro_batches():
+        counted = places(batch["labels"])
+        some = counted.any(1)
+        hidden = live.hidden(batch)[:, :-1][counted]
+        writer.add(row_keys(batch)[some], counted.sum(1)[some], {"hidden": hidden})
+    writer.flush()
+    updated(whose, {}, Shards(folder, whose.digest).tokens).write(folder)
+    return CachedTeacher(str(folder))
+
+
+MODELS: dict[str, Callable[[nn.Module, nn.Module], tuple[nn.Module, Any]]] = {
+    "plain": lambda student, teacher: (student, teacher),
+    "lora": lambda student, teacher: (adapted(student), teacher),
+    "adapter off": lambda student, teacher: (adapted(student), AdapterOffTeacher()),
+    "offloaded": lambda student, teacher: (student, OffloadedTeacher(teacher)),
+    "cached": lambda student, teacher: (student, cached(teacher)),
+}
+
+
+def train(setting: Setting, batches: list[Batch], models: str = "plain", **kwargs: Any) -> dict[str, Any]:
     """What a run leaves: the student, the logged loss, the schedule."""
     torch.manual_seed(0)
-    student, teacher = tiny("llama", tie_word_embeddings=True), tiny("llama", num_hidden_layers=3, hidden_size=48)
+    teacher = tiny("llama", num_hidden_layers=3, hidden_size=48)
+    student, teacher = MODELS[models](tiny("llama", tie_word_embeddings=True), teacher)
     module = Run(student, teacher, TAID(), ce_weight=0.5, optimizer=SGD, reduction=setting.reduction)
     start = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
     fit(module, batches, precision=setting.precision, **kwargs)
@@ -92,10 +140,11 @@ def train(setting: Setting, batches: list[Batch], **kwargs: Any) -> dict[str, An
 
 
 @functools.cache
-def on_one_device(setting: Setting) -> dict[str, Any]:
+def on_one_device(setting: Setting, models: str) -> dict[str, Any]:
     batches = micro_batches()
     steps = [[batches[i] for i in window] for window in WINDOWS[setting.accumulation]]
-    return train(setting, [{name: torch.cat([b[name] for b in step]) for name in step[0]} for step in steps])
+    whole = [{name: torch.cat([b[name] for b in step]) for name in step[0]} for step in steps]
+    return train(setting, whole, models)
 
 
 def on_a_rank(rank: int, ranks: int) -> dict[str, Any]:
@@ -112,6 +161,7 @@ def on_a_rank(rank: int, ranks: int) -> dict[str, Any]:
         found[str((placement, setting))] = train(
             setting,
             [mine[i] for window in windows for i in window],
+            placement.models,
             accumulate_grad_batches=len(windows[0]),
             devices=ranks,
             strategy="ddp" if placement.sizes is None else FSDP2Strategy(**placement.sizes),
@@ -124,9 +174,9 @@ def on_ranks(ranks: int) -> list[dict[str, Any]]:
     return processes.run(on_a_rank, ranks, world_size=ranks)
 
 
-def error(found: dict[str, Any], setting: Setting) -> float:
+def error(found: dict[str, Any], setting: Setting, models: str) -> float:
     """Relative error of a run's change, measured by one device in fp32."""
-    exact = on_one_device(dataclasses.replace(setting, precision="32-true"))["change"]
+    exact = on_one_device(dataclasses.replace(setting, precision="32-true"), models)["change"]
     return float((found["change"] - exact).norm() / exact.norm())
 
 
@@ -139,7 +189,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.accumulation}-{s.precision}-{s.reduction}")
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
 def test_the_same_step(placement: Placement, setting: Setting) -> None:
-    expected = on_one_device(setting)
+    expected = on_one_device(setting, placement.models)
     assert float(expected["change"].abs().max()) > 0.05
     exact = setting.precision == "32-true"
     for ranks in on_ranks(placement.ranks):
@@ -147,7 +197,8 @@ def test_the_same_step(placement: Placement, setting: Setting) -> None:
         if exact:
             assert difference(found["student"], expected["student"]) <= FP32
         else:
-            assert error(found, setting) <= BF16 * error(expected, setting)
+            models = placement.models
+            assert error(found, setting, models) <= BF16 * error(expected, setting, models)
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5 if exact else 0.01)
         assert found["schedule"] == pytest.approx(expected["schedule"], abs=1e-6 if exact else 1e-4)
 
@@ -158,11 +209,12 @@ def table() -> None:
         worst, errors, own = 0.0, 0.0, 0.0
         for setting in SETTINGS:
             if setting.precision == precision:
-                own = max(own, error(on_one_device(setting), setting))
+                expected, models = on_one_device(setting, placement.models), placement.models
+                own = max(own, error(expected, setting, models))
                 for ranks in on_ranks(placement.ranks):
                     found = ranks[str((placement, setting))]
-                    worst = max(worst, difference(found["student"], on_one_device(setting)["student"]))
-                    errors = max(errors, error(found, setting))
+                    worst = max(worst, difference(found["student"], expected["student"]))
+                    errors = max(errors, error(found, setting, models))
         print(f"| {placement.name} | {placement.ranks} | {precision} | {worst:.1e} | {errors:.1e} | {own:.1e} |")
 
 

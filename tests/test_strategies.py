@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -300,3 +301,28 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(victim: int
         if job.poll() is None or alive(job.pid):
             os.killpg(job.pid, signal.SIGKILL)
     assert WholeCheckpointIO().load_checkpoint(last)["global_step"] >= 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_ends_all_ranks_and_keeps_every_checkpoint_that_is_there(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
+    try:
+        words = [*runs.little(disk / "root", steps=40), "--trainer.devices", "2"]
+        words += ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
+        words += ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k=-1"]
+        code, _, err = runs.finish(words)
+        assert code == 1, err
+        said = [line for line in err.splitlines() if line.startswith("kd-lightning: error:")]
+        assert len(said) == 2
+        assert len(set(said)) == 1
+        assert "could not be written by rank" in said[0] and "No space left" in said[0]
+        assert "Traceback" not in err
+        kept = list((disk / "root" / "checkpoints").glob("*.ckpt"))
+        assert len(kept) >= 2
+        steps = {path.name: WholeCheckpointIO().load_checkpoint(path)["global_step"] for path in kept}
+        assert max(steps.values()) >= 1
+        assert not list((disk / "root" / "checkpoints").glob(".*.part"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
