@@ -46,12 +46,14 @@ QUICK = ("plain", "best", "forward_kl:eager", "amid+monitors:eager", "jsd:naive"
 Results = dict[str, list[dict[str, float]]]
 
 
-def prepared(case: str, shape: tuple[int, ...], chunk: int) -> tuple[Callable[[], Any], Inputs]:
+def prepared(
+    case: str, shape: tuple[int, ...], chunk: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Callable[[], Any], Inputs]:
     """The function that is measured, and what it works on."""
     rest, _, how = case.partition(":")
     name, _, extra = rest.partition("+")
     n = shape[3] * (4 if extra == "4x" else 1)
-    x = inputs((*shape[:3], n), 0.4 if extra == "40%" else 1.0)
+    x = inputs((*shape[:3], n), 0.4 if extra == "40%" else 1.0, dtype, device)
     leaves = (x["h"], x["w"])
     if name in ("plain", "best"):
         return lambda: products(x, chunk, padded=name == "best"), x

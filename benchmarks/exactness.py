@@ -29,7 +29,7 @@ SHAPE = (2048, 64, 128, 48)  # vocabulary, widths, tokens: what counts is the dt
 Ways = dict[str, Callable[[Inputs], Tensor]]
 
 
-def two_models(dtype: torch.dtype, near: bool, shape: tuple[int, ...]) -> Inputs:
+def two_models(dtype: torch.dtype, near: bool, shape: tuple[int, ...], device: str = "cpu") -> Inputs:
     """Student and teacher; nearly equal: the teacher is the student with 5 % of noise on its head."""
     g = torch.Generator().manual_seed(0)
     vocabulary, student, teacher, n = shape
@@ -40,7 +40,7 @@ def two_models(dtype: torch.dtype, near: bool, shape: tuple[int, ...]) -> Inputs
         ht, wt = h, w + 0.05 * randn(vocabulary, student) / student**0.5
     x = {"h": 2 * h, "w": w, "ht": 2 * ht, "wt": wt}
     labels = torch.randint(0, vocabulary, (n,), generator=g)
-    return {**{name: tensor.to(dtype) for name, tensor in x.items()}, "labels": labels}
+    return {**{name: tensor.to(device, dtype) for name, tensor in x.items()}, "labels": labels.to(device)}
 
 
 def reference(objective: kd.Divergence, student: Tensor, teacher: Tensor) -> Tensor:
@@ -87,11 +87,13 @@ def from_logits(name: str, compile: bool) -> Ways:
     return ways
 
 
-def measure(name: str, dtype: torch.dtype, near: bool, compile: bool, shape: tuple[int, ...]) -> dict[str, list[float]]:
+def measure(
+    name: str, dtype: torch.dtype, near: bool, compile: bool, shape: tuple[int, ...], device: str = "cpu"
+) -> dict[str, list[float]]:
     """Errors of every way to one loss, by name: of the values, of the gradient."""
     objective, found = OBJECTIVES[name](), {}
     for kind, ways in (("hidden", from_hidden(name, compile)), ("logits", from_logits(name, compile))):
-        x = two_models(dtype, near, shape)
+        x = two_models(dtype, near, shape, device)
         if kind == "logits":
             x |= {"h": x["h"] @ x["w"].t(), "ht": x["ht"] @ x["wt"].t()}
         exact = {key: tensor.double() for key, tensor in x.items() if key != "labels"}

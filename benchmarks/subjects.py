@@ -40,22 +40,28 @@ OBJECTIVES: dict[str, Callable[[], kd.Divergence]] = {
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # what TRL calls them
 
 
-def inputs(shape: tuple[int, ...], counted: float = 1.0) -> Inputs:
+def inputs(
+    shape: tuple[int, ...], counted: float = 1.0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Inputs:
     """Two models' hidden states and heads; a share of the labels counts."""
     torch.manual_seed(0)
     vocabulary, student, teacher, n = shape
-    return {
-        "h": torch.randn(n, student).requires_grad_(),
-        "w": (torch.randn(vocabulary, student) / student**0.5).requires_grad_(),
+    found = {
+        "h": torch.randn(n, student),
+        "w": torch.randn(vocabulary, student) / student**0.5,
         "ht": torch.randn(n, teacher),
         "wt": torch.randn(vocabulary, teacher) / teacher**0.5,
-        "labels": torch.randint(0, vocabulary, (n,)).masked_fill(torch.rand(n) >= counted, -100),
     }
+    found = {name: tensor.to(device, dtype) for name, tensor in found.items()}
+    for name in ("h", "w"):
+        found[name].requires_grad_()
+    labels = torch.randint(0, vocabulary, (n,)).masked_fill(torch.rand(n) >= counted, -100)
+    return {**found, "labels": labels.to(device)}
 
 
-def padded_tile(rows: int, vocabulary: int) -> Tensor:
+def padded_tile(rows: int, head: Tensor) -> Tensor:
     """Room for logits whose rows are not a power of two apart."""
-    return torch.empty(rows, -(-vocabulary // 64) * 64 + 16)[:, :vocabulary]
+    return head.new_empty(rows, -(-len(head) // 64) * 64 + 16)[:, : len(head)]
 
 
 def products(x: Inputs, chunk: int, padded: bool) -> Any:
@@ -64,7 +70,7 @@ def products(x: Inputs, chunk: int, padded: bool) -> Any:
     h, ht = (x[name].detach()[index] for name in ("h", "ht"))
     w, wt = x["w"].detach(), x["wt"]
     dh, dw = torch.empty_like(h), None
-    tiles = [padded_tile(chunk, len(w)) for _ in range(2)] if padded else []
+    tiles = [padded_tile(chunk, w) for _ in range(2)] if padded else []
     for a in range(0, len(h), chunk):
         b = min(a + chunk, len(h))
         if padded:

@@ -183,6 +183,35 @@ def test_every_method_that_ships_is_compared(script: Any) -> None:
     assert shipped == {words[0] for words in script("compare_methods").METHODS.values()}
 
 
+@pytest.mark.slow
+def test_the_first_hour_on_gpus_runs_on_a_cpu(script: Any, tmp_path: Path) -> None:
+    gpus = script("on_gpu")
+    assert gpus.main(["--device", "cpu", "--small", "--rounds", "1", "--output", str(tmp_path / "gpus")]) == 0
+    parts = json.loads((tmp_path / "gpus.json").read_text())["parts"]
+    assert list(parts) == list(gpus.PARTS)
+    assert parts["All devices beside one"] < 1e-3
+    assert parts["Exactness"]["forward_kl"]["bf16, near"]["hidden: ours"][1] < 2.5e-3
+    text = (tmp_path / "gpus.md").read_text()
+    assert "Failed" not in text
+    assert "| forward_kl:eager | " in text
+
+
+def test_a_part_that_fails_on_gpus_says_why_and_loses_nothing(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = script("on_gpu")
+
+    def fails(args: Any) -> Any:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(
+        gpus, "PARTS", {"one": lambda args: (1, "measured\n"), "two": fails, "three": lambda args: (3, "")}
+    )
+    assert gpus.main(["--device", "cpu", "--output", str(tmp_path / "gpus")]) == 1
+    assert json.loads((tmp_path / "gpus.json").read_text())["parts"] == {"one": 1, "three": 3}
+    assert "## one\n\nmeasured\n\n## two\n\nFailed: no more memory\n" in (tmp_path / "gpus.md").read_text()
+
+
 def test_a_chart_of_several_shapes(script: Any, tmp_path: Path) -> None:
     chart = script("chart")
     case = lambda cpu: [{"cpu": cpu, "peak": 110.0, "floor": 100.0}]  # noqa: E731
