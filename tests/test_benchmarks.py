@@ -184,7 +184,8 @@ def test_every_method_that_ships_is_compared(script: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_hour_on_gpus_runs_on_a_cpu(script: Any, tmp_path: Path) -> None:
+def test_the_first_hour_on_gpus_runs_on_a_cpu(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     gpus = script("on_gpu")
     assert gpus.main(["--device", "cpu", "--small", "--rounds", "1", "--output", str(tmp_path / "gpus")]) == 0
     parts = json.loads((tmp_path / "gpus.json").read_text())["parts"]
