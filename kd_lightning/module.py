@@ -153,7 +153,7 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)
@@ -203,8 +203,9 @@ class DistillationModule(L.LightningModule):
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
-            lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"the checkpoint belongs to another model or objective: {lines[:400]}") from error
+            first = str(error).splitlines()[1].strip()
+            first = first if len(first) < 200 else f"{first[:200].rpartition(', ')[0]} …"
+            raise ValueError(f"the checkpoint belongs to another model or objective: {first}") from error
 
     def on_fit_start(self) -> None:
         """Say who learns from whom."""

@@ -144,6 +144,16 @@ def test_a_foreign_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         refused([*runs.little(tmp_path / "root"), "--ckpt_path", str(foreign)], ["foreign.ckpt"], capfd)
 
 
+@pytest.mark.slow
+def test_a_checkpoint_of_another_model_or_objective(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "root"
+    assert main(runs.little(root, steps=1)) == 0
+    on = [*runs.little(root, steps=2), "--ckpt_path", "last"]
+    for other in (["--model.student", "asset:teacher"], ["--model.lora.r", "2"], ["--model.objective", "TAID"]):
+        line = refused([*on, *other], ["the checkpoint belongs to another model or objective"], capfd)
+        assert len(line) < 320, line
+
+
 def test_a_fresh_run_into_a_finished_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "root"
     assert main(runs.little(root, steps=1)) == 0
