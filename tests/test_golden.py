@@ -229,6 +229,8 @@ def run(path: str, record: dict[str, Any], divergence: Divergence, temperature: 
         student = (inputs["student_logits"] @ head).requires_grad_()
         teacher = inputs["teacher_logits"] @ head
         compiled = True if path == "compiled" else None
+        if compiled:
+            torch.compiler.reset()  # a process may compile 256 graphs of one function, and there are more records
         loss = fused_distillation_loss(student, head, teacher, head, labels, chunk=4, compile=compiled, **settings)
         (gradient,) = torch.autograd.grad(loss, student)
         gradient = gradient @ head.T
