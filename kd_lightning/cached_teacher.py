@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd_lightning.engine import Head
+from kd_lightning.models import load_causal_lm
 from kd_lightning.outcomes import TopK, check_lower_bound
-from kd_lightning.teacher_base import Teacher
+from kd_lightning.teacher_base import Teacher, digest
 from kd_lightning.teacher_cache import DataDigest, Description, Shards, places, read_head, row_keys
 
 
@@ -67,11 +69,9 @@ class CachedTeacher(Teacher):
         """Compare teacher, tokenizer, template, length and rows with what the run has."""
         kept, folder = self.description, Path(self.path)
         if self.teacher is not None:
-            from kd_lightning.teachers import HFTeacher
-
-            live = HFTeacher(self.teacher)
-            live.load()
-            kept.check(folder, teacher_fingerprint=live.fingerprint())
+            live = load_causal_lm(self.teacher, role="teacher")
+            tensors = itertools.chain(live.named_parameters(), live.named_buffers())
+            kept.check(folder, teacher_fingerprint=digest(tensors))
         if getattr(module, "responses", None) is not None:
             raise ValueError("a teacher cache holds no responses that are written while training: leave responses out")
         if kept.kind == "top_k":

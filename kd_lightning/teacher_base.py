@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_lightning.engine import Head
 from kd_lightning.outcomes import TopK
+from kd_lightning.sharding import whole
 
 
 class Teacher(ABC):
@@ -68,3 +70,12 @@ class Teacher(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes with any weight: two teachers with the same one say the same."""
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, types and bytes of tensors; of sharded ones, all ranks call this together."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

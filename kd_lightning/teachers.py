@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,17 +17,9 @@ from kd_lightning.cutting import logits as logits
 from kd_lightning.engine import Head
 from kd_lightning.lora import adapters_off, lora_layers
 from kd_lightning.models import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
-from kd_lightning.sharding import here, layers, whole
+from kd_lightning.sharding import here, layers
 from kd_lightning.teacher_base import Teacher as Teacher
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, types and bytes of tensors; of sharded ones, all ranks call this together."""
-    found = hashlib.sha256()
-    for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+from kd_lightning.teacher_base import digest as digest
 
 
 class HFTeacher(Teacher):
