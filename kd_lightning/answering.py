@@ -9,11 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
-from rich.progress import ProgressColumn as Column
-from rich.text import Text
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kd_lightning.data.batch import left_pad
 from kd_lightning.generation import positions
@@ -140,17 +137,14 @@ def fill(file: ResponseFile, answers: Answers, bar: bool = True, title: str = "R
         What there is to say about all responses in the file, in words.
     """
     start, tokens = time.perf_counter(), 0
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not bar) as progress:
-        task = progress.add_task(title, total=len(file.rows), completed=file.done, speed="")
+    with tqdm(total=len(file.rows), initial=file.done, desc=title, disable=not bar) as shown:
         for number, response in answers:
             if number < file.done:
                 continue
             file.write(number, response)
             tokens += response.tokens
-            speed = f"{tokens / (time.perf_counter() - start):.0f} tokens/s"
-            progress.update(task, advance=1, speed=speed)
+            shown.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+            shown.update()
     seconds = time.perf_counter() - start
     rate = f"{tokens} tokens in {seconds:.0f} s ({tokens / seconds:.0f} a second)"
     return f"{summary(file.responses)}, {rate}" if tokens else summary(file.responses)
@@ -164,11 +158,6 @@ def summary(responses: Sequence[Response]) -> str:
     }
     notes = [f"{count} {kind}" for kind, count in counts.items() if count]
     return ", ".join([f"{len(responses)} responses", *notes])
-
-
-class _Speed(Column):
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["speed"])
 
 
 def numbered(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_lightning.cached_teacher import CachedTeacher, project, sum_over, text_digests
 from kd_lightning.outcomes import top_k
+from kd_lightning.progress import counted
 from kd_lightning.teacher_cache import (
     DTYPES,
     KINDS,
@@ -76,7 +77,7 @@ def fill_cache(
     data = {}
     for split in datamodule.splits:
         shards, digest = Shards(folder, whose.digest), DataDigest()  # a row may be in two splits
-        for batch in _with_bar(datamodule.every_row(split), f"Teacher, {split}", bar and rank == 0):
+        for batch in counted(datamodule.every_row(split), f"Teacher, {split}", shown=bar and rank == 0):
             _keep(module.teacher, batch, whose, shards, writer, digest, total)
         writer.flush()
         digest.sums = total(digest.sums)
@@ -134,10 +135,10 @@ def _keep(
 @torch.no_grad()
 def _tokens(teacher: Any, batch: dict[str, Tensor], whose: Description) -> dict[str, Tensor]:
     """What is kept of the counted tokens of a batch, by name, on the CPU."""
-    head, counted = teacher.head, places(batch["labels"])
+    head, mask = teacher.head, places(batch["labels"])
     device = torch.device("cpu") if head is None else head.weight.device
     moved = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-    where = counted.to(device)
+    where = mask.to(device)
     said = (teacher.logits(moved) if head is None else teacher.hidden(moved))[:, :-1][where]
     if whose.kind == "hidden":
         return {"hidden": said.to(DTYPES[whose.dtype]).cpu()}
@@ -181,9 +182,3 @@ def _describe(module: Any, datamodule: Any, kind: str, dtype: str | None, k: int
         scale=1.0 if head is None else head.scale,
         softcap=None if head is None else head.softcap,
     )
-
-
-def _with_bar(loader: Any, title: str, shown: bool) -> Iterator[dict[str, Tensor]]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    yield from tqdm(loader, desc=title, unit="batch", disable=not shown)

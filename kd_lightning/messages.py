@@ -8,7 +8,15 @@ import inspect
 import logging
 import os
 import re
+import sys
 import warnings
+
+# How tqdm, and so `datasets`, shows how far it is in a file: from two seconds on, a line every ten.
+PLAIN_BARS = {
+    "DELAY": "2",
+    "MININTERVAL": "10",
+    "BAR_FORMAT": "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}\n",
+}
 
 
 def quiet() -> None:
@@ -25,6 +33,9 @@ def quiet() -> None:
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # inside Lightning
     ):
         warnings.filterwarnings("ignore", message=pattern)
+    if not sys.stderr.isatty():  # lines in the place of bars, and only for what takes a while
+        for name, text in PLAIN_BARS.items():
+            os.environ.setdefault(f"TQDM_{name}", text)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: (
             not any(word in record.getMessage() for word in ("TPU available", "HPU available", "💡", "GPU available"))

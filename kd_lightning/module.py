@@ -157,7 +157,7 @@ class DistillationModule(L.LightningModule):
         tokenizer = getattr(datamodule, "tokenizer", None)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)
-        if stage == "fit":
+        if stage == "fit" and self.trainer.world_size > 1:
             rows = datamodule.description() if hasattr(datamodule, "description") else {}
             check_same({"loss": repr(self.evaluation_loss), **rows})
 

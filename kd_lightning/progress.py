@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+T = TypeVar("T")
+
+
+def counted(items: Iterable[T], title: str, total: int | None = None, shown: bool = True) -> Iterator[T]:
+    """The items, with a bar of how many have passed: plain lines in a log, nothing below two seconds there.
+
+    Args:
+        items: what is gone through.
+        title: what stands before the bar.
+        total: how many; None: as many as `len(items)` says.
+        shown: whether there is a bar.
+    """
+    yield from tqdm(items, desc=title, total=total, disable=not shown, leave=False)
 
 
 def progress() -> ProgressBar:
@@ -41,7 +57,7 @@ class PlainProgress(ProgressBar):
         super().__init__()
         self.seconds = seconds
         self._enabled = True
-        self._began = self._said = 0.0
+        self._began = self._said = self._validating = 0.0
         self._first = 0
 
     @property
@@ -61,6 +77,21 @@ class PlainProgress(ProgressBar):
         """Take the time."""
         self._began = self._said = time.monotonic()
         self._first = trainer.global_step
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the time of a validation."""
+        self._validating = time.monotonic()
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Say how far the validation is."""
+        now, total = time.monotonic(), sum(map(float, trainer.num_val_batches))
+        if not self._enabled or not trainer.is_global_zero or now - self._said < self.seconds:
+            return
+        self._said, done = now, batch_idx + 1
+        left = (now - self._validating) / done * (total - done)
+        print(f"validation {done}/{total:.0f}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Say how far it is, where the time has come."""
