@@ -11,6 +11,7 @@ from typing import Any
 
 from kd_lightning.messages import expected as expected
 from kd_lightning.messages import explain as explain
+from kd_lightning.messages import plain_bars
 from kd_lightning.messages import quiet as quiet
 
 VERBS = {
@@ -245,6 +246,7 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a class of one's own beside the config; last, so that it hides nothing
+    plain_bars()
     debug = "--debug" in words or os.environ.get("KD_LIGHTNING_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     try:

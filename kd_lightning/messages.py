@@ -33,14 +33,18 @@ def quiet() -> None:
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # inside Lightning
     ):
         warnings.filterwarnings("ignore", message=pattern)
-    if not sys.stderr.isatty():  # lines in the place of bars, and only for what takes a while
-        for name, text in PLAIN_BARS.items():
-            os.environ.setdefault(f"TQDM_{name}", text)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: (
             not any(word in record.getMessage() for word in ("TPU available", "HPU available", "💡", "GPU available"))
         )
     )
+
+
+def plain_bars() -> None:
+    """Lines in the place of bars where nobody watches; tqdm reads this when it is first imported."""
+    if not sys.stderr.isatty():
+        for name, text in PLAIN_BARS.items():
+            os.environ.setdefault(f"TQDM_{name}", text)
 
 
 def show_information() -> None:

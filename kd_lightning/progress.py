@@ -81,6 +81,7 @@ class PlainProgress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the time of a validation."""
         self._validating = time.monotonic()
+        self._said = self._said or self._validating
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
