@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -44,3 +47,39 @@ def test_the_bar_shows_the_step_among_all_steps() -> None:
     assert found == {"step": "0/7"}
     bar._trainer = trainer
     assert bar._get_train_description(3).strip() == "Epoch 3"
+
+
+COUNTING = """
+import time
+from kd_lightning.messages import plain_bars
+plain_bars()
+from kd_lightning.progress import counted
+import datasets
+rows = datasets.Dataset.from_dict({"x": list(range(40))})
+rows.map(lambda row: time.sleep(0.03) or row, desc="Tokenising long")
+rows.select(range(3)).map(lambda row: row, desc="Tokenising short")
+for _ in counted(range(40), "Teacher long"):
+    time.sleep(0.03)
+for _ in counted(range(3), "Teacher short"):
+    pass
+"""
+
+
+def test_what_takes_long_writes_lines_into_a_file_and_what_is_short_nothing(tmp_path: Path) -> None:
+    sooner = {"TQDM_DELAY": "0.3", "TQDM_MININTERVAL": "0.2", "HF_DATASETS_CACHE": str(tmp_path)}
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-c", COUNTING]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **path, **sooner})
+    lines = done.stderr.split("\n")
+    for title in ("Tokenising long", "Teacher long"):
+        found = [line.strip() for line in lines if title in line]
+        assert 2 <= len(found) <= 10
+        assert all(line.startswith(f"{title}: ") and " of 40, " in line and line.endswith(" left") for line in found)
+    assert "short" not in done.stderr and "%|" not in done.stderr
+
+
+def test_the_program_sets_lines_before_anything_shows_a_bar() -> None:
+    code = "import sys, kd_lightning.cli; print('tqdm' in sys.modules)"
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=path)
+    assert done.stdout.strip() == "False"
