@@ -135,6 +135,31 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = before
 
 
+def leave_out_the_base(module: nn.Module) -> None:
+    """From now on `module.state_dict()` holds no frozen parameter of its `model.student`, and loading misses none.
+
+    Args:
+        module: has its student, whose frozen parameters come from elsewhere, as `model.student` or is given it later.
+    """
+    module.register_state_dict_post_hook(_drop_frozen)
+    module.register_load_state_dict_post_hook(_accept_without_frozen)
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, x in parameters if name.startswith("model.student.") and not x.requires_grad}
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in _frozen(module):
+        state.pop(prefix + name, None)
+
+
+def _accept_without_frozen(module: nn.Module, found: Any) -> None:
+    frozen = _frozen(module)
+    found.missing_keys[:] = [name for name in found.missing_keys if name not in frozen]
+
+
 def merged_state(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a student with adapters is without them: every adapter multiplied into its weight, names as a plain model's.
 

@@ -17,7 +17,7 @@ from kd_lightning.agreement import check_same
 from kd_lightning.caching import written_down
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.label_losses import LabelLoss
-from kd_lightning.lora import LoRA, with_lora
+from kd_lightning.lora import LoRA, leave_out_the_base, with_lora
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.messages import show_information
 from kd_lightning.metrics import TokenMean
@@ -27,6 +27,7 @@ from kd_lightning.schedules import Schedule, Weight
 from kd_lightning.sharding import clip_norm, is_sharded, local
 from kd_lightning.strategies import data_ranks
 from kd_lightning.student import StudentWithLoss
+from kd_lightning.teacher_base import digest
 from kd_lightning.teachers import Teacher, as_teacher, sizes
 from kd_lightning.window import LossWatch, Window
 
@@ -136,6 +137,7 @@ class DistillationModule(L.LightningModule):
         self._window = Window(reduction)
         self._means: dict[str, Tensor] = {}
         self._watch = LossWatch()
+        self._base: str | None = None  # digest of the weights under the adapters, where checkpoints leave them out
 
     # ------------------------------------------------------------------------------------------------ construction
     @property
@@ -171,6 +173,9 @@ class DistillationModule(L.LightningModule):
             else:
                 student = load_causal_lm(student, init=self.student_init, kwargs=self.student_kwargs, role="student")
             if self.lora is not None:
+                if isinstance(self.student_source, str) and self.student_init == "pretrained":
+                    self._base = digest(student.named_parameters())
+                    leave_out_the_base(self)
                 student = with_lora(student, self.lora)
             self.model = StudentWithLoss(student.train(), self.loss)
             del self.loss  # it lives in the wrapped model, under one name
@@ -321,8 +326,19 @@ class DistillationModule(L.LightningModule):
         return ", ".join(map(str, row_ids if places is None else places("train", row_ids)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep a step that was not finite out of the checkpoints."""
+        """Keep a step that was not finite out of the checkpoints; say which weights the adapters belong to."""
         self._check_finite()
+        if self._base is not None:
+            checkpoint["lora_base"] = self._base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse adapters that learnt on other weights."""
+        theirs = checkpoint.get("lora_base", self._base)
+        if self._base is not None and theirs != self._base:
+            raise ValueError(
+                f"the checkpoint holds adapters of another model than {self.student_source}: its weights have digest "
+                f"{theirs[:12]}, here they have {self._base[:12]}"
+            )
 
     def on_train_end(self) -> None:
         """Look at the last step's loss too."""

@@ -203,6 +203,8 @@ def test_resumed_equals_untouched(tmp_path: Path) -> None:
     cut = [*runs.little(tmp_path / "cut", "lora", steps=12), *common]
     assert main([*cut, "--checkpoint.save_top_k", "-1"]) == 0
     kept = next((tmp_path / "cut" / "checkpoints").glob("*step=6.ckpt")).rename(tmp_path / "kept.ckpt")
+    names = torch.load(kept, weights_only=True)["state_dict"].keys()
+    assert all(".lora_" in name for name in names if name.startswith("model.student."))
     assert main([*cut, "--ckpt_path", str(kept)]) == 0
     for folder in ("student/model.safetensors", "adapter/adapter_model.safetensors"):
         whole, resumed = (load_file(tmp_path / name / folder) for name in ("whole", "cut"))
