@@ -16,7 +16,7 @@ from kd_lightning.run_folder import flat
 CHARTS = {
     "quality against baselines": ["val/ce", "baseline/teacher_nll", "baseline/student_before_nll", "baseline/run_nll"],
     "divergences": ["val/forward_kl", "val/reverse_kl", "val/jsd", "val/total_variation"],
-    "parts of the loss": ["train/loss", "train/kd", "train/ce"],
+    "parts of the loss": ["train/loss", "train/kd", "train/ce", "component/.*"],
     "schedules": ["schedule/.*", "train/student_share"],
 }
 PLACES = 32  # of a response; later tokens go into the last

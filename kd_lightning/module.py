@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd_lightning.agreement import check_same
 from kd_lightning.caching import written_down
+from kd_lightning.components import PREFIX, component_loss
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.lora import LoRA, leave_out_the_base, with_lora
@@ -24,7 +25,7 @@ from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.rollout import AtWork, ResponseSource
 from kd_lightning.schedules import Schedule, Weight
-from kd_lightning.sharding import clip_norm, is_sharded, local
+from kd_lightning.sharding import clip_norm, gradient_norm, is_sharded, local
 from kd_lightning.strategies import data_ranks
 from kd_lightning.student import StudentWithLoss
 from kd_lightning.teacher_base import digest
@@ -65,6 +66,7 @@ class DistillationModule(L.LightningModule):
 
     student_source: Any
     evaluation_loss: DistillationLoss
+    component_loss: DistillationLoss | None
 
     def __init__(
         self,
@@ -128,6 +130,7 @@ class DistillationModule(L.LightningModule):
             diagnostics=True,
         )
         object.__setattr__(self, "evaluation_loss", evaluation_loss)  # made of parts that are registered already
+        object.__setattr__(self, "component_loss", None if teacher is None else component_loss(objective))
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.model: StudentWithLoss | None = None
@@ -238,10 +241,16 @@ class DistillationModule(L.LightningModule):
         if self.teacher is not None:
             self.teacher.to(self.device)
         batch, notes = self._at_work.draw(self, batch)
-        parts: LossParts = self.model(batch, None if self.labels_only else self.teacher)
+        beside = self.component_loss if self._is_logged() else None
+        parts: LossParts = self.model(batch, None if self.labels_only else self.teacher, beside=beside)
         self._window.add(batch, parts, notes)
         self._watch.remember(self.trainer.global_step, batch.get("row_ids"), parts.loss)
         return parts.loss
+
+    def _is_logged(self) -> bool:
+        """Whether a logger will see the step under way."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(self.trainer.loggers) and every > 0 and (self.trainer.global_step + 1) % every == 0
 
     @property
     def labels_only(self) -> bool:
@@ -258,6 +267,9 @@ class DistillationModule(L.LightningModule):
         divisor, self._means = self._window.close(self._sum_over_ranks)
         grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(grads, self.trainer.accumulate_grad_batches * data_ranks(self.trainer)[1] / divisor)
+        if self._is_logged():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self._means["grad_norm"] = gradient_norm(parameters, self.device)
 
     def configure_gradient_clipping(
         self,
@@ -308,8 +320,9 @@ class DistillationModule(L.LightningModule):
         if not self._means:
             return
         means, self._means = self._means, {}
-        names = ("loss", "kd", "ce", "student_share", *sorted(self._at_work.names))
+        names = ("loss", "kd", "ce", "student_share", "grad_norm", *sorted(self._at_work.names))
         scalars = {f"train/{name}": means[name] for name in names if name in means}
+        scalars |= {name: means[name] for name in means if name.startswith(PREFIX)}
         for path, schedule in self.schedules().items():
             value = means.get(f"schedule/{path}", schedule())
             if value.ndim == 0:

@@ -257,16 +257,33 @@ def clip_norm(parameters: Iterable[Tensor], bound: float, device: torch.device) 
     Returns:
         The norm before.
     """
+    parameters = list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    total = torch.zeros((), device=device)
-    for grad in grads:
-        total += (torch.linalg.vector_norm(local(grad), dtype=torch.float32) ** 2).to(device) / _copies(grad)
-    dist.all_reduce(total)
-    norm = total.sqrt()
+    norm = gradient_norm(parameters, device)
     factor = (bound / (norm + 1e-6)).clamp_max(1.0)
     for grad in grads:
         local(grad).mul_(factor.to(grad.device))
     return norm
+
+
+def gradient_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Norm of all gradients over all ranks, 0-d, wherever each of them is sharded; the host waits for nothing.
+
+    Args:
+        parameters: the same on every rank; those without a gradient are left out.
+        device: where ranks talk.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.zeros((), device=device)
+    if not any(isinstance(grad, DTensor) for grad in grads):  # the same on every rank
+        norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads])
+        return torch.linalg.vector_norm(torch.stack([norm.to(device, torch.float32) for norm in norms]))
+    total = torch.zeros((), device=device)
+    for grad in grads:
+        total += (torch.linalg.vector_norm(local(grad), dtype=torch.float32) ** 2).to(device) / _copies(grad)
+    dist.all_reduce(total)
+    return total.sqrt()
 
 
 def _copies(tensor: Tensor) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.components import component_sums
 from kd_lightning.cutting import body_and_head, factors, head_of, hidden_states, logits
 from kd_lightning.engine import Head
 from kd_lightning.losses import DistillationLoss, LossParts
@@ -59,7 +61,11 @@ class StudentWithLoss(nn.Module):
         return function(*args, **kwargs)
 
     def forward(
-        self, batch: dict[str, Tensor], teacher: Teacher | None, loss: DistillationLoss | None = None
+        self,
+        batch: dict[str, Tensor],
+        teacher: Teacher | None,
+        loss: DistillationLoss | None = None,
+        beside: DistillationLoss | None = None,
     ) -> LossParts:
         """Undivided loss of one batch; position t is scored on the label at t + 1.
 
@@ -67,6 +73,8 @@ class StudentWithLoss(nn.Module):
             batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T].
             teacher: read here, without gradient; None where nothing asks for it.
             loss: another loss on the same models (monitors in validation); None: the one it was built with.
+            beside: its monitors are measured on the same hidden states and their means join `by_response`, where the
+                teacher's whole distribution is known. The loss is computed as without it, bit by bit.
         """
         loss = loss or self.loss
         labels = batch["labels"][:, 1:]
@@ -83,6 +91,13 @@ class StudentWithLoss(nn.Module):
         if head is not None and not isinstance(told, Tensor):
             teacher_hidden = told if teacher is None or teacher_head is None else teacher.hidden(batch)[:, :-1]
             hidden = hidden_states(self._body[0], **inputs)[:, :-1]
-            return loss.from_hidden(hidden, head, teacher_hidden, teacher_head, labels, rows=rows)
-        student_logits = logits(self.student, **inputs)[:, :-1]
-        return loss.from_logits(student_logits, told, labels, rows=rows)
+            read: tuple[Any, ...] = (hidden, head, teacher_hidden, teacher_head, labels, rows)
+            found = loss.from_hidden(*read)
+        else:
+            read = (logits(self.student, **inputs)[:, :-1], told, labels, rows)
+            found = loss.from_logits(*read)
+        if beside is not None and teacher is not None and not isinstance(told, TopK):  # a top k has no tail to measure
+            with torch.no_grad():
+                more = beside.from_hidden(*read) if len(read) == 6 else beside.from_logits(*read)
+            found.by_response.update(component_sums(beside, more))
+        return found
