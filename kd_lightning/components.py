@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ def parts(objective: Divergence) -> dict[str, Divergence]:
     if isinstance(objective, SymmetricKL | AdaptiveKL):
         return {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL()}
     if isinstance(objective, WeightedSum):
-        return _inner({_name(part, i, list(objective.parts)): part for i, part in enumerate(objective.parts)})
+        members: list[Any] = list(objective.parts)
+        return _inner({_name(part, i, members): part for i, part in enumerate(members)})
     if isinstance(objective, Contrastive):
         sides = _inner(
             {"teacher_responses": objective.teacher_responses, "student_responses": objective.student_responses}
@@ -91,7 +92,8 @@ def parts(objective: Divergence) -> dict[str, Divergence]:
     if isinstance(objective, Objective):
         found = parts(objective.divergence)
         settings = (objective.assistant, objective.pair, objective.detach_assistant)
-        return {name: Objective(part, *settings) for name, part in found.items()}
+        wrapped: dict[str, Divergence] = {name: Objective(part, *settings) for name, part in found.items()}
+        return wrapped
     return {}
 
 

@@ -278,7 +278,8 @@ def gradient_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
         return torch.zeros((), device=device)
     if not any(isinstance(grad, DTensor) for grad in grads):  # the same on every rank
         norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads])
-        return torch.linalg.vector_norm(torch.stack([norm.to(device, torch.float32) for norm in norms]))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device, torch.float32) for norm in norms]))
+        return norm
     total = torch.zeros((), device=device)
     for grad in grads:
         total += (torch.linalg.vector_norm(local(grad), dtype=torch.float32) ** 2).to(device) / _copies(grad)

@@ -113,7 +113,9 @@ def run(folder: Path, compile: bool, watched: bool) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:You defined a `validation_step`", "ignore:The .*dataloader.* does not have many workers"
+    "ignore::DeprecationWarning",
+    "ignore:You defined a `validation_step`",
+    "ignore:The .*dataloader.* does not have many workers",
 )
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_that_is_watched_learns_the_same_bits_and_shows_its_parts(compile: bool, tmp_path: Path) -> None:
