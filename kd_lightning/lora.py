@@ -141,8 +141,8 @@ def leave_out_the_base(module: nn.Module) -> None:
     Args:
         module: has its student, whose frozen parameters come from elsewhere, as `model.student` or is given it later.
     """
-    module.register_state_dict_post_hook(_drop_frozen)
-    module.register_load_state_dict_post_hook(_accept_without_frozen)
+    module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(_accept_without_frozen)  # type: ignore[no-untyped-call]
 
 
 def _frozen(module: nn.Module) -> set[str]:

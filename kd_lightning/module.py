@@ -350,7 +350,7 @@ class DistillationModule(L.LightningModule):
         if self._base is not None and theirs != self._base:
             raise ValueError(
                 f"the checkpoint holds adapters of another model than {self.student_source}: its weights have digest "
-                f"{theirs[:12]}, here they have {self._base[:12]}"
+                f"{str(theirs)[:12]}, here they have {self._base[:12]}"
             )
 
     def on_train_end(self) -> None:
