@@ -8,7 +8,9 @@ from typing import Any
 
 from griffe import Extension, Object
 
-BLOCK = re.compile(r"^(?P<indent>[ ]*)\.\. math::(?P<body>.*(?:\n(?:(?P=indent)[ ]+\S.*|[ ]*(?=\n(?P=indent)[ ]+\S)))*)", re.M)
+BLOCK = re.compile(
+    r"^(?P<indent>[ ]*)\.\. math::(?P<body>.*(?:\n(?:(?P=indent)[ ]+\S.*|[ ]*(?=\n(?P=indent)[ ]+\S)))*)", re.M
+)
 PAPER = re.compile(r"\barXiv (\d{4}\.\d{5})\b")
 
 
