@@ -83,6 +83,16 @@ def test_whole_steps(script: Any, tmp_path: Path) -> None:
     assert (tmp_path / "step.md").read_text().count("| 1.20 |") == 3
 
 
+def test_what_a_logged_step_costs(script: Any, tmp_path: Path) -> None:
+    components = script("components")
+    components.main(["--quick", "--threads", "1", "--output", str(tmp_path / "components")])
+    record = json.loads((tmp_path / "components.json").read_text())
+    assert set(record["results"]) == set(components.QUICK)
+    assert all(seconds > 0 for rounds in record["results"].values() for seconds in rounds[0].values())
+    rounds = [{"logged": 1.2, "plain": 1.0}, {"logged": 1.9, "plain": 1.0}, {"logged": 1.3, "plain": 1.0}]
+    assert "| A | 1.30 [1.20–1.90] | 3.00 [2.00–9.00] | 5.00 |  |" in components.table({"A": rounds})
+
+
 def test_when_compiling_pays(script: Any, tmp_path: Path) -> None:
     script("break_even").main(["--quick", "--threads", "1", "--output", str(tmp_path / "even")])
     record = json.loads((tmp_path / "even.json").read_text())
