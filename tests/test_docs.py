@@ -118,9 +118,9 @@ def test_included_files_exist() -> None:
         assert (ROOT / name).is_file(), name
 
 
-def python(code: str, folder: Path, given: str = "") -> str:
+def python(code: str, folder: Path, given: str = "", path: Path = ROOT) -> str:
     """What a program of its own prints: classes that pages define must not outlive them."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(path)}
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=folder, env=env, input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -218,6 +218,12 @@ def test_it_builds_strictly_and_names_are_where_links_expect_them(site: Path) ->
         assert f'id="kd_lightning.{name}"' in html, name
     assert ".. math::" not in html
     assert not re.search(r"<p>[^<]*\\\(", html), "a formula was left as text"
+
+
+def test_blocks_and_papers_of_docstrings_become_markdown(tmp_path: Path) -> None:
+    given = "One line:\n\n  .. math:: a = \\frac12,\n    b\n\n  arXiv 1503.02531."
+    want = "One line:\n\n  \\[ a = \\frac12, b \\]\n\n  [arXiv 1503.02531](https://arxiv.org/abs/1503.02531)."
+    assert python(f"import hooks; print(hooks.markdown({given!r}))", tmp_path, path=DOCS) == want + "\n"
 
 
 def test_every_page_is_whole_without_a_network(site: Path) -> None:
