@@ -57,6 +57,15 @@ class Bucketed(WrapperMetric, ABC):
         """The metric of each bucket by name; NaN where a bucket had no token."""
         return {name: metric.compute() for name, metric in zip(self.names, self.metrics, strict=True)}
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw the buckets' values with matplotlib; arguments and result as in torchmetrics.
+
+        Args:
+            val: what `compute` gives, or a sequence of it, one a step; None: `compute()`.
+            ax: axes to draw on; None: new ones.
+        """
+        return self._plot(val, ax)
+
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()

@@ -9,7 +9,7 @@ token is the function of the same name in `functional` (of a divergence: the div
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,30 @@ from kd_lightning.divergences import Divergence, evaluate
 IGNORE_INDEX = -100
 
 
-class _PerTokenMean(Metric, ABC):
-    """Sum and count of values that stand one to a token."""
+class _Plotted(Metric, ABC):
+    """What every metric here has in common."""
 
     full_state_update = False
     is_differentiable = False
     higher_is_better: bool | None = None
+    plot_lower_bound = 0.0
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Draw the value with matplotlib, as torchmetrics' own metrics do.
+
+        Args:
+            val: a value, or one a step; None: `compute()`.
+            ax: axes to draw on; None: new ones.
+
+        Returns:
+            The figure, None where axes were given, and the axes.
+        """
+        return self._plot(val, ax)
+
+
+class _PerTokenMean(_Plotted, ABC):
+    """Sum and count of values that stand one to a token."""
+
     total: Tensor
     count: Tensor
 
@@ -148,6 +166,7 @@ class BeatsTeacher(_PerTokenMean):
     """
 
     higher_is_better = True
+    plot_upper_bound = 1.0
 
     def update(self, log_p: Tensor, log_q: Tensor, labels: Tensor) -> None:
         """Add tokens.
@@ -180,6 +199,7 @@ class Agreement(_PerTokenMean):
     """
 
     higher_is_better = True
+    plot_upper_bound = 1.0
 
     def __init__(self, top_k: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -218,7 +238,7 @@ class Entropy(_PerTokenMean):
         self._add(functional.entropy(_rows(log_q, _counted(log_q, labels))))
 
 
-class CalibrationError(Metric):
+class CalibrationError(_Plotted):
     r"""Expected calibration error of the likeliest token, \(\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|\).
 
     Over bins of equal width of the model's confidence \(\max_v q_t(v)\): how far "80 % sure" is from being right 80 %
@@ -233,9 +253,8 @@ class CalibrationError(Metric):
         ValueError: `bins` is not positive.
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = False
+    plot_upper_bound = 1.0
     sums: Tensor
 
     def __init__(self, bins: int = 15, **kwargs: Any) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 import processes
 from kd_lightning.divergences import ForwardKL
-from kd_lightning.metric_buckets import ByPosition, BySource
-from kd_lightning.metrics import NLL, DivergenceMetric
+from kd_lightning.metric_buckets import Bucketed, ByPosition, BySource
+from kd_lightning.metrics import NLL, Agreement, BeatsTeacher, CalibrationError, DivergenceMetric, Entropy
 from test_metrics import case
 
 
@@ -55,25 +55,63 @@ def test_by_source_is_the_metric_on_the_rows_of_each_source() -> None:
     assert by_token.compute()["source_student"] == found["source_student"]
 
 
+NAMES = ("nll", "kl", "agreement", "entropy", "beats_teacher", "calibration_error")
+
+
+def bucketed(name: str) -> list[Bucketed]:
+    plain: dict[str, Metric] = {
+        "nll": NLL(),
+        "kl": DivergenceMetric(ForwardKL()),
+        "agreement": Agreement(top_k=3),
+        "entropy": Entropy(),
+        "beats_teacher": BeatsTeacher(),
+        "calibration_error": CalibrationError(bins=4),
+    }
+    return [ByPosition(plain[name], edges=(0, 2)), BySource(plain[name])]
+
+
+def add(name: str, metric: Bucketed, rows: int, length: int, seed: int) -> None:
+    log_p, log_q, labels = case(rows, length, seed)
+    models = (log_q,) if name in ("nll", "entropy", "calibration_error") else (log_p, log_q)
+    source = {"source": (torch.arange(rows) + seed) % 3} if isinstance(metric, BySource) else {}
+    metric.update(*models, labels=labels, **source)
+
+
 def of_rank(rank: int) -> dict[str, Tensor]:
-    metric = ByPosition(NLL(), edges=(0, 2))
-    for seed in range(2 * rank + 1):
-        log_p, _, labels = case(2 + rank, 6, seed=10 * rank + seed)
-        metric.update(log_p, labels=labels)
-    return metric.compute()
+    found = {}
+    for name in NAMES:
+        for metric in bucketed(name):
+            for seed in range(rank + 1):
+                add(name, metric, 2 + rank, 6, 10 * rank + seed)
+            found |= {f"{name} {bucket}": value for bucket, value in metric.compute().items()}
+    return found
 
 
-def test_two_ranks_equal_one_process() -> None:
-    first, second = processes.run(of_rank)
-    assert first == second
-    metric = ByPosition(NLL(), edges=(0, 2))
-    for rank in (0, 1):
-        for seed in range(2 * rank + 1):
-            log_p, _, labels = case(2 + rank, 6, seed=10 * rank + seed)
-            metric.update(log_p, labels=labels)
-    assert {name: value.item() for name, value in first.items()} == pytest.approx(
-        {name: value.item() for name, value in metric.compute().items()}, rel=1e-6
-    )
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_equal_one_process(ranks: int) -> None:
+    first, *others = processes.run(of_rank, world_size=ranks)
+    whole = {}
+    for name in NAMES:
+        for metric in bucketed(name):
+            for rank in range(ranks):
+                for seed in range(rank + 1):
+                    add(name, metric, 2 + rank, 6, 10 * rank + seed)
+            whole |= {f"{name} {bucket}": value.item() for bucket, value in metric.compute().items()}
+    for found in (first, *others):
+        assert {name: value.item() for name, value in found.items()} == pytest.approx(whole, rel=1e-6, nan_ok=True)
+
+
+def test_plot_draws_every_bucket() -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    for metric in bucketed("nll"):
+        for seed in range(3):
+            add("nll", metric, 6, 9, seed)
+        figure, axes = metric.plot()
+        drawn = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert set(metric.names) <= set(drawn)
+        matplotlib.pyplot.close(figure)
 
 
 def test_it_stands_in_a_collection_and_forgets() -> None:

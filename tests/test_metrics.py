@@ -125,9 +125,9 @@ def test_a_masked_token_equals_a_deleted_one(name: str) -> None:
     assert masked.compute().item() == deleted.compute().item()
 
 
-def rank_means(rank: int, empty: bool) -> dict[str, Tensor]:
+def rank_means(rank: int) -> dict[str, Tensor]:
     collection = metrics()
-    for seed in () if empty and rank == 1 else range(rank + 1):  # rank 0 has one batch, rank 1 two of another size
+    for seed in range(rank + 1):  # rank 0 has one batch, rank 1 two of another size, and so on
         for name, metric in collection.items():
             add(name, metric, *case(2 + rank, 4 + 2 * rank, seed=10 * rank + seed))
     weighted = TokenMean()
@@ -135,15 +135,47 @@ def rank_means(rank: int, empty: bool) -> dict[str, Tensor]:
     return {name: metric.compute() for name, metric in collection.items()} | {"weighted": weighted.compute()}
 
 
-def test_two_ranks_with_unequal_counts_equal_one_process() -> None:
-    first, second = processes.run(rank_means, False)
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_with_unequal_counts_equal_one_process(ranks: int) -> None:
+    first, *others = processes.run(rank_means, world_size=ranks)
+    assert all(other == first for other in others)
+    for name, metric in metrics().items():
+        for rank in range(ranks):
+            for seed in range(rank + 1):
+                add(name, metric, *case(2 + rank, 4 + 2 * rank, seed=10 * rank + seed))
+        assert first[name].item() == pytest.approx(metric.compute().item(), rel=1e-6), name
+    # sum of w·x: (x = 0, 1, 2 and w = 1, 0, .5, both + r): (1+r)r + r(1+r) + (.5+r)(2+r); sum of w: 1.5 + 3r
+    total = sum(2 * r * (1 + r) + (0.5 + r) * (2 + r) for r in range(ranks))
+    assert first["weighted"].item() == pytest.approx(total / sum(1.5 + 3 * r for r in range(ranks)))
+
+
+def idle_rank_means(rank: int) -> dict[str, Tensor]:
+    collection = metrics()
+    for name, metric in collection.items():
+        log_p, log_q, labels = case()
+        add(name, metric, log_p, log_q, labels if rank == 0 else torch.full_like(labels, -100))
+    return {name: metric.compute() for name, metric in collection.items()}
+
+
+def test_a_rank_without_a_counted_token_changes_nothing() -> None:
+    first, second = processes.run(idle_rank_means)
     assert first == second
     for name, metric in metrics().items():
-        for rank, seed in ((0, 0), (1, 0), (1, 1)):
-            add(name, metric, *case(2 + rank, 4 + 2 * rank, seed=10 * rank + seed))
+        add(name, metric, *case())
         assert first[name].item() == pytest.approx(metric.compute().item(), rel=1e-6), name
-    # sum of w·x over both ranks 1·0 + 0·1 + .5·2 + 2·1 + 1·2 + 1.5·3, sum of w 1.5 + 4.5
-    assert first["weighted"].item() == pytest.approx(9.5 / 6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plot_draws_the_value(name: str) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    metric = metrics()[name]
+    add(name, metric, *case())
+    figure, axes = metric.plot()
+    (line,) = axes.get_lines()[:1]
+    assert line.get_ydata()[0] == pytest.approx(metric.compute().item())
+    matplotlib.pyplot.close(figure)
 
 
 def test_token_mean_of_weighted_and_unweighted_values() -> None:
