@@ -99,15 +99,15 @@ def parts(objective: Divergence) -> dict[str, Divergence]:
 
 def component_loss(objective: Divergence) -> DistillationLoss:
     """What measures an objective's parts, and forward KL on the teacher's head and tail, at temperature 1."""
-    monitors = {"head_kl": PartialKL("head"), "tail_kl": PartialKL("tail"), **parts(objective)}
+    monitors = {"head_kl": PartialKL("head"), **parts(objective)}
     return DistillationLoss(ForwardKL(), monitors=monitors, compile=False)
 
 
 def component_sums(loss: DistillationLoss, measured: LossParts) -> dict[str, tuple[Tensor, Tensor]]:
     """Sum and weight of each component over the counted tokens that it speaks of."""
+    tail = measured.values["kd"] - measured.values["head_kl"]  # of forward KL; another bisection would cost more
     found = {}
-    for name in loss.token_loss.monitors:
-        value = measured.values[name]
+    for name, value in {"tail_kl": tail, **{name: measured.values[name] for name in loss.token_loss.monitors}}.items():
         known = ~value.isnan()
         total = torch.where(known, value * measured.weights, 0.0).sum()
         found[PREFIX + name] = (total, (known * measured.weights).sum())

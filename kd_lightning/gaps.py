@@ -48,7 +48,9 @@ def label_columns(
         dtype: of the sums.
         chunk: rows of logits alive at a time.
     """
-    wanted = {name for _, part in reading_schedules(loss) for name in part.columns}
+    asking = [part for _, part in reading_schedules(loss)]
+    asking += [part for part in loss.monitors.modules() if isinstance(part, Schedule)]
+    wanted = {name for part in asking for name in part.columns}
     missing = [name for name in LABEL_COLUMNS if name in wanted and name not in given]
     if not missing:
         return {}

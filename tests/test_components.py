@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kd_lightning import AdaptiveKL, DistillationModule, ForwardKL, ReverseKL, SymmetricKL, WeightedSum
-from kd_lightning.components import PartialKL, component_loss, component_sums, parts
+from kd_lightning.components import PREFIX, PartialKL, component_loss, component_sums, parts
 from kd_lightning.divergences import Divergence, evaluate
 from kd_lightning.functional import forward_kl, log_softmax
 from kd_lightning.models import load_causal_lm
-from kd_lightning.objectives import AMiD, Contrastive, SkewKL
-from kd_lightning.schedules import Linear
+from kd_lightning.objectives import AMiD, Contrastive, SkewKL, SkewReverseKL
+from kd_lightning.schedules import Linear, ResponseGap
 from test_module import rows, split
 
 
@@ -130,3 +130,14 @@ def test_a_run_that_is_watched_learns_the_same_bits_and_shows_its_parts(compile:
         head, tail = (float(found[f"component/{name}"]) for name in ("head_kl", "tail_kl"))
         assert head + tail == pytest.approx(parts_of["forward_kl"], rel=1e-4)
         assert float(found["train/grad_norm"]) > 0
+
+
+def test_schedules_that_read_responses_get_what_they_read() -> None:
+    objective = Contrastive(SkewKL(ResponseGap()), SkewReverseKL(ResponseGap(side="student")))
+    student, teacher = torch.randn(4, 5, 11), torch.randn(4, 5, 11)
+    rows = {"source": torch.tensor([1, 2, 1, 2])}
+    loss = component_loss(objective)
+    measured = loss.from_logits(student, teacher, torch.randint(11, (4, 5)), rows)
+    sums = component_sums(loss, measured)
+    assert {f"{PREFIX}teacher_responses", f"{PREFIX}student_responses"} < set(sums)
+    assert all(total.isfinite() and weight > 0 for total, weight in sums.values())
