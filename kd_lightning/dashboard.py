@@ -1,4 +1,4 @@
-"""What TensorBoard opens with: four charts, the run in words, figures of every validation, final metrics."""
+"""What TensorBoard shows: four charts, the run in words, figures of every validation, final metrics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from kd_lightning import figures
+from kd_lightning.report import SET_UP
 from kd_lightning.run_folder import flat
 
 CHARTS = {
@@ -85,7 +86,8 @@ class Dashboard(L.Callback):
         """Hyper-parameters beside the last metrics, which are there now and not at step 0."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {k: v for k, v in flat(yaml.safe_load(self.text)).items() if isinstance(v, (bool, int, float, str))}
+        given = {k: v for k, v in flat(yaml.safe_load(self.text)).items() if k.startswith(SET_UP)}
+        plain = {k: v for k, v in given.items() if isinstance(v, (bool, int, float, str))}
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if not metrics:
             return
