@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning.answering import Writer, batches, numbered
 from kd_lightning.figures import markdown_table
+from kd_lightning.progress import counted
 from kd_lightning.response_file import Response
 from kd_lightning.rollout import Sampling
 from kd_lightning.strategies import data_ranks
@@ -25,8 +26,9 @@ class GenerationQuality(L.Callback):
 
     Logged under `val/`: `rouge_l` (F-measure, stemmed), `exact_match`, `response_length` (tokens), `ends` (share that
     the model ends itself), `distinct_2` (share of different word pairs among all); the teacher's, measured once, under
-    `baseline/teacher_…`. At the end the mean over `seeds` samples of the test rows under `test/`. Greedy where
-    `temperature` is 0, then one sample says all.
+    `baseline/teacher_…`. At the end mean and standard deviation (`…_std`) over `seeds` samples of the test rows, the
+    student's under `test/`, the teacher's under `test/teacher_…`. Greedy where `temperature` is 0, then one sample says
+    all.
 
     Args:
         every_n_validations: 0: never.
@@ -97,17 +99,22 @@ class GenerationQuality(L.Callback):
         self._show(trainer, texts)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample the test rows with every seed, and log means and standard deviations."""
+        """Let both answer the test rows with every seed, and log means and standard deviations."""
         if not self.every_n_validations or not _data(trainer).sources["test"] or trainer.limit_test_batches == 0:
             return
         _data(trainer).setup("test")
-        found = [
-            self._quality(trainer, pl_module, pl_module.student, "test", self.sampling, seed)[0]
-            for seed in range(self.seeds if self.sampling.temperature else 1)
-        ]
-        scalars = {f"test/{name}": statistics.mean(one[name] for one in found) for name in found[0]}
-        if len(found) > 1:
-            scalars |= {f"test/{name}_std": statistics.stdev(one[name] for one in found) for name in found[0]}
+        models = {"": pl_module.student, "teacher_": getattr(pl_module.teacher, "model", None)}
+        scalars: dict[str, float] = {}
+        for who, model in models.items():
+            if model is None:
+                continue
+            if who:
+                pl_module.teacher.to(pl_module.device)
+            seeds = range(self.seeds if self.sampling.temperature else 1)
+            found = [self._quality(trainer, pl_module, model, "test", self.sampling, seed)[0] for seed in seeds]
+            scalars |= {f"test/{who}{name}": statistics.mean(one[name] for one in found) for name in found[0]}
+            if len(found) > 1:
+                scalars |= {f"test/{who}{name}_std": statistics.stdev(one[name] for one in found) for name in found[0]}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
 
@@ -122,7 +129,8 @@ class GenerationQuality(L.Callback):
         rank, ranks = data_ranks(trainer)
         mine = list(numbered(plan, rank=rank, ranks=ranks))
         mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often
-        found = dict(writer.answers(prompts, mine))
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None  # type: ignore[attr-defined]
+        found = dict(writer.answers(prompts, counted(mine, f"Answers, {split}, seed {seed}", shown=shown)))
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, found)

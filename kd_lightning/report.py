@@ -25,6 +25,7 @@ SET_UP: tuple[str, ...] = (
     "trainer.strategy",
 )
 SET_UP += ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "seed_everything", "export.which")
+QUALITIES = ("rouge_l", "exact_match", "response_length", "ends", "distinct_2")
 CHARTS = {
     "validation NLL per answer token": ("val/ce", "teacher_nll", "student_before_nll", "run_nll"),
     "validation forward KL to the teacher": ("val/forward_kl", "student_before_forward_kl", "run_forward_kl"),
@@ -64,6 +65,8 @@ def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str
     out = [f"# {run.root.name}"]
     if run.results is not None:
         out += ["## Test rows", markdown_table(["", *HEADINGS.values()], list(_results(run)))]
+    if answers := list(_answers(run)):
+        out += ["## Responses to test rows", markdown_table(["", "student", "teacher"], answers)]
     found = list(warnings(run, rows))
     out += ["## Warnings", "\n".join(f"- {text}" for text in found) or "None."]
     out += ["## Curves", *_figures(run)]
@@ -86,6 +89,17 @@ def _results(run: RunFolder) -> Iterator[list[str]]:
         shown = ["–" if cell is None else f"{cell:.3f}" for cell in cells[:2]]
         shown.append("–" if cells[2] is None else f"{100 * cells[2]:.1f} %")
         yield [name.replace("_", " "), *shown]
+
+
+def _answers(run: RunFolder) -> Iterator[list[str]]:
+    """What the responses are worth, where they were sampled: mean ± standard deviation over the seeds."""
+    for name in QUALITIES:
+        cells = []
+        for who in ("", "teacher_"):
+            value, spread = run.last(f"test/{who}{name}"), run.last(f"test/{who}{name}_std")
+            cells.append("–" if value is None else f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+        if set(cells) != {"–"}:
+            yield [name.replace("_", " "), *cells]
 
 
 def warnings(run: RunFolder, rows: dict[str, dict[str, int]]) -> Iterator[str]:

@@ -47,7 +47,11 @@ def test_a_run_logs_student_and_teacher_and_samples(tmp_path: Path) -> None:
     for name in ("rouge_l", "exact_match", "response_length", "ends", "distinct_2"):
         assert [step for step, _ in run.scalars[f"val/{name}"]] == [4], name  # the second of two validations
         assert run.last(f"baseline/teacher_{name}") is not None
-        assert run.last(f"test/{name}") is not None and run.last(f"test/{name}_std") is not None
+        for who in ("", "teacher_"):
+            assert run.last(f"test/{who}{name}") is not None and run.last(f"test/{who}{name}_std") is not None
+    text = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    row = f"| rouge l | {run.last('test/rouge_l'):.3f} ± {run.last('test/rouge_l_std'):.3f} |"
+    assert f"{row} {run.last('test/teacher_rouge_l'):.3f} ±" in text
     events: Any = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
