@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kd_lightning import engine
 from kd_lightning.data.contrastive import ContrastiveDataModule
+from kd_lightning.progress import counted
 from kd_lightning.rollout import AtWork
 from kd_lightning.shapes import FewParts, give_student, give_teacher
 from kd_lightning.sharding import is_sharded, layers
@@ -145,12 +146,21 @@ class _Rehearsal:
 
     def run(self) -> None:
         """Build, then step; write what was seen into the plan."""
+        for _ in counted(self._stages(), "Planning", total=5):
+            pass
+
+    def _stages(self) -> Iterator[None]:
         self._build()
+        yield
         self._spread()
+        yield
         optimizer = self._optimizer()
+        yield
         self._hold(optimizer)
+        yield
         self._step(optimizer)
         self._write(optimizer)
+        yield
 
     def _build(self) -> None:
         module = self.module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -83,3 +84,30 @@ def test_the_program_sets_lines_before_anything_shows_a_bar() -> None:
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=path)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("command", "title", "total"), [("preflight", "Preflight", 9), ("plan", "Planning", 5), ("compare", "Runs", 2)]
+)
+def test_commands_say_how_far_they_are(
+    command: str, title: str, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def recorded(items: Iterable[object], desc: str, total: int | None = None, **_: object) -> Iterator[object]:
+        passed = 0
+        for item in items:
+            yield item
+            passed += 1
+        found.append((desc, passed))
+        assert total is None or passed == total
+
+    monkeypatch.setattr("kd_lightning.progress.tqdm", recorded)
+    given = [*words(tmp_path)[1:], *(["--world_size", "1"] if command == "plan" else [])]
+    if command == "compare":
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.yaml").write_text("data: {}")
+        given = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main([command, *given]) == 0
+    assert (title, total) in found

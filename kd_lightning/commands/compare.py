@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_lightning.figures import as_markdown, curves, markdown_table
+from kd_lightning.progress import counted
 from kd_lightning.results import HEADINGS
 from kd_lightning.run_folder import RunFolder, differing, repetitions
 from kd_lightning.storage import whole_file
@@ -41,7 +42,7 @@ def main(args: Sequence[str]) -> int:
     given = parser.parse_args(list(args))
     if given.output is not None and given.output.exists():
         raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
-    runs = [RunFolder.read(root) for root in given.roots]
+    runs = [RunFolder.read(root) for root in counted(given.roots, "Runs")]
     notes = same_rows(runs, given.different_data)
     groups = repetitions(runs)
     names = titles(groups)

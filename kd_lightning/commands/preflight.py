@@ -12,6 +12,7 @@ from typing import Any
 
 from kd_lightning.cli import expected, explain, run
 from kd_lightning.commands.checks import CHECKS, Finding, Setup
+from kd_lightning.progress import counted
 
 
 def main(args: Sequence[str]) -> int:
@@ -54,7 +55,7 @@ def examine(cli: Any) -> list[Finding]:
         cli: what `cli.run(words, start=False)` returns.
     """
     setup, findings, refused = Setup(cli.model, cli.datamodule, cli.trainer, cli.config_init["fit"]), [], set()
-    for check in CHECKS:
+    for check in counted(CHECKS, "Preflight"):
         try:
             findings += [Finding(level, check.__name__, text) for level, text in check(setup)]
         except Exception as error:
