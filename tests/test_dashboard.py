@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.util.tensor_util import make_ndarray
 
 import runs
 from kd_lightning.cli import main
@@ -101,6 +104,49 @@ def test_another_logger_falls_back_quietly(tmp_path: Path) -> None:
     logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path / "csv")]
     assert main([*runs.little(tmp_path / "root"), *data, *logger]) == 0
     assert "baseline/teacher_nll" in next(tmp_path.rglob("metrics.csv")).read_text()
+
+
+class Service(Logger):
+    """Stands in for wandb or MLflow: knows metrics and parameters, and nothing of TensorBoard's own."""
+
+    seen: ClassVar[dict[str, list[tuple[int | None, float]]]] = {}
+    name, version = "service", "0"
+
+    @property
+    def experiment(self) -> Any:
+        return object()  # with none of the methods of TensorBoard's writer
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.seen.setdefault(name, []).append((step, float(value)))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        assert not args and not kwargs, "no metrics at step 0"
+
+
+def test_a_service_gets_every_number_and_is_asked_for_nothing_else(tmp_path: Path) -> None:
+    Service.seen.clear()
+    data = ["--data.train", str(runs.little_data(tmp_path)), *VALIDATED, "--trainer.logger", "test_dashboard.Service"]
+    words = ["--generation.every_n_validations", "1", "--generation.rows", "2", "--generation.max_new_tokens", "2"]
+    assert main([*runs.little(tmp_path / "root", "taid"), *data, *words]) == 0
+    for tag in ("train/loss", "train/kd", "train/grad_norm", "component/head_kl", "val/forward_kl", "val/rouge_l"):
+        assert [step for step, _ in Service.seen[tag]][-1] in (3, 4), tag
+    assert len({value for _, value in Service.seen["baseline/teacher_nll"]}) == 1
+    assert all(step for name, curve in Service.seen.items() if name.startswith("val/") for step, _ in curve)
+
+
+def test_no_metric_has_a_point_before_it_was_measured(root: Path) -> None:
+    """Read from the raw records, where TensorBoard's hyper-parameters would have left a zero."""
+    (file,) = (root / "run" / "tensorboard").glob("events.out.tfevents.*")
+    points: dict[str, list[tuple[int, float]]] = {}
+    for event in EventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name == "scalars" or value.tag in points:
+                points.setdefault(value.tag, []).append((event.step, float(make_ndarray(value.tensor))))
+    measured = {name: curve for name, curve in points.items() if name.startswith(("val/", "test/"))}
+    assert measured and all(step > 0 for curve in measured.values() for step, _ in curve)
+    assert points["val/ce"] == RunFolder.read(root / "run").scalars["val/ce"]
+    assert "hp_metric" not in points
 
 
 @pytest.mark.parametrize(
