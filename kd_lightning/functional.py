@@ -200,6 +200,35 @@ def beats_teacher(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
     return (1 + (nll(log_p, labels) - nll(log_q, labels)).sign()) / 2
 
 
+def calibration_sums(log_q: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    r"""Tokens, their confidence and how many are right, in bins of equal width of the confidence \(\max_v q(v)\).
+
+    Sums of several batches may be added, which `calibration_error` of parts may not.
+
+    Args:
+        log_q: log-probabilities of either model, [..., V].
+        labels: y, integers in [0, V), [...].
+        bins: at least 1.
+
+    Returns:
+        [3, bins], float64.
+    """
+    top, likeliest = log_q.max(-1)
+    confidence = top.exp().reshape(-1)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    values = torch.stack([torch.ones_like(confidence), confidence, (likeliest == labels).reshape(-1).to(top.dtype)])
+    return torch.zeros(3, bins, dtype=torch.float64, device=log_q.device).index_add(1, place, values.double())
+
+
+def calibration_error(log_q: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    r"""Expected calibration error of all tokens, \(\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|\), 0-d.
+
+    In [0, 1]; NaN of no token. Arguments as in `calibration_sums`.
+    """
+    count, confidence, right = calibration_sums(log_q, labels, bins)
+    return (right - confidence).abs().sum() / count.sum()
+
+
 def _per_row(weight: float | Tensor) -> float | Tensor:
     """One weight per row, made to stand beside the vocabulary."""
     return weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.ndim else weight

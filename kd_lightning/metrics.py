@@ -268,10 +268,7 @@ class CalibrationError(_Plotted):
         """Add tokens; arguments and errors as in `NLL.update`."""
         index = _counted(log_q, labels)
         targets = _targets(log_q, labels, index)
-        confidence, likeliest = _rows(log_q, index).exp().max(-1)
-        place = (confidence * self.bins).ceil().long().clamp(1, self.bins) - 1
-        values = torch.stack([torch.ones_like(confidence), confidence, (likeliest == targets).to(confidence.dtype)])
-        self.sums = self.sums.index_add(1, place, values.to(self.sums.dtype))
+        self.sums = self.sums + functional.calibration_sums(_rows(log_q, index), targets, self.bins)
 
     def compute(self) -> Tensor:
         """The error in [0, 1], 0-d fp32; NaN before the first token."""

@@ -11,7 +11,7 @@ from torchmetrics import Metric, MetricCollection
 
 import processes
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
-from kd_lightning.functional import log_softmax
+from kd_lightning.functional import calibration_error, log_softmax
 from kd_lightning.metrics import NLL, Agreement, BeatsTeacher, CalibrationError, DivergenceMetric, Entropy, TokenMean
 
 V = 7
@@ -278,6 +278,8 @@ def test_calibration_error_is_that_of_torchmetrics() -> None:
     metric.update(log_p, labels)
     theirs = multiclass_calibration_error(log_p[kept].exp(), labels[kept], V, n_bins=10, norm="l1")
     assert metric.compute().item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert calibration_error(log_p[kept], labels[kept], bins=10).item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert calibration_error(log_p[:0], labels[:0]).isnan()
 
 
 def test_a_copy_of_the_teacher_beats_it_half_the_time() -> None:
