@@ -226,7 +226,8 @@ def calibration_error(log_q: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     In [0, 1]; NaN of no token. Arguments as in `calibration_sums`.
     """
     count, confidence, right = calibration_sums(log_q, labels, bins)
-    return (right - confidence).abs().sum() / count.sum()
+    error: Tensor = (right - confidence).abs().sum() / count.sum()
+    return error
 
 
 def _per_row(weight: float | Tensor) -> float | Tensor:

@@ -129,7 +129,7 @@ class GenerationQuality(L.Callback):
         rank, ranks = data_ranks(trainer)
         mine = list(numbered(plan, rank=rank, ranks=ranks))
         mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None  # type: ignore[attr-defined]
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         found = dict(writer.answers(prompts, counted(mine, f"Answers, {split}, seed {seed}", shown=shown)))
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
