@@ -14,17 +14,14 @@ through all objectives in turn.
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import machine, spread, write
-from step import WARM, Clock
+from step import WARM, parts, starts
 
 import kd_lightning as kd
 
@@ -41,33 +38,8 @@ QUICK = ("ForwardKL",)
 
 def run(objective: str, steps: int, batch_size: int) -> dict[str, float]:
     """Median CPU seconds of a logged step, and of one that is not."""
-    data = kd.InstructionDataModule(
-        train="asset:train", tokenizer="asset:student", batch_size=batch_size, max_length=128
-    )
-    module = kd.DistillationModule(
-        student="asset:student",
-        teacher="asset:teacher",
-        objective=OBJECTIVES[objective](),
-        reduction="sequence_mean",
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.1),
-    )
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as root:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=WARM + 2 * steps + 1,
-            gradient_clip_val=1.0,
-            log_every_n_steps=2,
-            logger=TensorBoardLogger(root),
-            callbacks=[clock],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
-        trainer.fit(module, datamodule=data)
-    seconds = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]  # of step i + 1; the even are logged
+    marks = starts(*parts(batch_size, OBJECTIVES[objective]()), 2 * steps, every=2)
+    seconds = [b - a for a, b in itertools.pairwise(marks)]  # of step i + 1; the even are logged
     kinds: dict[str, list[float]] = {"logged": [], "plain": []}
     for i, taken in enumerate(seconds[WARM:], start=WARM):
         kinds["logged" if i % 2 else "plain"].append(taken)

@@ -113,10 +113,7 @@ def losses(args: argparse.Namespace) -> tuple[Any, str]:
 
 def whole_step(args: argparse.Namespace) -> tuple[Any, str]:
     """A distillation step beside a supervised one and the teacher's forward."""
-    module, data = step.parts(4 if args.small else 256)
-    data.prepare_data()
-    data.setup("fit")
-    module.configure_model()
+    module, data = step.loaded(4 if args.small else 256)
     assert module.model is not None
     teacher: Any = module.teacher
     module.model.to(args.device)

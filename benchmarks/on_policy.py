@@ -41,15 +41,20 @@ RUNS = {"forward_kl": "quickstart", **{name: name for name in ("seqkd", "gkd", "
 COLUMNS = ("forward_kl", "reverse_kl", "nll", "exact_match", "sample_nll")
 
 
+def command(root: Path, config: str, steps: int, seed: int, validate: int) -> list[str]:
+    """A run of so many steps under `root`, validated every so many, without the closing table."""
+    words = [sys.executable, "-m", "kd_lightning", "fit", "--config", config, "--trainer.default_root_dir", str(root)]
+    words += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), "--trainer.limit_test_batches", "0"]
+    words += ["--trainer.val_check_interval", str(validate), "--trainer.accelerator", "cpu"]
+    words += [] if config == "sft" else ["--model.lr_scheduler.total_iters", str(steps)]  # its rate is constant
+    return [*words, "--trainer.enable_progress_bar", "false"]
+
+
 def train(root: Path, config: str, steps: int, seed: int, extra: list[str]) -> float:
     """A run under `root`, from nothing; its CPU seconds, start-up included."""
     shutil.rmtree(root, ignore_errors=True)  # of one that was interrupted, whose responses would cost nothing now
-    words = [sys.executable, "-m", "kd_lightning", "fit", "--config", config, "--trainer.default_root_dir", str(root)]
-    words += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), "--trainer.val_check_interval", "125"]
-    words += ["--model.lr_scheduler.total_iters", str(steps), "--trainer.limit_test_batches", "0"]
-    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([*words, *extra], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command(root, config, steps, seed, 125), *extra], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

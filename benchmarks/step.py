@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import machine, spread, write
 
 import kd_lightning as kd
@@ -33,18 +34,29 @@ WARM = 5  # steps before the clock starts
 Batch = dict[str, torch.Tensor]
 
 
-def parts(batch_size: int) -> tuple[kd.DistillationModule, kd.InstructionDataModule]:
-    """The quickstart's module and data."""
+def parts(
+    batch_size: int, objective: kd.Divergence | None = None
+) -> tuple[kd.DistillationModule, kd.InstructionDataModule]:
+    """The quickstart's module and data; None: its objective too."""
     data = kd.InstructionDataModule(
         train="asset:train", tokenizer="asset:student", batch_size=batch_size, max_length=128
     )
     module = kd.DistillationModule(
         student="asset:student",
         teacher="asset:teacher",
-        objective=kd.ForwardKL(),
+        objective=objective or kd.ForwardKL(),
         reduction="sequence_mean",
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.1),
     )
+    return module, data
+
+
+def loaded(batch_size: int) -> tuple[kd.DistillationModule, kd.InstructionDataModule]:
+    """The quickstart's module with its models, and its rows, for a bare loop."""
+    module, data = parts(batch_size)
+    data.prepare_data()
+    data.setup("fit")
+    module.configure_model()
     return module, data
 
 
@@ -78,10 +90,7 @@ def stepper(module: kd.DistillationModule, loss: kd.DistillationLoss | None) -> 
 
 def kd_beside_sft(steps: int, batch_size: int) -> dict[str, float]:
     """Median CPU seconds of each part, over the same batches."""
-    module, data = parts(batch_size)
-    data.prepare_data()
-    data.setup("fit")
-    module.configure_model()
+    module, data = loaded(batch_size)
     teacher: Any = module.teacher
     labels_only = kd.DistillationLoss(kd.ForwardKL(), ce_weight=1.0, reduction="sequence_mean")
     distil, supervise = stepper(module, None), stepper(module, labels_only)
@@ -119,9 +128,8 @@ class Clock(L.Callback):
         self.times.append(time.process_time())
 
 
-def lightning_beside_bare(steps: int, batch_size: int) -> dict[str, float]:
-    """Median CPU seconds of a step, from one batch's start to the next."""
-    module, data = parts(batch_size)
+def starts(module: kd.DistillationModule, data: kd.InstructionDataModule, steps: int, every: int) -> list[float]:
+    """CPU time at the start of every step of a Trainer whose logger (TensorBoard) sees every so many of them."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as root:
         trainer = L.Trainer(
@@ -129,7 +137,8 @@ def lightning_beside_bare(steps: int, batch_size: int) -> dict[str, float]:
             devices=1,
             max_steps=WARM + steps + 1,
             gradient_clip_val=1.0,
-            log_every_n_steps=10,
+            log_every_n_steps=every,
+            logger=TensorBoardLogger(root),
             default_root_dir=root,
             callbacks=[clock],
             enable_checkpointing=False,
@@ -138,17 +147,20 @@ def lightning_beside_bare(steps: int, batch_size: int) -> dict[str, float]:
             limit_val_batches=0,
         )
         trainer.fit(module, datamodule=data)
-    module, data = parts(batch_size)
-    data.prepare_data()
-    data.setup("fit")
-    module.configure_model()
+    return clock.times
+
+
+def lightning_beside_bare(steps: int, batch_size: int) -> dict[str, float]:
+    """Median CPU seconds of a step, from one batch's start to the next."""
+    by_trainer = starts(*parts(batch_size), steps, every=10)
+    module, data = loaded(batch_size)
     step, times = stepper(module, None), []
     for _, batch in zip(range(WARM + steps + 1), batches(data), strict=False):
         times.append(time.process_time())
         step(batch)
     return {
         name: statistics.median(b - a for a, b in zip(marks[WARM:], marks[WARM + 1 :], strict=False))
-        for name, marks in (("lightning", clock.times), ("bare", times))
+        for name, marks in (("lightning", by_trainer), ("bare", times))
     }
 
 

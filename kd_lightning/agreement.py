@@ -5,11 +5,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 SAMPLE = 1000  # rows of a split whose text is compared; of all others only the lengths
+
+
+T = TypeVar("T")
+
+
+def gathered(mine: T, ranks: int) -> list[T]:
+    """What every rank gives, in the order of ranks, on every rank; all of them must ask, or the only one.
+
+    Args:
+        mine: this rank's; can be pickled.
+        ranks: how many there are.
+    """
+    if ranks == 1:
+        return [mine]
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, mine)
+    return found
 
 
 def check_same(mine: Mapping[str, str]) -> None:
@@ -21,10 +38,7 @@ def check_same(mine: Mapping[str, str]) -> None:
     Raises:
         ValueError: on every rank alike, with the rank, what it describes and the first line that differs.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, dict(mine))
+    everyone = gathered(dict(mine), dist.get_world_size() if dist.is_initialized() else 1)
     for rank, other in enumerate(everyone):
         for name in sorted(other.keys() | everyone[0].keys()):
             theirs, first = other.get(name, ""), everyone[0].get(name, "")

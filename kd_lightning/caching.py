@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_lightning.cached_teacher import CachedTeacher, project, sum_over, text_digests
 from kd_lightning.outcomes import top_k
-from kd_lightning.progress import counted
+from kd_lightning.progress import counted, shown
 from kd_lightning.teacher_cache import (
     DTYPES,
     KINDS,
@@ -77,7 +77,7 @@ def fill_cache(
     data = {}
     for split in datamodule.splits:
         shards, digest = Shards(folder, whose.digest), DataDigest()  # a row may be in two splits
-        for batch in counted(datamodule.every_row(split), f"Teacher, {split}", shown=bar and rank == 0):
+        for batch in counted(datamodule.every_row(split), f"Teacher, {split}", shown=bar):
             _keep(module.teacher, batch, whose, shards, writer, digest, total)
         writer.flush()
         digest.sums = total(digest.sums)
@@ -103,9 +103,8 @@ def written_down(module: Any, trainer: Any) -> CachedTeacher:
     if datamodule.sources["test"] and trainer.limit_test_batches != 0:
         datamodule.setup("test")
     folder = Path(trainer.default_root_dir) / "teacher_cache"
-    bar = trainer.progress_bar_callback is not None
     with trainer.precision_plugin.forward_context():
-        fill_cache(folder, module, datamodule, trainer=trainer, bar=bar)
+        fill_cache(folder, module, datamodule, trainer=trainer, bar=shown(trainer))
     teacher = CachedTeacher(str(folder))
     teacher.load(module.device)
     return teacher

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from kd_lightning.agreement import check_same
+from kd_lightning.agreement import check_same, gathered
 from kd_lightning.lora import merged_state, save_adapter
 from kd_lightning.sharding import whole_state
 from kd_lightning.storage import whole_file, whole_folder
@@ -265,10 +264,7 @@ class Predictions(L.Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Gather the ranks' responses and write them."""
-        found = [self.responses]
-        if trainer.world_size > 1:
-            found = [{} for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(found, self.responses)
+        found = gathered(self.responses, trainer.world_size)
         if not trainer.is_global_zero:
             return
         responses = {row_id: text for part in found for row_id, text in part.items()}

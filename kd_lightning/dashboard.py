@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from kd_lightning import figures
+from kd_lightning.counted import IGNORE_INDEX
 from kd_lightning.report import SET_UP
 from kd_lightning.run_folder import flat
 
@@ -22,7 +23,6 @@ CHARTS = {
 }
 PLACES = 32  # of a response; later tokens go into the last
 BINS = 20  # of a probability
-IGNORE_INDEX = -100
 
 
 class Dashboard(L.Callback):
@@ -42,7 +42,7 @@ class Dashboard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay out the charts and say what the run is."""
-        for writer in _writers(trainer):
+        for writer in writers(trainer):
             charts = {title: ["Multiline", [_exactly(tag) for tag in tags]] for title, tags in CHARTS.items()}
             writer.add_custom_scalars({"distillation": charts})
             writer.add_text("config", "```yaml\n" + self.text + "\n```")
@@ -75,7 +75,7 @@ class Dashboard(L.Callback):
             self._probabilities = trainer.strategy.reduce(self._probabilities, reduce_op="sum")
         if not self._agreed.any():
             return
-        for writer in _writers(trainer):
+        for writer in writers(trainer):
             share = (self._agreed[0] / self._agreed[1].clamp_min(1)).tolist()
             known = [(i, value) for i, value in enumerate(share) if self._agreed[1, i] > 0]
             writer.add_figure("agreement by place in the response", figures.by_place(known), trainer.global_step)
@@ -91,14 +91,14 @@ class Dashboard(L.Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if not metrics:
             return
-        for writer in _writers(trainer):
+        for writer in writers(trainer):
             # values of these metrics are those of the scalars of the same names
             for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):  # type: ignore[no-untyped-call]
                 writer.file_writer.add_summary(summary)
             writer.flush()
 
 
-def _writers(trainer: L.Trainer) -> list[Any]:
+def writers(trainer: L.Trainer) -> list[Any]:
     """The SummaryWriters of this rank; empty where the logger is another or there is nothing to be left behind."""
     if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
         return []

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as L
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from kd_lightning.agreement import gathered
 from kd_lightning.answering import Writer, batches, numbered
+from kd_lightning.dashboard import writers
 from kd_lightning.figures import markdown_table
-from kd_lightning.progress import counted
+from kd_lightning.progress import counted, shown
 from kd_lightning.response_file import Response
 from kd_lightning.rollout import Sampling
 from kd_lightning.strategies import data_ranks
@@ -129,12 +129,9 @@ class GenerationQuality(L.Callback):
         rank, ranks = data_ranks(trainer)
         mine = list(numbered(plan, rank=rank, ranks=ranks))
         mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        found = dict(writer.answers(prompts, counted(mine, f"Answers, {split}, seed {seed}", shown=shown)))
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, found)
-            found = {number: response for part in parts for number, response in part.items()}
+        asked = counted(mine, f"Answers, {split}, seed {seed}", shown=shown(trainer))
+        parts = gathered(dict(writer.answers(prompts, asked)), trainer.world_size)
+        found = {number: response for part in parts for number, response in part.items()}
         responses = [found[number] for number in range(len(rows))]
         figures = quality(responses, [row["answer"] for row in rows])
         return figures, [response.text for response in responses[:SHOWN]]
@@ -148,9 +145,8 @@ class GenerationQuality(L.Callback):
             for row, teacher, student in zip(rows, theirs, texts, strict=True)
         ]
         table = markdown_table(["prompt", "answer", "teacher", "student"], cells)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text("samples", table, trainer.global_step)
+        for writer in writers(trainer):
+            writer.add_text("samples", table, trainer.global_step)
 
 
 def quality(responses: Sequence[Response], answers: Sequence[str]) -> dict[str, float]:

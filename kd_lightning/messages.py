@@ -80,9 +80,9 @@ def explain(error: BaseException) -> str:
     if last.endswith(("weight", "alpha", "share")):
         base = Schedule
     ours = base is LightningDataModule  # Lightning has some of its own, for demonstrations
-    below = [leaf for leaf in _leaves(base) if not ours or leaf.__module__.startswith("kd_lightning.")]
-    leaves = sorted(leaf.__name__ for leaf in below if not leaf.__name__.startswith("_"))
-    return f"{key}: there is no class {name}; the classes are {', '.join(leaves)} (or the dotted path of your own)"
+    below = [leaf for leaf in leaves(base) if not ours or leaf.__module__.startswith("kd_lightning.")]
+    names = sorted(leaf.__name__ for leaf in below if not leaf.__name__.startswith("_"))
+    return f"{key}: there is no class {name}; the classes are {', '.join(names)} (or the dotted path of your own)"
 
 
 def _unknown_option(text: str) -> str:
@@ -116,12 +116,12 @@ def _wrong_type(text: str) -> str:
     return f"{found[1]}.{found[2]} must be {' or '.join(kinds)}, got {found[4]!r}"
 
 
-def _leaves(base: type) -> set[type]:
+def leaves(base: type) -> set[type]:
     """Every class below `base` that can be built."""
     below: set[type] = set()
     child: type
     for child in type.__subclasses__(base):
-        below |= {child, *_leaves(child)}
+        below |= {child, *leaves(child)}
     return {leaf for leaf in below if not getattr(leaf, "__abstractmethods__", None)}
 
 

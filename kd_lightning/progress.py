@@ -26,6 +26,11 @@ def counted(items: Iterable[T], title: str, total: int | None = None, shown: boo
     yield from tqdm(items, desc=title, total=total, disable=not shown, leave=False)
 
 
+def shown(trainer: L.Trainer) -> bool:
+    """Whether a run shows how far it is, and on this rank."""
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+
 def progress() -> ProgressBar:
     """What suits where the output goes."""
     return StepBar() if sys.stdout.isatty() else PlainProgress()

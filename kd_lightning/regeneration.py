@@ -15,10 +15,12 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_lightning.agreement import gathered
 from kd_lightning.answering import Answers, Writer, batch_seed, batches, fill, room, summary
 from kd_lightning.callbacks import is_dry
 from kd_lightning.data.batch import SIDES
 from kd_lightning.data.prompted import PromptDataModule
+from kd_lightning.progress import shown
 from kd_lightning.response_file import Response, ResponseFile
 from kd_lightning.rollout import Sampling
 from kd_lightning.strategies import data_ranks
@@ -210,8 +212,7 @@ class Regeneration(L.Callback):
             done = min(self._everyone(trainer, {trainer.global_rank: self._batches_done(file, mine)}).values())
             place = {row: local for local, row in enumerate(order)}
             answers: Answers = ((place[row], said) for row, said in writer.answers(prompts, mine[done:]))
-            bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
-            fill(file, answers, bar, f"{self.side}, pass {number}")
+            fill(file, answers, shown(trainer), f"{self.side}, pass {number}")
             return {rows[row]["index"]: file.responses[local] for row, local in place.items()}
 
     def _path(self, folder: Path, trainer: L.Trainer, number: int) -> Path:
@@ -233,11 +234,7 @@ class Regeneration(L.Callback):
     @staticmethod
     def _everyone(trainer: L.Trainer, mine: dict[int, Any]) -> dict[int, Any]:
         """What all ranks have, by key, on every rank."""
-        if trainer.world_size == 1:
-            return mine
-        parts: list[dict[int, Any]] = [{} for _ in range(trainer.world_size)]
-        torch.distributed.all_gather_object(parts, mine)
-        return {key: value for part in parts for key, value in part.items()}
+        return {key: value for part in gathered(mine, trainer.world_size) for key, value in part.items()}
 
 
 def _fields(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from kd_lightning.callbacks import is_dry
 from kd_lightning.data.batch import left_pad
-from kd_lightning.progress import counted
+from kd_lightning.progress import counted, shown
 from kd_lightning.rollout import generate
 from kd_lightning.storage import whole_file
 from kd_lightning.strategies import data_ranks
@@ -143,7 +143,7 @@ class ResultsTable(Checkpoint):
         tokenizer, pad_id = datamodule.tokenizer, datamodule.pad_id
         right = 0
         starts = range(0, -(-len(rows) // ranks), self.batch_size)
-        for start in counted(starts, f"{who} answers", shown=_shown(trainer)):
+        for start in counted(starts, f"{who} answers", shown=shown(trainer)):
             own = mine[start : start + self.batch_size]
             part = own or rows[:1]  # ranks ask a sharded model equally often
             inputs = left_pad([row["prompt_ids"] for row in part], pad_id)
@@ -177,10 +177,6 @@ class ResultsTable(Checkpoint):
         Console().print(table)
 
 
-def _shown(trainer: L.Trainer) -> bool:
-    return trainer.is_global_zero and trainer.progress_bar_callback is not None
-
-
 def limited(loader: Any, limit: int | float) -> int:
     """How many batches of a loader `limit_…_batches` leaves: a share of them, or so many."""
     return int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
@@ -189,7 +185,7 @@ def limited(loader: Any, limit: int | float) -> int:
 def token_means(trainer: L.Trainer, module: Any, loader: Any, batches: int) -> dict[str, float]:
     """Means over the counted tokens of the first `batches` batches, on all ranks together."""
     sums: dict[str, torch.Tensor] = {}
-    numbers = counted(range(batches), "Test rows", shown=_shown(trainer))
+    numbers = counted(range(batches), "Test rows", shown=shown(trainer))
     for _, batch in zip(numbers, loader, strict=False):
         values = module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
         for name, value in values.items():

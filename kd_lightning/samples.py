@@ -6,13 +6,12 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from kd_lightning.counted import IGNORE_INDEX
+from kd_lightning.dashboard import writers
 from kd_lightning.figures import markdown_table
 from kd_lightning.objectives import SOURCES
-
-IGNORE_INDEX = -100
 
 
 class Samples(L.Callback):
@@ -51,13 +50,13 @@ class Samples(L.Callback):
             if batch is None:
                 return
         self._shown = period
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        boards = writers(trainer)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if not writers or not trainer.is_global_zero or tokenizer is None or "source" not in batch:
+        if not boards or tokenizer is None or "source" not in batch:
             return
         if cells := written_rows(batch, tokenizer, self.rows):
             table = markdown_table(["prompt", "who", "response", "tokens"], cells)
-            for writer in writers:
+            for writer in boards:
                 writer.add_text("trained on", table, trainer.global_step)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ from kd_lightning.engine import Head
 from kd_lightning.lora import with_lora
 from kd_lightning.models import Role, shape_of_causal_lm
 from kd_lightning.student import StudentWithLoss
-from kd_lightning.teachers import AdapterOffTeacher, HFTeacher, OffloadedTeacher, Teacher
+from kd_lightning.teachers import AdapterOffTeacher, AroundHF, HFTeacher, OffloadedTeacher, Teacher
 
 PURE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -67,7 +67,7 @@ class ShapedStudent(StudentWithLoss):
     cut = staticmethod(cut)
 
 
-class ShapedTeacher(Teacher):
+class ShapedTeacher(AroundHF):
     """A teacher without numbers, cut by its shapes where they say that it can be.
 
     Args:
@@ -76,27 +76,12 @@ class ShapedTeacher(Teacher):
     """
 
     def __init__(self, model: Any, spread: bool = True) -> None:
+        super().__init__(HFTeacher(model))
         self.spread = spread
-        self._inner = HFTeacher(model)
         self._inner.model = model.eval().requires_grad_(False)  # read already, and without numbers to look at
         with suppress(ValueError):
             self._inner._body, reading = cut(model)
             self._inner._reading = factors(reading)
-
-    @property
-    def name(self) -> str | None:
-        """Where its configuration lies."""
-        return self._inner.name
-
-    @property
-    def model(self) -> Any:
-        """The model."""
-        return self._inner.model
-
-    @property
-    def head(self) -> Head | None:
-        """Its head; None where it cannot be cut."""
-        return self._inner.head
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Nothing: shapes are there."""
@@ -109,14 +94,6 @@ class ShapedTeacher(Teacher):
         """Let a strategy spread the model over ranks, where it may."""
         if self.spread:
             self._inner.shard(wrap)
-
-    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states [B, T, H]."""
-        return self._inner.hidden(batch)
-
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits [B, T, V]."""
-        return self._inner.logits(batch)
 
     def fingerprint(self) -> str:
         """Nothing tells shapes apart."""

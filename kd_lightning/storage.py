@@ -20,10 +20,15 @@ from kd_lightning.shards import META, Pieces
 NEEDED = ("state_dict", "loops", "global_step", "pytorch-lightning_version")
 
 
+def is_full(path: Path) -> bool:
+    """Whether the disk is full on which `path` lies: a writer may say something else then."""
+    return shutil.disk_usage(path.parent).free < 1 << 16
+
+
 def _say_if_full(error: Exception, path: Path) -> None:
     """Turn what a writer says on a full disk (an unexpected position, an iostream error) into the reason."""
-    if shutil.disk_usage(path.parent).free < 1 << 16:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+    if is_full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
-import shutil
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.optim import Optimizer
 
+from kd_lightning.agreement import gathered
 from kd_lightning.sharding import (
     TENSOR,
     checkpoint_activations,
@@ -33,7 +35,7 @@ from kd_lightning.sharding import (
     whole_state,
 )
 from kd_lightning.shards import Pieces, walk, write_part
-from kd_lightning.storage import open_checkpoint, part_of, whole_folder
+from kd_lightning.storage import is_full, open_checkpoint, part_of, whole_folder
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -236,11 +238,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         try:
             write_part(checkpoint, folder, self.global_rank)
         except (OSError, RuntimeError, SafetensorError) as error:
-            full = shutil.disk_usage(folder.parent).free < 1 << 16  # what a writer says then is not always that
-            failure = "No space left on device" if full else str(error)
-        failures: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(failures, failure)
-        for rank, reason in enumerate(failures):
+            failure = os.strerror(errno.ENOSPC) if is_full(folder) else str(error)
+        for rank, reason in enumerate(gathered(failure, self.world_size)):
             if reason is not None:
                 raise OSError(f"{folder} could not be written by rank {rank}: {reason}")
 

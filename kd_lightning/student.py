@@ -91,13 +91,17 @@ class StudentWithLoss(nn.Module):
         if head is not None and not isinstance(told, Tensor):
             teacher_hidden = told if teacher is None or teacher_head is None else teacher.hidden(batch)[:, :-1]
             hidden = hidden_states(self._body[0], **inputs)[:, :-1]
-            read: tuple[Any, ...] = (hidden, head, teacher_hidden, teacher_head, labels, rows)
-            found = loss.from_hidden(*read)
+
+            def read(loss: DistillationLoss) -> LossParts:
+                return loss.from_hidden(hidden, head, teacher_hidden, teacher_head, labels, rows)
         else:
-            read = (logits(self.student, **inputs)[:, :-1], told, labels, rows)
-            found = loss.from_logits(*read)
+            student_logits = logits(self.student, **inputs)[:, :-1]
+
+            def read(loss: DistillationLoss) -> LossParts:
+                return loss.from_logits(student_logits, told, labels, rows)
+
+        found = read(loss)
         if beside is not None and teacher is not None and not isinstance(told, TopK):  # a top k has no tail to measure
             with torch.no_grad():
-                more = beside.from_hidden(*read) if len(read) == 6 else beside.from_logits(*read)
-            found.by_response.update(component_sums(beside, more))
+                found.by_response.update(component_sums(beside, read(beside)))
         return found

@@ -16,6 +16,7 @@ from kd_lightning.cutting import evaluating, factors, head_of, hidden_states
 from kd_lightning.cutting import logits as logits
 from kd_lightning.engine import Head
 from kd_lightning.lora import adapters_off, lora_layers
+from kd_lightning.messages import leaves
 from kd_lightning.models import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
 from kd_lightning.sharding import here, layers
 from kd_lightning.teacher_base import Teacher as Teacher
@@ -73,7 +74,7 @@ class HFTeacher(Teacher):
         try:
             return load_causal_lm(self._given, kwargs=self.kwargs, role="teacher")
         except ModelNotFoundError as error:
-            classes = ", ".join(sorted(leaf.__name__ for leaf in Teacher.__subclasses__()))
+            classes = ", ".join(sorted(leaf.__name__ for leaf in leaves(Teacher)))
             raise ModelNotFoundError(f"{error}, and no class of that name (there is {classes})") from None
 
     def to(self, device: torch.device | str) -> None:
@@ -123,20 +124,15 @@ class HFTeacher(Teacher):
         return self.model
 
 
-class OffloadedTeacher(Teacher):
-    """A Hugging Face model whose layers wait in host memory and visit the device one at a time.
-
-    What stands around the layers (embedding, last norm, head) stays on the device.
+class AroundHF(Teacher):
+    """What an `HFTeacher` inside says; how it is filled and moved is left to those below.
 
     Args:
-        path: as for `HFTeacher`.
-        kwargs: as for `HFTeacher`.
+        inner: the teacher.
     """
 
-    def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:
-        self._inner = HFTeacher(path, kwargs)
-        self._device = torch.device("cpu")
-        self._visits: list[_Visit] = []
+    def __init__(self, inner: HFTeacher) -> None:
+        self._inner = inner
 
     @property
     def name(self) -> str | None:
@@ -152,6 +148,34 @@ class OffloadedTeacher(Teacher):
     def head(self) -> Head | None:
         """Its head; None where it cannot be cut."""
         return self._inner.head
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [B, T, H]."""
+        return self._inner.hidden(batch)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits [B, T, V]."""
+        return self._inner.logits(batch)
+
+    def fingerprint(self) -> str:
+        """As an `HFTeacher`'s of the same model."""
+        return self._inner.fingerprint()
+
+
+class OffloadedTeacher(AroundHF):
+    """A Hugging Face model whose layers wait in host memory and visit the device one at a time.
+
+    What stands around the layers (embedding, last norm, head) stays on the device.
+
+    Args:
+        path: as for `HFTeacher`.
+        kwargs: as for `HFTeacher`.
+    """
+
+    def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(HFTeacher(path, kwargs))
+        self._device = torch.device("cpu")
+        self._visits: list[_Visit] = []
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Read the model into host memory, and let its layers visit the device."""
@@ -174,18 +198,6 @@ class OffloadedTeacher(Teacher):
                     table[name] = moved.setdefault(id(tensor), _at(tensor, device))
         self._visits = [_Visit(part, device) for part in parts]
         self._device = device
-
-    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states [B, T, H]."""
-        return self._inner.hidden(batch)
-
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits [B, T, V]."""
-        return self._inner.logits(batch)
-
-    def fingerprint(self) -> str:
-        """As an `HFTeacher`'s of the same model."""
-        return self._inner.fingerprint()
 
 
 class _Visit:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,31 @@ from kd_lightning.assets import resolve
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 CPU = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+
+
+# DistiLLM-2's objective as a word of the command line: each response has its own skew
+GAPS = {
+    "class_path": "Contrastive",
+    "init_args": {
+        "teacher_responses": {"class_path": "SkewKL", "init_args": {"alpha": {"class_path": "ResponseGap"}}},
+        "student_responses": {
+            "class_path": "SkewReverseKL",
+            "init_args": {"alpha": {"class_path": "ResponseGap", "init_args": {"side": "student"}}},
+        },
+    },
+}
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of its own that is soon full, in a folder that is there."""
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def little_data(folder: Path, rows: int = 48) -> Path:

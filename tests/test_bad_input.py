@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,10 +176,7 @@ def test_a_root_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixt
 
 
 def test_a_disk_that_fills_keeps_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
-    try:
+    with runs.small_disk(tmp_path, "8m") as disk:
         words = [*runs.little(disk / "root", steps=40), "--checkpoint.every_n_train_steps", "1"]
         code, _, err = runs.finish([*words, "--checkpoint.save_top_k=-1"])
         assert code == 1, err
@@ -189,8 +185,6 @@ def test_a_disk_that_fills_keeps_the_last_whole_checkpoint(tmp_path: Path) -> No
         assert "Traceback" not in err
         last = torch.load(disk / "root" / "checkpoints" / "last.ckpt", weights_only=True)
         assert last["global_step"] >= 1
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

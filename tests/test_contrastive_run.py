@@ -15,17 +15,6 @@ from kd_lightning.assets import resolve
 from kd_lightning.cli import main
 from test_bad_input import refused
 
-OBJECTIVE = {
-    "class_path": "Contrastive",
-    "init_args": {
-        "teacher_responses": {"class_path": "SkewKL", "init_args": {"alpha": {"class_path": "ResponseGap"}}},
-        "student_responses": {
-            "class_path": "SkewReverseKL",
-            "init_args": {"alpha": {"class_path": "ResponseGap", "init_args": {"side": "student"}}},
-        },
-    },
-}
-
 
 def rows(count: int) -> list[dict[str, Any]]:
     """Bundled prompts with their answers, beside which the student's are those to other prompts."""
@@ -50,7 +39,7 @@ def write(path: Path, content: list[dict[str, Any]]) -> str:
 def words(root: Path, train: str, steps: int = 8, *extra: str) -> list[str]:
     """Words of a short fit on pairs."""
     data = ["--data", "ContrastiveDataModule", "--data.train", train, "--data.batch_size", "4"]
-    loss = ["--model.objective", json.dumps(OBJECTIVE), "--model.reduction", "sequence_mean"]
+    loss = ["--model.objective", json.dumps(runs.GAPS), "--model.reduction", "sequence_mean"]
     return [*runs.little(root, "skew_kl", steps), *data, *loss, *extra]
 
 

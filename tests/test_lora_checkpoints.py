@@ -5,23 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID, DistillationModule
-from kd_lightning.callbacks import HFExport
 from kd_lightning.lora import LoRA
 from kd_lightning.sharding import whole_state
-from kd_lightning.storage import WholeCheckpointIO, open_checkpoint
+from kd_lightning.storage import open_checkpoint
 from kd_lightning.strategies import FSDP2Strategy
 from test_module import rows, split
-from test_strategies import joined
+from test_strategies import joined, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # resumed runs write elsewhere
 
@@ -42,23 +38,9 @@ def run(folder: Path, student: Any, start: Path | None = None, rank: int = 0, ra
     """Three steps under AdamW, with a checkpoint of each and the export; the module."""
     torch.manual_seed(0)
     module = DistillationModule(student, tiny("llama", hidden_size=48), TAID(), lora=LoRA(2))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=FSDP2Strategy(**strategy) if ranks > 1 else "auto",
-        max_epochs=3,
-        logger=False,
-        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1), HFExport()],
-        plugins=[WholeCheckpointIO()],
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
     batch = split(rows(8, VOCABULARY), *([8 // ranks] * ranks))[rank]
-    loader = DataLoader([batch], batch_size=None)
-    trainer.fit(module, loader, loader, ckpt_path=start, weights_only=True)
+    sharded = FSDP2Strategy(**strategy) if ranks > 1 else "auto"
+    train(module, batch, folder, start, devices=ranks, strategy=sharded, max_epochs=3)
     return module
 
 

@@ -22,16 +22,6 @@ WROTE = {
     side: [f"train/{side}_{name}" for name in ("response_length", "finished", "empty")]
     for side in ("teacher", "student")
 }
-GAPS = {
-    "class_path": "Contrastive",
-    "init_args": {
-        "teacher_responses": {"class_path": "SkewKL", "init_args": {"alpha": {"class_path": "ResponseGap"}}},
-        "student_responses": {
-            "class_path": "SkewReverseKL",
-            "init_args": {"alpha": {"class_path": "ResponseGap", "init_args": {"side": "student"}}},
-        },
-    },
-}
 
 
 def on_policy(config: str, *more: str) -> Any:
@@ -43,7 +33,7 @@ def on_policy(config: str, *more: str) -> Any:
 
 
 def pairs(root: Path, data: Path) -> list[str]:
-    return contrastive(root, data, "--model.objective", json.dumps(GAPS), steps=8)
+    return contrastive(root, data, "--model.objective", json.dumps(runs.GAPS), steps=8)
 
 
 RUNS: dict[str, tuple[Any, set[str], set[str]]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -50,12 +49,15 @@ def run(
     module = Run(student, teacher, TAID(), ce_weight=0.5)
     readers = ranks // sizes.get("tensor_parallel_size", 1)
     batch = split(rows(8, VOCABULARY), *SHARES[readers])[rank * readers // ranks]
+    strategy = FSDP2Strategy(**sizes) if ranks > 1 else "auto"
+    train(module, batch, folder, ckpt, devices=ranks, strategy=strategy, max_epochs=EPOCHS, gradient_clip_val=0.05)
+    return module
+
+
+def train(module: Any, batch: Batch, folder: Path, start: Path | None, **settings: Any) -> None:
+    """Train on one batch an epoch, from a checkpoint or from nothing, with a checkpoint of each and the export."""
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=ranks,
-        strategy=FSDP2Strategy(**sizes) if ranks > 1 else "auto",
-        max_epochs=EPOCHS,
-        gradient_clip_val=0.05,
         logger=False,
         callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1), HFExport()],
         plugins=[WholeCheckpointIO()],
@@ -64,10 +66,10 @@ def run(
         enable_model_summary=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
+        **settings,
     )
     loader = DataLoader([batch], batch_size=None)
-    trainer.fit(module, loader, loader, ckpt_path=ckpt, weights_only=True)
-    return module
+    trainer.fit(module, loader, loader, ckpt_path=start, weights_only=True)
 
 
 def held(model: nn.Module) -> int:
@@ -305,10 +307,7 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(victim: int
 
 @pytest.mark.slow
 def test_a_disk_that_fills_ends_all_ranks_and_keeps_every_checkpoint_that_is_there(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
-    try:
+    with runs.small_disk(tmp_path, "12m") as disk:
         words = [*runs.little(disk / "root", steps=40), "--trainer.devices", "2"]
         words += ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
         words += ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k=-1"]
@@ -324,5 +323,3 @@ def test_a_disk_that_fills_ends_all_ranks_and_keeps_every_checkpoint_that_is_the
         steps = {path.name: WholeCheckpointIO().load_checkpoint(path)["global_step"] for path in kept}
         assert max(steps.values()) >= 1
         assert not list((disk / "root" / "checkpoints").glob(".*.part"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
