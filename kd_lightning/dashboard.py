@@ -28,8 +28,9 @@ BINS = 20  # of a probability
 class Dashboard(L.Callback):
     """Lay out TensorBoard and draw what curves cannot show; with another logger it does nothing.
 
-    Figures of every validation: share of tokens on which both models agree, by place in the response; probability of
-    the label, the student's against the teacher's. At the end hyper-parameters with the last metrics.
+    Figures of every validation: share of tokens on which both models agree, and forward KL on the teacher's head and
+    tail, by place in the response; probability of the label, the student's against the teacher's. At the end
+    hyper-parameters with the last metrics.
 
     Args:
         text: every argument of the run as YAML; shown as text and as hyper-parameters.
@@ -37,7 +38,7 @@ class Dashboard(L.Callback):
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._agreed = torch.zeros(2, PLACES)
+        self._places = torch.zeros(4, PLACES)
         self._probabilities = torch.zeros(BINS, BINS)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,7 +50,7 @@ class Dashboard(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the sums of the figures."""
-        self._agreed = torch.zeros(2, PLACES, device=pl_module.device)
+        self._places = torch.zeros(4, PLACES, device=pl_module.device)  # tokens, agreeing ones, KL, KL on the head
         self._probabilities = torch.zeros(BINS, BINS, device=pl_module.device)
 
     def on_validation_batch_end(
@@ -61,9 +62,10 @@ class Dashboard(L.Callback):
         counted = batch["labels"][:, 1:] != IGNORE_INDEX
         place = (counted.cumsum(1) - 1)[counted].clamp(max=PLACES - 1)
         agreement = outputs["agreement"].float()
-        self._agreed.index_add_(1, place, torch.stack([agreement, torch.ones_like(agreement)]))
-        theirs, ours = (_bin(outputs[name]) for name in ("teacher_nll", "ce"))
         ones = torch.ones_like(agreement)
+        kl, head = (outputs[name].float() if "head_kl" in outputs else 0 * ones for name in ("forward_kl", "head_kl"))
+        self._places.index_add_(1, place, torch.stack([ones, agreement, kl, head]))
+        theirs, ours = (_bin(outputs[name]) for name in ("teacher_nll", "ce"))
         self._probabilities.view(-1).index_add_(0, theirs * BINS + ours, ones)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,14 +73,17 @@ class Dashboard(L.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if trainer.world_size > 1:
-            self._agreed = trainer.strategy.reduce(self._agreed, reduce_op="sum")
+            self._places = trainer.strategy.reduce(self._places, reduce_op="sum")
             self._probabilities = trainer.strategy.reduce(self._probabilities, reduce_op="sum")
-        if not self._agreed.any():
+        known = int((self._places[0] > 0).sum())
+        if not known:
             return
+        means = (self._places[1:, :known] / self._places[0, :known]).tolist()
         for writer in writers(trainer):
-            share = (self._agreed[0] / self._agreed[1].clamp_min(1)).tolist()
-            known = [(i, value) for i, value in enumerate(share) if self._agreed[1, i] > 0]
-            writer.add_figure("agreement by place in the response", figures.by_place(known), trainer.global_step)
+            writer.add_figure("agreement by place in the response", figures.by_place(means[0]), trainer.global_step)
+            if any(means[1]):
+                parts = figures.head_and_tail(*means[1:])
+                writer.add_figure("forward KL on the teacher's head and tail", parts, trainer.global_step)
             counts = self._probabilities.cpu()
             writer.add_figure("probability of the label", figures.label_probabilities(counts), trainer.global_step)
 

@@ -38,18 +38,35 @@ def curves(
     return figure
 
 
-def by_place(shares: Sequence[tuple[int, float]]) -> Figure:
+def by_place(shares: Sequence[float]) -> Figure:
     """Share of tokens where both models put the same one first, by place in the response.
 
     Args:
-        shares: (place, share in [0, 1]).
+        shares: in [0, 1], of the first token, the second, …
     """
     figure = _figure()
     axes = figure.add_subplot()
-    axes.bar([place for place, _ in shares], [share for _, share in shares])
+    axes.bar(range(len(shares)), shares)
     axes.set_ylim(0, 1)
     axes.set_xlabel("token of the response")
     axes.set_ylabel("share that agrees")
+    return figure
+
+
+def head_and_tail(kl: Sequence[float], head: Sequence[float]) -> Figure:
+    """Forward KL by place in the response, and how much of it lies on the teacher's likeliest tokens.
+
+    Args:
+        kl: nats a token, of the first token, the second, …
+        head: the part of it on the teacher's head.
+    """
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.bar(range(len(head)), head, label="head: half of the teacher's mass")
+    axes.bar(range(len(head)), [all_ - part for all_, part in zip(kl, head, strict=True)], bottom=head, label="tail")
+    axes.set_xlabel("token of the response")
+    axes.set_ylabel("forward KL (nats a token)")
+    axes.legend(fontsize="small")
     return figure
 
 

@@ -66,6 +66,7 @@ def explain(error: BaseException) -> str:
         return text
     from lightning.pytorch import LightningDataModule
 
+    import kd_lightning
     from kd_lightning.assistants import Assistant
     from kd_lightning.divergences import Divergence
     from kd_lightning.label_losses import LabelLoss
@@ -79,9 +80,9 @@ def explain(error: BaseException) -> str:
     base = bases.get(last, Divergence)
     if last.endswith(("weight", "alpha", "share")):
         base = Schedule
-    ours = base is LightningDataModule  # Lightning has some of its own, for demonstrations
-    below = [leaf for leaf in leaves(base) if not ours or leaf.__module__.startswith("kd_lightning.")]
-    names = sorted(leaf.__name__ for leaf in below if not leaf.__name__.startswith("_"))
+    public = set(kd_lightning.__all__)  # what others have imported may hold more, of ours and of Lightning's own
+    below = [leaf for leaf in leaves(base) if leaf.__module__.partition(".")[0] not in ("kd_lightning", "lightning")]
+    names = sorted({leaf.__name__ for leaf in below} | {leaf.__name__ for leaf in leaves(base)} & public)
     return f"{key}: there is no class {name}; the classes are {', '.join(names)} (or the dotted path of your own)"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd_lightning.agreement import check_same
 from kd_lightning.caching import written_down
-from kd_lightning.components import PREFIX, component_loss
+from kd_lightning.components import PREFIX, PartialKL, component_loss
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.lora import LoRA, leave_out_the_base, with_lora
@@ -52,7 +52,7 @@ class DistillationModule(L.LightningModule):
         optimizer: builds the optimizer from parameters.
         lr_scheduler: builds a scheduler from the optimizer; it steps once per optimizer step.
         monitors: divergences measured in validation and test beside the loss; None: forward and reverse KL, JSD,
-            total variation.
+            total variation, and forward KL on the teacher's head alone.
         student_init: `pretrained`, or `random` to start from the configuration alone.
         student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
         teacher_kwargs: the same for the teacher.
@@ -121,12 +121,13 @@ class DistillationModule(L.LightningModule):
         }
         wanted = ({} if teacher is None else default) if monitors is None else monitors
         self.monitors = nn.ModuleDict(wanted)
+        head: dict[str, Divergence] = {"head_kl": PartialKL("head")} if wanted is default else {}
         evaluation_loss = DistillationLoss(
             objective,
             ce_weight=ce_weight,
             temperature=temperature,
             reduction=reduction,
-            monitors=wanted,
+            monitors={**wanted, **head},
             diagnostics=True,
         )
         object.__setattr__(self, "evaluation_loss", evaluation_loss)  # made of parts that are registered already

@@ -24,6 +24,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "skew at its end": (["--model.objective", "SkewKL", "--model.objective.alpha", "1.0"], ["alpha", "1"]),
     "misspelt class": (["--model.objective", "FowardKL"], ["objective", "FowardKL", "ForwardKL"]),
+    "misspelt monitor": (
+        ["--model.monitors", '{"mine": "FowardKL"}'],
+        ["model.monitors", "there is no class FowardKL; the classes are AMiD, AdaptiveKL", "ForwardKL"],
+    ),
     "misspelt argument": (["--model.temprature", "2"], ["temprature"]),
     "misspelt argument of a class": (
         ["--model.objective", "GeneralizedJSD", "--model.objective.bta", "0.4"],

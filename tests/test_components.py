@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from kd_lightning import AdaptiveKL, DistillationModule, ForwardKL, ReverseKL, SymmetricKL, WeightedSum
 from kd_lightning.components import PREFIX, PartialKL, component_loss, component_sums, parts
 from kd_lightning.divergences import Divergence, evaluate
-from kd_lightning.functional import forward_kl, log_softmax
+from kd_lightning.functional import forward_kl, head_mask, log_softmax
 from kd_lightning.models import load_causal_lm
 from kd_lightning.objectives import AMiD, Contrastive, SkewKL, SkewReverseKL
 from kd_lightning.schedules import Linear, ResponseGap
@@ -44,6 +44,18 @@ def test_head_and_tail_equal_a_slow_loop_and_add_up_to_forward_kl(mu: float) -> 
         assert float(head[n]) == pytest.approx(slow, rel=1e-9, abs=1e-12)
     assert (head >= 0).all() and (tail >= -1e-15).all()
     assert not PartialKL("head", mu)(log_p, log_p).any()
+
+
+@pytest.mark.parametrize("mu", [0.3, 0.5, 1.0])
+def test_a_head_of_more_tokens_than_are_looked_at_first(mu: float) -> None:
+    """Uniform, flat and peaked rows in one call: most of the first two have their head beyond the first 64 tokens."""
+    numbers = torch.Generator().manual_seed(1)
+    log_p = log_softmax(torch.randn(6, 500, generator=numbers) * torch.tensor([0.0, 0.1, 0.3, 1.0, 3.0, 30.0])[:, None])
+    log_q = log_softmax(torch.randn(6, 500, generator=numbers))
+    inside = head_mask(log_p, mu)
+    terms = log_p.exp() * (log_p - log_q) - log_p.exp() + log_q.exp()
+    torch.testing.assert_close(PartialKL("head", mu)(log_p, log_q), torch.where(inside, terms, 0.0).sum(-1))
+    torch.testing.assert_close(PartialKL("tail", mu)(log_p, log_q), torch.where(inside, 0.0, terms).sum(-1))
 
 
 def test_parts_by_name() -> None:

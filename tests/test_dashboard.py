@@ -56,7 +56,8 @@ def test_the_layout_names_scalars_that_are_there(root: Path) -> None:
 
 def test_figures_and_the_config_in_words(root: Path) -> None:
     accumulator = events(root / "run")
-    for name in ("agreement by place in the response", "probability of the label"):
+    parts = "forward KL on the teacher's head and tail"
+    for name in ("agreement by place in the response", "probability of the label", parts):
         assert [image.step for image in accumulator.Images(name)] == [2, 4]
     text = accumulator.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_steps: 4" in text
@@ -77,13 +78,15 @@ class Module:
 
 def test_sums_of_the_figures_equal_a_slow_loop() -> None:
     generator = torch.Generator().manual_seed(0)
-    dashboard, place_sums, pairs = Dashboard(""), torch.zeros(2, PLACES), torch.zeros(BINS, BINS)
+    dashboard, place_sums, pairs = Dashboard(""), torch.zeros(4, PLACES), torch.zeros(BINS, BINS)
     dashboard.on_validation_epoch_start(None, Module())  # type: ignore[arg-type]
     for _ in range(3):
         labels = torch.randint(5, (4, 50), generator=generator)
         labels[torch.rand(4, 50, generator=generator) < 0.3] = -100
         count = int((labels[:, 1:] != -100).sum())
-        values = {name: torch.rand(count, generator=generator) * 3 for name in ("teacher_nll", "ce")}
+        values = {
+            name: torch.rand(count, generator=generator) * 3 for name in ("teacher_nll", "ce", "forward_kl", "head_kl")
+        }
         values["agreement"] = (torch.rand(count, generator=generator) < 0.5).float()
         dashboard.on_validation_batch_end(None, Module(), values, {"labels": labels})  # type: ignore[arg-type]
         n = 0
@@ -92,11 +95,13 @@ def test_sums_of_the_figures_equal_a_slow_loop() -> None:
             for label in row:
                 if label == -100:
                     continue
-                place_sums[:, min(place, PLACES - 1)] += torch.tensor([float(values["agreement"][n]), 1.0])
+                sums = [1.0, *(float(values[name][n]) for name in ("agreement", "forward_kl", "head_kl"))]
+                place_sums[:, min(place, PLACES - 1)] += torch.tensor(sums)
                 theirs, ours = (int(float((-values[name][n]).exp()) * BINS) for name in ("teacher_nll", "ce"))
                 pairs[min(theirs, BINS - 1), min(ours, BINS - 1)] += 1
                 place, n = place + 1, n + 1
-    assert torch.equal(dashboard._agreed, place_sums) and torch.equal(dashboard._probabilities, pairs)
+    torch.testing.assert_close(dashboard._places, place_sums)
+    assert torch.equal(dashboard._probabilities, pairs)
 
 
 def test_another_logger_falls_back_quietly(tmp_path: Path) -> None:

@@ -186,6 +186,11 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
     "another template": (other_template, "error: tokenizers", "another chat template than the teacher's own"),
     "a teacher of random weights": (random_teacher, "error: teacher", "about chance"),
     "a teacher worse than the student": (weak_teacher, "error: teacher", "no better than the student's"),
+    "the teacher as its own student": (
+        arguments("--model.student", "asset:teacher"),
+        "error: teacher",
+        "it and the student give the same probabilities",
+    ),
     "inf in a bf16 teacher": (infinite_teacher, "error: output", "hold inf"),
     "junk beyond the tokenizer": (junk_vocabulary, "error: vocabulary", "ids from 2048 on"),
     "labels shifted by one": (shifted, "error: labels", "labels are not the tokens in whose place they stand"),
