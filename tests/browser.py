@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import aiohttp  # comes with `datasets`
+import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next((found for found in map(shutil.which, NAMES) if found), None)
