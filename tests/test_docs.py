@@ -80,7 +80,10 @@ def shell_lines(page: str) -> list[list[str]]:
 
 
 LINES = [line for page in TEXTS for line in shell_lines(page)]
-PAGES_RUN = ("index.md", "scale.md", "responses.md", "watching.md", "extending.md")
+PAGES_RUN = (  # the first is README's
+    pytest.param("index.md", marks=pytest.mark.slow), "scale.md", "responses.md", "watching.md",
+    pytest.param("extending.md", marks=pytest.mark.slow),
+)  # fmt: skip
 
 
 def test_every_public_name_has_one_place() -> None:
@@ -109,6 +112,11 @@ def test_every_shipped_config_is_named_and_shown_as_it_is() -> None:
         assert f'--8<-- "{path.relative_to(ROOT)}"' in text, path
         if path.parent.name == "configs":
             assert f"| [`{path.stem}`](#{path.stem}) |" in text, path
+
+
+def test_every_notebook_and_no_other_is_on_its_page() -> None:
+    books = sorted(path.stem for path in (ROOT / "tutorials").glob("*.ipynb"))
+    assert re.findall(r"^\| `(\d\d_\w+)` \|", TEXTS["tutorials.md"], re.M) == books
 
 
 def test_included_files_exist() -> None:
@@ -179,7 +187,6 @@ def test_commands_and_options_on_the_pages_exist(tmp_path: Path) -> None:
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES_RUN)
 def test_the_lines_run_as_they_stand(page: str, tmp_path: Path) -> None:
     """In a folder of one's own, on fewer rows and steps."""

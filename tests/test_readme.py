@@ -96,34 +96,17 @@ def shell_lines(title: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("kd-lightning ")]
 
 
-@pytest.mark.parametrize(
-    "title",
-    [
-        "Start",
-        "Before, during and after a run",
-        "Responses from a model",
-        "A run before its hardware",
-        "Adapters, a teacher on disk, more ranks",
-    ],
-)
-def test_the_commands_run_as_they_stand(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder of one's own, on fewer rows and steps."""
     few = [*runs.CPU, *runs.QUIET, "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
     few += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--results.max_new_tokens", "2"]
     few += ["--data.batch_size", "4"]
     runs.little_data(tmp_path, rows=8).rename(tmp_path / "my_rows.jsonl")
-    rows = [word for name in ("train", "val", "test") for word in (f"--data.{name}", "my_rows.jsonl")]
     monkeypatch.chdir(tmp_path)
-    lines = shell_lines(title)
-    assert lines
+    lines = shell_lines("Start")
+    assert [verb for _, verb, *_ in lines] == ["preflight", "fit", "fit"]
     for _, verb, *words in lines:
-        short = {"fit": few, "test": few[:-2], "predict": [*runs.CPU, "--trainer.limit_predict_batches", "1"]}.get(
-            verb, []
-        )
-        short = [*short, "--generation.rows", "4"] if "--generation.every_n_validations" in words else short
-        if verb == "cache" or "--model.teacher_cache" in words:  # the teacher reads every row
-            short = [*short, *rows]
-        assert main([verb, *words, *short]) == 0, words
+        assert main([verb, *words, *(few if verb == "fit" else runs.CPU)]) == 0, words
 
 
 def test_the_promised_number_of_lines() -> None:
@@ -150,6 +133,13 @@ def test_every_shipped_config_of_a_loss_has_a_row() -> None:
         assert re.search(rf"\b{row[3].split(',')[0].strip('`')}\b", text) or name == "sft", name
 
 
+def test_every_method_names_a_notebook_that_has_its_class() -> None:
+    for name, _, _, kind, config, book in method_rows():
+        text = (ROOT / re.findall(r"\]\((tutorials/[^)]+)\)", book)[0]).read_text(encoding="utf-8")
+        wanted = (kind.split(",")[0].strip("`"), config.strip("`"))
+        assert any(re.search(rf"\b{word}\b", text) for word in wanted), name
+
+
 def test_every_file_named_exists() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -157,8 +147,6 @@ def test_every_file_named_exists() -> None:
         paths = re.findall(r"`((?:kd_lightning|configs|tests|scripts|\.ci)/[\w./]*)`", text)
         for path in links + paths:
             assert (ROOT / path).exists(), f"{page}: {path}"
-    for path in re.findall(r"`([\w/.]+(?:\.py|/))`", section("Where things are")):
-        assert (ROOT / path).exists() or (ROOT / "kd_lightning" / path).exists(), path
 
 
 def test_pages_fit_on_a_screen() -> None:
