@@ -80,12 +80,12 @@ class Dashboard(L.Callback):
             return
         means = (self._places[1:, :known] / self._places[0, :known]).tolist()
         for writer in writers(trainer):
-            writer.add_figure("agreement by place in the response", figures.by_place(means[0]), trainer.global_step)
+            drawn = {"agreement by place in the response": figures.by_place(means[0])}
             if any(means[1]):
-                parts = figures.head_and_tail(*means[1:])
-                writer.add_figure("forward KL on the teacher's head and tail", parts, trainer.global_step)
-            counts = self._probabilities.cpu()
-            writer.add_figure("probability of the label", figures.label_probabilities(counts), trainer.global_step)
+                drawn["forward KL on the teacher's head and tail"] = figures.head_and_tail(*means[1:])
+            drawn["probability of the label"] = figures.label_probabilities(self._probabilities.cpu())
+            for title, figure in drawn.items():
+                writer.add_figure(f"validation/{title}", figure, trainer.global_step)  # one group: it is opened whole
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hyper-parameters beside the last metrics, which are there now and not at step 0."""

@@ -58,7 +58,7 @@ def test_figures_and_the_config_in_words(root: Path) -> None:
     accumulator = events(root / "run")
     parts = "forward KL on the teacher's head and tail"
     for name in ("agreement by place in the response", "probability of the label", parts):
-        assert [image.step for image in accumulator.Images(name)] == [2, 4]
+        assert [image.step for image in accumulator.Images(f"validation/{name}")] == [2, 4]
     text = accumulator.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_steps: 4" in text
 
