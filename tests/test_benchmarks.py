@@ -182,8 +182,8 @@ def test_methods_beside_their_controls_go_on_where_they_were(
     assert asked[:4] == first
     assert sorted(asked[4:]) == sorted([(run, "1", steps) for run, _, steps in first])
     report = (tmp_path / "report.md").read_text()
-    assert "| jsd | 10 | 2 | 2 | 0.505 ± 0.007 |" in report
-    assert "| gkd | 10 | 2 | 4 | 0.900 ± 0.000\\* |" in report
+    assert "| jsd | 10 | 2 | 2 | 0.505 ± 0.007† |" in report
+    assert "| gkd | 10 | 2 | 4 | 0.900 ± 0.000\\*† | 0.500 ± 0.000 |" in report
     assert report.count("| gkd | 5 | 2 | 4 |") == 1
     assert "jsd" in (tmp_path / "chart.svg").read_text()
 
