@@ -70,6 +70,7 @@ def explain(error: BaseException) -> str:
     from kd_lightning.assistants import Assistant
     from kd_lightning.divergences import Divergence
     from kd_lightning.label_losses import LabelLoss
+    from kd_lightning.leaves import leaves
     from kd_lightning.rollout import ResponseSource
     from kd_lightning.schedules import Schedule
 
@@ -115,15 +116,6 @@ def _wrong_type(text: str) -> str:
     if found is None or not kinds:
         return text
     return f"{found[1]}.{found[2]} must be {' or '.join(kinds)}, got {found[4]!r}"
-
-
-def leaves(base: type) -> set[type]:
-    """Every class below `base` that can be built."""
-    below: set[type] = set()
-    child: type
-    for child in type.__subclasses__(base):
-        below |= {child, *leaves(child)}
-    return {leaf for leaf in below if not getattr(leaf, "__abstractmethods__", None)}
 
 
 def expected(error: BaseException) -> bool:

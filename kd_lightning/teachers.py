@@ -15,8 +15,8 @@ from kd_lightning.cutting import body_and_head as body_and_head
 from kd_lightning.cutting import evaluating, factors, head_of, hidden_states
 from kd_lightning.cutting import logits as logits
 from kd_lightning.engine import Head
+from kd_lightning.leaves import leaves
 from kd_lightning.lora import adapters_off, lora_layers
-from kd_lightning.messages import leaves
 from kd_lightning.models import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
 from kd_lightning.sharding import here, layers
 from kd_lightning.teacher_base import Teacher as Teacher
