@@ -47,14 +47,6 @@ def plain_bars() -> None:
             os.environ.setdefault(f"TQDM_{name}", text)
 
 
-def show_information() -> None:
-    """Let the package's lines of information be seen, once, where nobody has set up logging."""
-    logger = logging.getLogger("kd_lightning")
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
-
-
 def explain(error: BaseException) -> str:
     """The error in one line; where a class name was misspelt, with the names there are."""
     text = " ".join(str(error).split())

@@ -20,9 +20,9 @@ from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, Reve
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.lora import LoRA, leave_out_the_base, with_lora
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.messages import show_information
 from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
+from kd_lightning.progress import show_information
 from kd_lightning.rollout import AtWork, ResponseSource
 from kd_lightning.schedules import Schedule, Weight
 from kd_lightning.sharding import clip_norm, gradient_norm, is_sharded, local

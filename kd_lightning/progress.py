@@ -1,7 +1,9 @@
-"""How far a run is: a bar in a terminal, plain lines in a file."""
+"""How far a run is: a bar in a terminal, plain lines in a file; and what it has to say meanwhile."""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,6 +26,14 @@ def counted(items: Iterable[T], title: str, total: int | None = None, shown: boo
         shown: whether there is a bar.
     """
     yield from tqdm(items, desc=title, total=total, disable=not shown, leave=False)
+
+
+def show_information() -> None:
+    """Let the package's lines of information be seen, once, where nobody has set up logging."""
+    logger = logging.getLogger("kd_lightning")
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
 
 
 def shown(trainer: L.Trainer) -> bool:

@@ -70,7 +70,7 @@ def test_without_a_compiler_it_runs_eagerly_after_one_warning() -> None:
 def test_the_line_that_says_so_is_seen_once_where_nobody_has_set_up_logging() -> None:
     code = """
 import logging
-from kd_lightning.messages import show_information
+from kd_lightning.progress import show_information
 show_information()
 show_information()
 logging.getLogger("kd_lightning").info("compiling")
