@@ -32,13 +32,16 @@ COMMANDS = {
 }
 
 
+CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # where the names after an option are looked up
+
+
 def config_folder() -> Path:
     """Where the shipped configs lie: beside the modules in an installed package, one level up in the source tree."""
     installed = Path(__file__).parent / "configs"
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
 
 
-def shipped_config(name: str) -> str:
+def shipped_config(name: str, option: str = "--config") -> str:
     """The path of the shipped config called `name`; anything that is a path already comes back unchanged.
 
     Raises:
@@ -46,23 +49,24 @@ def shipped_config(name: str) -> str:
     """
     if Path(name).is_file():
         return name
-    folder = config_folder()
+    folder = config_folder() / CONFIGS[option]
     path = folder / f"{name}.yaml"
     if path.is_file():
         return str(path)
-    names = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-    raise ValueError(f"--config {name}: no such file, and the shipped configs are {', '.join(names)}")
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    raise ValueError(f"{option} {name}: no such file, and the shipped ones are {', '.join(names)}")
 
 
 def expand_configs(args: Sequence[str]) -> list[str]:
-    """Replace the names after `--config` (and a file name after `--trainer`) by paths of shipped configs."""
+    """Replace the names after `--config` and `--trainer` by paths of shipped configs."""
     out: list[str] = []
     for word in args:
         flag, equals, value = word.partition("=")
-        if equals and flag in ("--config", "-c"):
-            word = f"{flag}={shipped_config(value)}"
-        elif out and out[-1] in ("--config", "-c"):
-            word = shipped_config(word)
+        before = out[-1] if out else ""
+        if equals and flag in CONFIGS:
+            word = f"{flag}={value if value.startswith('{') else shipped_config(value, flag)}"
+        elif before in CONFIGS and not word.startswith("{"):
+            word = shipped_config(word, before)
         out.append(word)
     return out
 

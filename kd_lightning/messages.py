@@ -53,6 +53,10 @@ def explain(error: BaseException) -> str:
     text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ", "", text)
     text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*$", "", text)
     text = _wrong_type(_unknown_option(text))
+    found = re.search(r'Parser key "([\w.]+)".*Problem with given class_path \'([\w.]+)\': (.*)$', text)
+    if found is not None:
+        key, path, reason = found.groups()
+        return f"{key}: {path} cannot be imported from {os.getcwd()}: {reason}"
     found = re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\w+)$', text)
     if found is None or found[1].split(".")[-1] in ("optimizer", "lr_scheduler"):  # torch's own classes
         return text

@@ -24,6 +24,15 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "skew at its end": (["--model.objective", "SkewKL", "--model.objective.alpha", "1.0"], ["alpha", "1"]),
     "misspelt class": (["--model.objective", "FowardKL"], ["objective", "FowardKL", "ForwardKL"]),
+    "class of one's own that is not there": (
+        ["--model.objective", "test_bad_input.Nope"],
+        ["model.objective: test_bad_input.Nope cannot be imported from /", "has no attribute 'Nope'"],
+    ),
+    "file of one's own that is not there": (
+        ["--model.objective", "nowhere.Mine"],
+        ["model.objective: nowhere.Mine cannot be imported from /", "No module named 'nowhere'"],
+    ),
+    "unknown trainer block": (["--trainer", "dpd"], ["--trainer dpd", "cpu, ddp, fsdp2"]),
     "misspelt monitor": (
         ["--model.monitors", '{"mine": "FowardKL"}'],
         ["model.monitors", "there is no class FowardKL; the classes are AMiD, AdaptiveKL", "ForwardKL"],
