@@ -208,6 +208,13 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
         "where teacher and student agree",
     ),
     "a finished run's folder": (finished, "error: output", "holds the student of a finished run"),
+    "words that are cached before they are written": (
+        arguments(
+            "--config", str(runs.CONFIGS / "seqkd.yaml"), "--model.ce_weight", "0", "--model.teacher_cache", "true"
+        ),
+        "error: words",
+        "teacher_cache must be false where no responses can be known beforehand",
+    ),
     "no room": (full, "error: output", "GB free"),
     "skewed from a random start": (
         arguments("--model.objective", "SkewKL", "--model.student_init", "random"),

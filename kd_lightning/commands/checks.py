@@ -166,6 +166,14 @@ def tokenizers(setup: Setup) -> Iterator[tuple[Level, str]]:
         yield "error", "the rows are written in another chat template than the teacher's own: it reads unknown forms"
 
 
+def words(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """What is to be known of the rows beforehand does not wait for words that the run writes."""
+    for callback in setup.trainer.callbacks:
+        if isinstance(callback, Regeneration):
+            callback.check(setup.module)
+    return iter(())  # what is refused is the finding
+
+
 def rows(setup: Setup) -> Iterator[tuple[Level, str]]:
     """Rows that are cut, empty, doubled, or known from elsewhere."""
     data = setup.datamodule
@@ -351,4 +359,4 @@ def step(setup: Setup) -> Iterator[tuple[Level, str]]:
     yield "note", f"student {sum(sizes) / 1e6:.1f} MB, optimizer {state / 1e6:.1f} MB, a step {seconds:.2f} s{how_long}"
 
 
-CHECKS: tuple[Check, ...] = (output, tokenizers, rows, labels, vocabulary, teacher, temperature, objective, step)
+CHECKS: tuple[Check, ...] = (output, tokenizers, words, rows, labels, vocabulary, teacher, temperature, objective, step)
