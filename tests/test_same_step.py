@@ -190,7 +190,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
 def test_the_same_step(placement: Placement, setting: Setting) -> None:
     expected = on_one_device(setting, placement.models)
-    assert float(expected["change"].abs().max()) > 0.05
+    assert float(expected["change"].abs().max()) > 1000 * FP32  # adapters move 0.05 in a run of one step
     exact = setting.precision == "32-true"
     for ranks in on_ranks(placement.ranks):
         found = ranks[str((placement, setting))]
