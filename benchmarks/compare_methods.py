@@ -143,7 +143,7 @@ def chart(results: list[dict[str, Any]], path: Path) -> None:
     axes[0].invert_yaxis()
     for rows in groups(results, "equal steps").get("teacher", []):
         axes[1].axvline(rows["exact_match"], color="grey", linestyle=":", label="teacher")
-        axes[1].legend()
+        axes[1].legend(loc="lower right")
     figure.savefig(path)
     plt.close(figure)
 
