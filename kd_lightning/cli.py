@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.messages import did_you_mean, plain_bars
 from kd_lightning.messages import expected as expected
 from kd_lightning.messages import explain as explain
-from kd_lightning.messages import plain_bars
 from kd_lightning.messages import quiet as quiet
 
 VERBS = {
@@ -54,7 +54,8 @@ def shipped_config(name: str, option: str = "--config") -> str:
     if path.is_file():
         return str(path)
     names = sorted(path.stem for path in folder.glob("*.yaml"))
-    raise ValueError(f"{option} {name}: no such file, and the shipped ones are {', '.join(names)}")
+    hint = did_you_mean(name, names)
+    raise ValueError(f"{option} {name}: no such file{hint}, and the shipped ones are {', '.join(names)}")
 
 
 def expand_configs(args: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 
 # How tqdm, and so `datasets`, shows how far it is in a file: from two seconds on, a line every ten.
 PLAIN_BARS = {
@@ -80,7 +81,14 @@ def explain(error: BaseException) -> str:
     public = set(kd_lightning.__all__)  # what others have imported may hold more, of ours and of Lightning's own
     below = [leaf for leaf in leaves(base) if leaf.__module__.partition(".")[0] not in ("kd_lightning", "lightning")]
     names = sorted({leaf.__name__ for leaf in below} | {leaf.__name__ for leaf in leaves(base)} & public)
-    return f"{key}: there is no class {name}; the classes are {', '.join(names)} (or the dotted path of your own)"
+    hint = did_you_mean(name, names)
+    return f"{key}: there is no class {name}{hint}; the classes are {', '.join(names)} (or the dotted path of your own)"
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A hint where a name is close to one there is; otherwise nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _unknown_option(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from kd_lightning.agreement import check_same
@@ -141,6 +141,7 @@ class DistillationModule(L.LightningModule):
         self._window = Window(reduction)
         self._means: dict[str, Tensor] = {}
         self._watch = LossWatch()
+        self._rate = 0.0
         self._base: str | None = None  # digest of the weights under the adapters, where checkpoints leave them out
 
     # ------------------------------------------------------------------------------------------------ construction
@@ -196,6 +197,7 @@ class DistillationModule(L.LightningModule):
         if not parameters:
             raise ValueError("none of the student's parameters requires a gradient: there is nothing that could learn")
         optimizer = self.optimizer_callable(parameters)
+        self._rate = float(optimizer.param_groups[0]["lr"])
         if self.lr_scheduler_callable is None:
             return optimizer
         return {
@@ -224,6 +226,10 @@ class DistillationModule(L.LightningModule):
     # ---------------------------------------------------------------------------------------------------- training
     def on_train_start(self) -> None:
         """Write down what the teacher says, where asked, the callbacks having seen it; catch up with validation."""
+        group = self.trainer.optimizers[0].param_groups[0]
+        rate = float(group.get("initial_lr", group["lr"]))
+        if rate != self._rate:
+            rank_zero_warn(f"the rate goes on from the checkpoint, {rate:g}: {self._rate:g}, as given now, is not used")
         if self.teacher_cache and self.teacher is not None and not getattr(self.trainer, "fast_dev_run", False):
             self.teacher = written_down(self, self.trainer)
         self._at_work.start(self)

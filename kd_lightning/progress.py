@@ -89,9 +89,8 @@ class PlainProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the time."""
-        self._began = self._said = time.monotonic()
-        self._first = trainer.global_step
+        """Take the time; what is left is told from the second step on, as the first loads, compiles and measures."""
+        self._began, self._said = 0.0, time.monotonic()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the time of a validation."""
@@ -112,15 +111,18 @@ class PlainProgress(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Say how far it is, where the time has come."""
         now = time.monotonic()
+        if not self._began:
+            self._began, self._first = now, trainer.global_step
         if not self._enabled or not trainer.is_global_zero or now - self._said < self.seconds:
             return
         self._said = now
         total = trainer.estimated_stepping_batches
         done, steps = trainer.global_step - self._first, trainer.global_step
         parts = [f"step {steps}"]
-        if total and total != float("inf") and done:
-            left = (now - self._began) / done * (total - steps)
-            parts = [f"step {steps}/{int(total)} ({steps / total:.0%})", f"{left / 60:.1f} min left"]
+        if total and total != float("inf"):
+            parts = [f"step {steps}/{int(total)} ({steps / total:.0%})"]
+            if done:
+                parts.append(f"{(now - self._began) / done * (total - steps) / 60:.1f} min left")
         for name in ("train/loss", "val/kd"):
             if name in trainer.callback_metrics:
                 parts.append(f"{name} {float(trainer.callback_metrics[name]):.3f}")

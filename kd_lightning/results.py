@@ -185,7 +185,7 @@ def limited(loader: Any, limit: int | float) -> int:
 def token_means(trainer: L.Trainer, module: Any, loader: Any, batches: int) -> dict[str, float]:
     """Means over the counted tokens of the first `batches` batches, on all ranks together."""
     sums: dict[str, torch.Tensor] = {}
-    numbers = counted(range(batches), "Test rows", shown=shown(trainer))
+    numbers = counted(range(batches), "Test batches", shown=shown(trainer))
     for _, batch in zip(numbers, loader, strict=False):
         values = module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
         for name, value in values.items():

@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["beta", "1", "ReverseKL", "ForwardKL"],
     ),
     "skew at its end": (["--model.objective", "SkewKL", "--model.objective.alpha", "1.0"], ["alpha", "1"]),
-    "misspelt class": (["--model.objective", "FowardKL"], ["objective", "FowardKL", "ForwardKL"]),
+    "misspelt class": (["--model.objective", "FowardKL"], ["objective", "class FowardKL (did you mean ForwardKL?)"]),
     "class of one's own that is not there": (
         ["--model.objective", "test_bad_input.Nope"],
         ["model.objective: test_bad_input.Nope cannot be imported from /", "has no attribute 'Nope'"],
@@ -35,7 +35,11 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "unknown trainer block": (["--trainer", "dpd"], ["--trainer dpd", "cpu, ddp, fsdp2"]),
     "misspelt monitor": (
         ["--model.monitors", '{"mine": "FowardKL"}'],
-        ["model.monitors", "there is no class FowardKL; the classes are AMiD, AdaptiveKL", "ForwardKL"],
+        [
+            "model.monitors",
+            "there is no class FowardKL (did you mean ForwardKL?); the classes are AMiD, AdaptiveKL",
+            "ForwardKL",
+        ],
     ),
     "misspelt argument": (["--model.temprature", "2"], ["temprature"]),
     "misspelt argument of a class": (
@@ -61,7 +65,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "student_init": (["--model.student_init", "zeros"], ["student_init", "zeros", "pretrained", "random"]),
     "no teacher": (["--model.teacher", "null"], ["ce_weight", "teacher"]),
     "trust_remote_code": (["--model.student_kwargs", '{"trust_remote_code": true}'], ["trust_remote_code"]),
-    "unknown config": (["--config", "quikstart"], ["quikstart", "quickstart"]),
+    "unknown config": (["--config", "quikstart"], ["quikstart", "(did you mean quickstart?)"]),
 }
 
 

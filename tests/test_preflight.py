@@ -199,6 +199,11 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
     "train rows inside test": (leaked, "error: rows", "test: 3 rows are also in train"),
     "rows repeated": (doubled, "error: rows", "train: 12 of 72 rows repeat another one"),
     "every answer cut": (cut, "warning: rows", "train: 40 of 40 rows are cut at max_length 40"),
+    "judged on the bundled rows": (
+        arguments("--data.test", "asset:test"),
+        "warning: rows",
+        "test: still the bundled rows, while train is not",
+    ),
     "no answer within max_length": (cut_away, "error: ", "no answer begins within max_length=8"),
     "rate a hundred times": (arguments("--model.optimizer.lr", "0.8"), "error: step", "it must fall"),
     "temperature 50": (arguments("--model.temperature", "50"), "error: temperature", "all but uniform"),

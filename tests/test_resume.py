@@ -94,3 +94,10 @@ def test_an_override_at_resume_is_honoured(tmp_path: Path) -> None:
     last = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 4
     assert "hyper_parameters" not in last
+
+
+def test_a_rate_that_the_checkpoint_overrules_is_said(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert main([*runs.little(root, steps=2), "--model.optimizer.lr", "1e-3"]) == 0
+    with pytest.warns(UserWarning, match=r"goes on from the checkpoint, 0\.001: 0\.008, as given now, is not used"):
+        assert main([*runs.little(root, steps=4), "--ckpt_path", "last"]) == 0

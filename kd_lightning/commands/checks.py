@@ -186,6 +186,13 @@ def rows(setup: Setup) -> Iterator[tuple[Level, str]]:
                 continue
             if counts[name] > MANY * counts["rows"]:
                 yield "warning", f"{split}: {counts[name]} of {counts['rows']} rows {what}"
+    bundled = {split: any(name.startswith("asset:") for name in names) for split, names in data.sources.items()}
+    for split in ("val", "test"):
+        if bundled[split] and not bundled["train"]:
+            yield (
+                "warning",
+                f"{split}: still the bundled rows, while train is not: name --data.{split}, or null for none",
+            )
     digests = {split: _digests(data.generation_rows(split)) for split in data.report}
     train = set(digests["train"])
     twice = len(digests["train"]) - len(train)
@@ -354,9 +361,18 @@ def step(setup: Setup) -> Iterator[tuple[Level, str]]:
     state = sum(
         v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
     )
-    total = setup.trainer.max_steps if setup.trainer.max_steps > 0 else None
-    how_long = "" if total is None else f", {total} steps about {total * seconds / 60:.1f} min"
-    yield "note", f"student {sum(sizes) / 1e6:.1f} MB, optimizer {state / 1e6:.1f} MB, a step {seconds:.2f} s{how_long}"
+    size, total = f"student {sum(sizes) / 1e6:.1f} MB, optimizer {state / 1e6:.1f} MB", setup.trainer.max_steps
+    yield "note", f"memory and time: {size}, a step {seconds:.2f} s{_duration(setup, total, seconds)}"
+
+
+def _duration(setup: Setup, steps: int, seconds: float) -> str:
+    """How long so many steps take, and how often they pass over the rows."""
+    if steps <= 0:
+        return ""
+    data = setup.datamodule
+    known = data.report["train"]["rows"]
+    passes = steps * data.batch_size * setup.trainer.accumulate_grad_batches * setup.trainer.world_size / known
+    return f", {steps} steps about {steps * seconds / 60:.1f} min: {passes:.3g} passes over {known} rows"
 
 
 CHECKS: tuple[Check, ...] = (output, tokenizers, words, rows, labels, vocabulary, teacher, temperature, objective, step)
