@@ -165,7 +165,7 @@ class ResultsTable(Checkpoint):
 
     def _print(self) -> None:
         """The table as a person reads it."""
-        table = Table(title="test rows")
+        table = Table(title="test rows" if self.task is None else f"test rows (exact match: {self.task})")
         table.add_column("")
         for heading in HEADINGS.values():
             table.add_column(heading, justify="right")

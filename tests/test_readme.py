@@ -101,12 +101,15 @@ def test_the_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.Monk
     few = [*runs.CPU, *runs.QUIET, "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
     few += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--results.max_new_tokens", "2"]
     few += ["--data.batch_size", "4"]
-    runs.little_data(tmp_path, rows=8).rename(tmp_path / "my_rows.jsonl")
+    rows = runs.little_data(tmp_path, rows=16).read_text(encoding="utf-8").splitlines()
+    (tmp_path / "my_rows.jsonl").write_text("\n".join(rows[:8]), encoding="utf-8")
+    (tmp_path / "my_val.jsonl").write_text("\n".join(rows[8:]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     lines = shell_lines("Start")
-    assert [verb for _, verb, *_ in lines] == ["preflight", "fit", "fit"]
-    for _, verb, *words in lines:
-        assert main([verb, *words, *(few if verb == "fit" else runs.CPU)]) == 0, words
+    assert [verb for _, verb, *_ in lines] == ["preflight", "fit"]
+    for _, verb, *words in [*lines, [*lines[1], "--ckpt_path", "last"]]:
+        more = [*few, "--trainer.max_steps", "3"] if "--ckpt_path" in words else few
+        assert main([verb, *words, *(runs.CPU if verb == "preflight" else more)]) == 0, words
 
 
 def test_the_promised_number_of_lines() -> None:
