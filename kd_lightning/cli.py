@@ -42,12 +42,12 @@ def config_folder() -> Path:
 
 
 def shipped_config(name: str, option: str = "--config") -> str:
-    """The path of the shipped config called `name`; anything that is a path already comes back unchanged.
+    """The path of the shipped config called `name`; a path, or values in braces, comes back unchanged.
 
     Raises:
         ValueError: no file and no shipped config has this name.
     """
-    if Path(name).is_file():
+    if name.startswith("{") or Path(name).is_file():
         return name
     folder = config_folder() / CONFIGS[option]
     path = folder / f"{name}.yaml"
@@ -65,8 +65,8 @@ def expand_configs(args: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         before = out[-1] if out else ""
         if equals and flag in CONFIGS:
-            word = f"{flag}={value if value.startswith('{') else shipped_config(value, flag)}"
-        elif before in CONFIGS and not word.startswith("{"):
+            word = f"{flag}={shipped_config(value, flag)}"
+        elif before in CONFIGS:
             word = shipped_config(word, before)
         out.append(word)
     return out

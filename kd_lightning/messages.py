@@ -79,8 +79,8 @@ def explain(error: BaseException) -> str:
     if last.endswith(("weight", "alpha", "share")):
         base = Schedule
     public = set(kd_lightning.__all__)  # what others have imported may hold more, of ours and of Lightning's own
-    below = [leaf for leaf in leaves(base) if leaf.__module__.partition(".")[0] not in ("kd_lightning", "lightning")]
-    names = sorted({leaf.__name__ for leaf in below} | {leaf.__name__ for leaf in leaves(base)} & public)
+    homes = {leaf.__name__: leaf.__module__.partition(".")[0] for leaf in leaves(base)}
+    names = sorted(leaf for leaf, home in homes.items() if leaf in public or home not in ("kd_lightning", "lightning"))
     hint = did_you_mean(name, names)
     return f"{key}: there is no class {name}{hint}; the classes are {', '.join(names)} (or the dotted path of your own)"
 

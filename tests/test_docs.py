@@ -80,7 +80,7 @@ def shell_lines(page: str) -> list[list[str]]:
 
 
 LINES = [line for page in TEXTS for line in shell_lines(page)]
-PAGES_RUN = (  # the first is README's
+PAGES_RUN = (
     pytest.param("index.md", marks=pytest.mark.slow), "scale.md", "responses.md", "watching.md",
     pytest.param("extending.md", marks=pytest.mark.slow),
 )  # fmt: skip

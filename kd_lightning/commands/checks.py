@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_lightning.counted import IGNORE_INDEX
 from kd_lightning.functional import entropy, forward_kl, log_softmax
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models import auto, check_tokenizers, locate
 from kd_lightning.regeneration import Regeneration
 from kd_lightning.responses import Author
 
-IGNORE_INDEX = -100
 Level = str  # "error": the run would be wasted; "warning": it may be; "note": for information
 Check = Callable[["Setup"], Iterator[tuple[Level, str]]]
 
