@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from kd_lightning.metrics import IGNORE_INDEX
+from kd_lightning.counted import IGNORE_INDEX
 from kd_lightning.objectives import SOURCES
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from kd_lightning import functional
+from kd_lightning.counted import IGNORE_INDEX
 from kd_lightning.divergences import Divergence, evaluate
-
-IGNORE_INDEX = -100
 
 
 class _Plotted(Metric, ABC):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kd_lightning.counted import IGNORE_INDEX
 from kd_lightning.storage import whole_file
 
 VERSION = 1
@@ -28,7 +29,6 @@ MANIFEST, HEAD = "cache.json", "head.safetensors"
 KINDS = ("hidden", "top_k")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 256 << 20
-IGNORE_INDEX = -100
 
 # What must agree, and how it is called in front of a user.
 NAMES = {
