@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,14 @@ def expected(data: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- asked
 def test_several_under_way_written_in_order(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    with FakeServer(delay=0.05) as fake:
+    four = threading.Barrier(4, timeout=60)
+
+    def fault(number: int, path: str, body: Any) -> Answer | None:
+        if body is not None:
+            four.wait()  # nobody is answered before four have asked
+        return None
+
+    with FakeServer(fault) as fake:
         assert main(words(data, output, fake.url)) == 0
     rows = read(output)
     assert [row["response"] for row in rows] == expected(data)
@@ -111,12 +119,19 @@ def test_answers_without_words(data: Path, tmp_path: Path, capfd: Any) -> None:
     "trouble", [(503, b"busy"), (429, b""), (500, b"oops"), (0, b""), (200, b"<html>"), (200, b'{"choices": []}')]
 )
 def test_trouble_that_passes(trouble: Answer, data: Path, tmp_path: Path, capfd: Any) -> None:
+    asked: Counter[int] = Counter()
+
     def fault(number: int, path: str, body: Any) -> Answer | None:
-        return trouble if body is not None and number % 3 == 0 else None
+        """Every third row is answered at the last try."""
+        if body is None or body["messages"][-1]["content"] + "!" not in expected(data)[::3]:
+            return None
+        asked[body["seed"]] += 1
+        return trouble if asked[body["seed"]] < client.TRIES else None
 
     with FakeServer(fault) as fake:
         assert main(words(data, tmp_path / "out.jsonl", fake.url)) == 0
     assert [row["response"] for row in read(tmp_path / "out.jsonl")] == expected(data)
+    assert list(asked.values()) == [client.TRIES] * 4
     assert capfd.readouterr().err.count("asked again for up to 180 s") == 1
 
 
