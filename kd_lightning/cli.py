@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.messages import did_you_mean, plain_bars
+from kd_lightning.messages import did_you_mean, plain_bars, unknown_argument
 from kd_lightning.messages import expected as expected
 from kd_lightning.messages import explain as explain
 from kd_lightning.messages import quiet as quiet
@@ -75,6 +75,7 @@ def expand_configs(args: Sequence[str]) -> list[str]:
 def build_cli() -> type:
     """The LightningCLI subclass; built in a function so that importing this module stays cheap."""
     import lightning.pytorch as L
+    from jsonargparse import ArgumentError
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -116,6 +117,13 @@ def build_cli() -> type:
             actions: Any = parser._subcommands_action
             for choice in actions._choices_actions:
                 choice.help = VERBS[choice.dest]  # Lightning takes the first lines of Trainer's documentation
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            """What Lightning does; an unknown argument is answered with the nearest known one."""
+            try:
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                raise ValueError(unknown_argument(explain(error), self._parser("fit"))) from None
 
         def change_parsed(self, config: Any) -> None:
             """Nothing; for a command that takes the arguments of `fit` to another end."""
@@ -257,6 +265,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in COMMANDS:
             return importlib.import_module(f"kd_lightning.commands.{words[0]}").main(words[1:]) or 0
+        if words and not words[0].startswith("-") and words[0] not in VERBS:
+            names = [*VERBS, *COMMANDS]
+            raise ValueError(f"there is no verb {words[0]}{did_you_mean(words[0], names)}: they are {', '.join(names)}")
         run(words)
     except Exception as error:
         if debug or not expected(error):

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Iterable
 
 # How tqdm, and so `datasets`, shows how far it is in a file: from two seconds on, a line every ten.
@@ -89,6 +90,27 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A hint where a name is close to one there is; otherwise nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def unknown_argument(text: str, parser: ArgumentParser) -> str:
+    """Where a whole argument is not known, on the command line or in a file: the nearest one that is.
+
+    Args:
+        text: of the error.
+        parser: which knows the arguments, such as `trainer.max_steps`.
+    """
+    names = [option.lstrip("-") for option in parser._option_string_actions if not option.endswith(".help")]
+    found = re.search(r"^unrecognized arguments: (--)([\w.]+)|does not accept option '()([\w.]+)'$", text)
+    if found is None:
+        return text
+    dashes, name = found[1] or "", found[2] or found[4]
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):  # of `model.optimiser.lr` the first two are an argument's name
+        begin, rest = ".".join(parts[:n]), "".join(f".{part}" for part in parts[n:])
+        known = {".".join(words[:n]) for words in (name.split(".") for name in names) if len(words) >= n}
+        if begin not in known and (close := difflib.get_close_matches(begin, known, n=1)):
+            return f"{text} (did you mean {dashes}{close[0]}{rest}?)"
+    return f"{text}; --help lists those there are"
 
 
 def _unknown_option(text: str) -> str:

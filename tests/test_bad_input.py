@@ -49,7 +49,13 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "misspelt argument of the data": (["--data.batchsize", "3"], ["batchsize", "did you mean batch_size?"]),
     "rate that is no number": (["--model.optimizer.lr", "abc"], ["model.optimizer.lr must be float, got 'abc'"]),
     "argument an optimizer does not take": (["--model.optimizer.foo", "3"], ["AdamW has no argument 'foo'", "lr"]),
-    "abbreviated argument": (["--trainer.max_step", "7"], ["--trainer.max_step"]),
+    "abbreviated argument": (["--trainer.max_step", "7"], ["--trainer.max_step 7 (did you mean --trainer.max_steps?)"]),
+    "misspelt middle": (["--model.optimiser.lr", "1"], ["(did you mean --model.optimizer.lr?)"]),
+    "an argument like none": (["--zzz", "1"], ["--zzz 1; --help lists"]),
+    "misspelt argument in a file": (
+        ["--config", '{"trainer": {"max_step": 7}}'],
+        ["(did you mean trainer.max_steps?)"],
+    ),
     "wrongly typed argument": (["--model.temperature", "warm"], ["temperature", "warm"]),
     "reduction": (["--model.reduction", "mean"], ["reduction", "mean", "token_mean"]),
     "batch size 0": (["--data.batch_size", "0"], ["batch_size", "0"]),
@@ -89,6 +95,12 @@ def test_a_bad_argument(case: tuple[list[str], list[str]], tmp_path: Path, capfd
     refused([*runs.little(tmp_path / "root"), *words], said, capfd)
     assert not (tmp_path / "root" / "student").exists()
     assert not (tmp_path / "root" / "config.yaml").exists()
+
+
+def test_a_misspelt_verb(capfd: pytest.CaptureFixture[str]) -> None:
+    refused(
+        ["prefligth", "--config", "quickstart"], ["no verb prefligth (did you mean preflight?)", "fit", "plan"], capfd
+    )
 
 
 ROW = json.dumps({"instruction": "a", "output": "b"})

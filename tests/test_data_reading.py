@@ -83,6 +83,7 @@ BAD_FILES = {
     "null": ("rows.json", "[null]", "rows.json: row 1: .* got null"),
     "deep": ("rows.jsonl", "[" * 100_000, "rows.jsonl:1: broken JSON: nested too deeply"),
     "unknown kind": ("rows.csv", "a,b", "rows.csv: unknown kind of file '.csv', expected one of .jsonl"),
+    "another csv": ("rows.csv", "a,b", "load_dataset.'csv', data_files='.*rows.csv'.*writes one"),
     "no parquet": ("rows.parquet", "hello", "rows.parquet: not a readable parquet file"),
 }
 
@@ -95,7 +96,9 @@ def test_a_bad_file_is_named_with_its_line(case: tuple[str, str | bytes, str], t
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["/nowhere/rows.jsonl", "rows.jsonl", "./nowhere", "a/b/c", "no such name"])
+@pytest.mark.parametrize(
+    "name", ["/nowhere/rows.jsonl", "rows.jsonl", "rows.csv", "./nowhere", "a/b/c", "no such name"]
+)
 def test_a_missing_file_is_not_looked_for_elsewhere(name: str) -> None:
     with pytest.raises(ValueError, match=f"train: '{name}' is neither an existing file or folder nor .*no such file"):
         rows_of(name)

@@ -42,7 +42,10 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     elif path.suffix in SUFFIXES:
         rows = _read_lines(source, path)
     else:
-        raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+        hint = ""
+        if path.suffix == ".csv":
+            hint = f" (`datasets.load_dataset('csv', data_files={source!r})['train'].to_json('rows.jsonl')` writes one)"
+        raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {', '.join(SUFFIXES)}{hint}")
     empty = True
     for place, row in rows:
         if not isinstance(row, dict):
@@ -136,7 +139,7 @@ def _read_hub(source: str, split: str) -> Any:
 
     name, _, rest = source.partition(":")
     missing = "is neither an existing file or folder nor a data set that `datasets` can load"
-    if source.endswith(SUFFIXES) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+    if source.endswith((*SUFFIXES, ".csv", ".tsv", ".txt")) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"{split}: {source!r} {missing}: no such file")
     config, _, wanted = rest.rpartition(":")
     try:
