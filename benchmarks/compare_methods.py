@@ -1,7 +1,8 @@
 """Every method beside its controls, on the bundled rows: equal steps, then equal time.
 
 Every run is a process of its own on the shipped config; methods start from the bundled supervised student, the controls
-(labels only) from a random start, and from that student. With `--same_time` each method whose CPU time differs from
+(labels only) from a random start, and from that student, which is also given a quarter of the rows: what labels on
+four times as many are beside distillation. With `--same_time` each method whose CPU time differs from
 forward KL's by over a fifth runs again, with as many steps as that time allows. What is written before or between the
 steps is part of a run and of its time. Measured on the test rows as `on_policy.py` does.
 
@@ -32,9 +33,12 @@ from on_policy import Bench, command
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from kd_lightning.assets import resolve
+
 SOURCES = ("seqkd", "gkd", "distillm", "distillm2", "minillm")
 OBJECTIVES = ("reverse_kl", "jsd", "akl", "alpha", "abkd", "skew_kl", "skew_reverse_kl", "taid", "amid")
 LABELS = ("--model.objective", "ForwardKL", "--model.ce_weight", "1")
+QUARTER = "every fourth row"  # stands for the path of a file with these
 METHODS: dict[str, tuple[str, ...]] = {
     "forward_kl": ("quickstart",),
     **{name: (name,) for name in OBJECTIVES},
@@ -47,6 +51,8 @@ CONTROLS: dict[str, tuple[str, ...]] = {
     "labels, random start, best step": ("sft", "--export.which", "best"),
     "labels, same start, last step": ("quickstart", *LABELS),
     "labels, same start, best step": ("quickstart", *LABELS, "--export.which", "best"),
+    "labels, 1,000 rows": ("quickstart", *LABELS, "--data.train", QUARTER),
+    "forward_kl, 1,000 rows": ("quickstart", "--data.train", QUARTER),
 }
 RUNS = {**METHODS, **CONTROLS}
 COLUMNS = {"forward_kl": 3, "reverse_kl": 3, "nll": 3, "exact_match": 3, "sample_nll": 2}
@@ -62,8 +68,8 @@ than the student before.
 - One learning rate for all that start from the supervised student (the configs say which ones differ), not tuned for
   any method: **the order among the divergences is no finding**, least of all within the spread. Forward KL is also what
   a column measures.
-- *Labels* is the control, at its last step and where its validation loss is lowest. More rows to supervise on are not
-  bundled, so that control is left out.
+- *Labels* is the control, at its last step and where its validation loss is lowest. *1,000 rows* are every fourth one:
+  beside distillation on them the other controls are labels on four times as many rows.
 """
 
 
@@ -71,6 +77,11 @@ def one(run: str, seed: int, steps: int, root: Path) -> dict[str, float]:
     """Train and measure in this process and a child of it; CPU seconds are the child's."""
     shutil.rmtree(root, ignore_errors=True)  # of one that was interrupted
     config, *extra = RUNS[run]
+    if QUARTER in extra:
+        some = root.with_suffix(".jsonl")
+        lines = Path(resolve("asset:train")).read_text(encoding="utf-8").splitlines(keepends=True)
+        some.write_text("".join(lines[::4]), encoding="utf-8")
+        extra = [str(some) if word == QUARTER else word for word in extra]
     words = command(root, config, steps, seed, max(1, min(100, steps // 4)))
     done = subprocess.Popen([*words, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert done.stderr is not None
