@@ -17,6 +17,7 @@ from kd_lightning.agreement import check_same
 from kd_lightning.caching import written_down
 from kd_lightning.components import PREFIX, PartialKL, component_loss
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
+from kd_lightning.gradient_norms import clip_norm, gradient_norm
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.lora import LoRA, leave_out_the_base, with_lora
 from kd_lightning.losses import DistillationLoss, LossParts
@@ -25,7 +26,7 @@ from kd_lightning.models import check_causal, check_finite, check_tokenizers, lo
 from kd_lightning.progress import show_information
 from kd_lightning.rollout import AtWork, ResponseSource
 from kd_lightning.schedules import Schedule, Weight
-from kd_lightning.sharding import clip_norm, gradient_norm, is_sharded, local
+from kd_lightning.sharding import is_sharded, local
 from kd_lightning.strategies import data_ranks
 from kd_lightning.student import StudentWithLoss
 from kd_lightning.teacher_base import digest

@@ -314,7 +314,7 @@ def test_a_disk_that_fills_ends_all_ranks_and_keeps_every_checkpoint_that_is_the
         code, _, err = runs.finish(words)
         assert code == 1, err
         said = [line for line in err.splitlines() if line.startswith("kd-lightning: error:")]
-        assert len(said) == 2
+        assert 1 <= len(said) <= 2  # whoever is through first ends the job, and the other may be ended by that
         assert len(set(said)) == 1
         assert "could not be written by rank" in said[0] and "No space left" in said[0]
         assert "Traceback" not in err

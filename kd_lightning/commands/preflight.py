@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.cli import expected, explain, run
-from kd_lightning.commands.checks import CHECKS, Finding, Setup
+from kd_lightning.commands.checks import CHECKS
+from kd_lightning.commands.unstarted import Finding, Setup
 from kd_lightning.progress import counted
 
 
