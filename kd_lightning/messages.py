@@ -125,10 +125,9 @@ def _unknown_option(text: str) -> str:
         return text
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    close = difflib.get_close_matches(option, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names) or 'none'}"
+    hint = did_you_mean(option, names) or f": it takes {', '.join(names) or 'none'}"
     key = re.search(r'Parser key "([\w.]+)"', text)
-    return f"{key[1] + ': ' if key else ''}{name} has no argument {option!r}: {hint}"
+    return f"{key[1] + ': ' if key else ''}{name} has no argument {option!r}{hint}"
 
 
 def _wrong_type(text: str) -> str:
