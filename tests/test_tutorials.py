@@ -16,16 +16,8 @@ import kd_lightning
 
 ROOT = Path(__file__).parent.parent
 BOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-LONG = {  # they train the bundled student, or start the program many times: a minute of one core and more
-    "01_first_distillation",
-    "03_is_it_true_for_llms",
-    "06_contrastive",
-    "07_on_policy",
-    "08_your_own_loss",
-    "09_your_own_data_and_models",
-}
 MORE = {"10_a_real_pair"}  # needs a package with weights that nothing else here needs: run by hand, read by the tests
-SHORT = [path for path in BOOKS if path.stem not in {*LONG, *MORE}]
+ALONE = [path for path in BOOKS if path.stem not in MORE]
 every_book = pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 
 
@@ -45,22 +37,22 @@ def code(path: Path) -> list[nbformat.NotebookNode]:
 
 
 def of_the_day(day: datetime.date) -> Path:
-    """The short book that runs on a day."""
-    return SHORT[day.toordinal() % len(SHORT)]
+    """The book that the quick tests run on a day; together they take a quarter of an hour of one core."""
+    return ALONE[day.toordinal() % len(ALONE)]
 
 
-def test_as_many_days_as_there_are_short_books_run_all_of_them() -> None:
+def test_as_many_days_as_there_are_books_run_all_of_them() -> None:
     today = datetime.date.today()
-    assert {of_the_day(today + datetime.timedelta(days=n)) for n in range(len(SHORT))} == set(SHORT)
-    assert {path.stem for path in BOOKS} == {path.stem for path in SHORT} | LONG | MORE
+    assert {of_the_day(today + datetime.timedelta(days=n)) for n in range(len(ALONE))} == set(ALONE)
+    assert {path.stem for path in BOOKS} == {path.stem for path in ALONE} | MORE
 
 
-def test_a_short_book_runs_in_an_empty_folder_each_day_another(tmp_path: Path) -> None:
+def test_a_book_runs_in_an_empty_folder_each_day_another(tmp_path: Path) -> None:
     execute(of_the_day(datetime.date.today()), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in BOOKS if p.stem not in MORE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
 def test_every_book_runs_in_an_empty_folder(path: Path, tmp_path: Path) -> None:
     execute(path, tmp_path)
 
