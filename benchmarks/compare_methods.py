@@ -2,9 +2,9 @@
 
 Every run is a process of its own on the shipped config; methods start from the bundled supervised student, the controls
 (labels only) from a random start, and from that student, which is also given a quarter of the rows: what labels on
-four times as many are beside distillation. With `--same_time` each method whose CPU time differs from
-forward KL's by over a fifth runs again, with as many steps as that time allows. What is written before or between the
-steps is part of a run and of its time. Measured on the test rows as `on_policy.py` does.
+four times as many are beside distillation. With `--same_time` each method whose mean CPU time differs from forward KL's
+by over a fifth runs again, with as many steps as that time allows. What is written before or between the steps is part
+of a run and of its time. Measured on the test rows as `on_policy.py` does.
 
     python benchmarks/compare_methods.py --steps 400 --seeds 0 1 2 3 4 --same_time --jobs 2 --output build/methods
 
@@ -60,8 +60,8 @@ NOTES = """
 Mean ± standard deviation over seeds. \\*: further from forward KL than twice the spread of the difference. †: worse
 than the student before.
 
-- *Equal time*: in each seed the runs whose CPU time was further than a fifth from forward KL's, with as many steps as
-  that time allows; of the others the first table is equal time already.
+- *Equal time*: the methods whose mean CPU time is further than a fifth from forward KL's, with as many steps as that
+  time allows; of the others the first table is equal time already.
 - This is low-data transfer: a teacher that saw 206,465 related rows, a student that is given 4,000.
 - Seeds vary the order of the rows, the responses drawn and the random start of a control, not data, teacher or
   tokenizer: the spreads understate what is uncertain.
@@ -179,9 +179,12 @@ class Comparison:
         (self.output / "report.md").write_text(report(self.results))
         chart(self.results, self.output / "chart.svg")
 
-    def at(self, seed: int) -> list[dict[str, Any]]:
-        """What a seed has at equal steps."""
-        return [r for r in self.results if r["part"] == "equal steps" and r["seed"] == seed and r["steps"]]
+    def same_time(self, runs: list[str], steps: int) -> dict[str, int]:
+        """Of the methods whose mean CPU time is further than a fifth from forward KL's: steps in as much time."""
+        found = groups(self.results, "equal steps")
+        seconds = {run: statistics.mean(r["seconds"] for r in found[run]) for run in runs if run in METHODS}
+        ratios = {run: seconds["forward_kl"] / mean for run, mean in seconds.items()}
+        return {run: max(1, round(steps * ratio)) for run, ratio in ratios.items() if abs(ratio - 1) > 0.2}
 
     def missing(self, wanted: list[tuple[str, str, int, int]]) -> list[tuple[str, str, int, int]]:
         """Those of (part, run, seed, steps) that are not there yet."""
@@ -231,11 +234,9 @@ def main(words: list[str] | None = None) -> None:
             comparison.keep({"part": "equal steps", "run": name, "seed": 0, "steps": 0, **found})
     for seed in args.seeds:
         comparison.do([("equal steps", run, seed, args.steps) for run in args.runs])
-        if args.same_time:
-            seconds = {r["run"]: r["seconds"] for r in comparison.at(seed)}
-            ratios = {run: seconds["forward_kl"] / seconds[run] for run in args.runs if run in METHODS}
-            again = {run: max(1, round(args.steps * r)) for run, r in ratios.items() if abs(r - 1) > 0.2}
-            comparison.do([("equal time", run, seed, steps) for run, steps in again.items()])
+    if args.same_time:
+        for run, steps in comparison.same_time(args.runs, args.steps).items():
+            comparison.do([("equal time", run, seed, steps) for seed in args.seeds])
     comparison.write()
 
 
