@@ -11,16 +11,32 @@ most, after a thousand of 1e6.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 BREAK_EVEN = 10_000_000  # so that a run of a few hundred steps wins it back
 
 logger = logging.getLogger("kd_lightning")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def as_it_is(function: F) -> F:
+    """Called as it is inside a step that a user compiles; what is worth compiling in it compiles itself."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return function(*args, **kwargs)
+
+    return alone  # type: ignore[return-value]
 
 
 class Compiled:

@@ -29,14 +29,14 @@ class Counted:
         if labels.dtype not in INTEGERS:
             raise ValueError(f"labels must be integers, got {labels.dtype}")
         self.shape = labels.shape
-        table = labels.reshape(-1, labels.shape[-1])
+        table = labels.reshape(labels.shape[:-1].numel(), labels.shape[-1]).long()  # uint8 holds no −100
         mask = table != IGNORE_INDEX
         self.lengths = mask.sum(1)
-        outside = mask & ((table < 0) | (table.long() >= vocabulary))
+        outside = mask & ((table < 0) | (table >= vocabulary))
         count, wrong = torch.stack((self.lengths.sum(), outside.sum())).tolist()  # on a GPU the host waits here, once
-        self.index = torch.nonzero_static(mask.view(-1), size=count).squeeze(1)
+        self.index = torch.nonzero_static(mask.reshape(-1), size=count).squeeze(1)
         self.response = self.index // table.shape[1] if table.shape[1] else self.index
-        self.labels = table.reshape(-1).index_select(0, self.index).long()
+        self.labels = table.reshape(-1).index_select(0, self.index)
         if wrong:
             label = int(table[outside][0])
             raise ValueError(

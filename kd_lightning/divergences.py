@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from kd_lightning import functional
 from kd_lightning.schedules import Schedule, Weight, check_number, check_weight, numbers, value
@@ -57,10 +57,18 @@ class Composite(Divergence):
 
 
 def evaluate(divergence: Divergence, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Value of any divergence; only a `Composite` sees the rows."""
-    if isinstance(divergence, Composite):
-        return divergence(log_p, log_q, rows)  # type: ignore[no-any-return]
-    return divergence(log_p, log_q)  # type: ignore[no-any-return]
+    """Value of any divergence, [...]; only a `Composite` sees the rows."""
+    values = divergence(log_p, log_q, rows) if isinstance(divergence, Composite) else divergence(log_p, log_q)
+    return one_a_token(divergence, values, log_q.shape[:-1])
+
+
+def one_a_token(part: nn.Module, values: Tensor, shape: Size) -> Tensor:
+    """The values; a ValueError unless there is one per token: a sum over the vocabulary may have been forgotten."""
+    if values.shape != shape:
+        raise ValueError(
+            f"{type(part).__name__} must give one value per token, {list(shape)}, got {list(values.shape)}"
+        )
+    return values
 
 
 def check_divergence(name: str, divergence: Any) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd_lightning.outcomes import Outcomes
 from kd_lightning.token_loss import TokenLoss, Transform
@@ -288,16 +287,33 @@ class _Loss(torch.autograd.Function):
         return sweep.total(weights, summed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            weights = ctx.weights if ctx.summed else ctx.weights * upstream
-            _, gradients = ctx.sweep.run(weights, ctx.needs_input_grad[3:])
-        if ctx.summed:  # in place and without asking: g * upstream is a second head gradient, a test waits for a GPU
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(upstream)
-        cast = (g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))
+        with torch.no_grad():
+            if gradients is None:
+                weights = ctx.weights if ctx.summed else ctx.weights * upstream
+                _, gradients = ctx.sweep.run(weights, ctx.needs_input_grad[3:])
+            if ctx.summed:  # in place and without asking: g * upstream is a second head gradient
+                for gradient in gradients:
+                    if gradient is not None:
+                        gradient.mul_(upstream)
+            cast = [g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
+        if torch.is_grad_enabled():  # `create_graph=True`
+            cast = [g if g is None else _Once.apply(g.requires_grad_()) for g in cast]  # type: ignore[no-untyped-call]
         return None, None, None, *cast
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that says so where it is asked for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        raise RuntimeError(
+            "a distillation loss has no second derivative, as its gradient is taken in forward: "
+            "for a penalty on gradients apply the Divergence to log-probabilities of your own"
+        )

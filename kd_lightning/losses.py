@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.compiling import as_it_is
 from kd_lightning.counted import Counted, check_devices, check_head, check_rows, check_top_k
 from kd_lightning.divergences import Divergence, check_divergence
 from kd_lightning.engine import Given, Head, Model, Projected, Sweep
@@ -19,7 +20,8 @@ from kd_lightning.schedules import Weight, check_weight
 from kd_lightning.token_loss import TokenLoss
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
-RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap")
+RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap", "label_gradient")
+OWN_COLUMNS = ("labels", "weights", "student_label", "teacher_label")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class DistillationLoss(nn.Module):
             check_divergence(name, part)
         if taken := [name for name in monitors if name in RESERVED]:
             raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {taken[0]!r}")
+        if dotted := [name for name in monitors if not name or "." in name]:
+            raise ValueError(f"monitors must have names without a dot, got {dotted[0]!r}")
         check_weight("ce_weight", ce_weight)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
@@ -128,6 +132,7 @@ class DistillationLoss(nn.Module):
         """Share of the label loss: the number or the schedule that was given."""
         return self.token_loss.ce_weight
 
+    @as_it_is
     def from_logits(
         self,
         student_logits: Tensor,
@@ -163,6 +168,7 @@ class DistillationLoss(nn.Module):
             teacher = Given(_flat(teacher_logits.detach()), counted.index, vocabulary)
         return self._parts(student, teacher, counted, rows)
 
+    @as_it_is
     def from_hidden(
         self,
         student_hidden: Tensor,
@@ -216,6 +222,8 @@ class DistillationLoss(nn.Module):
         tensors = [x for model in (student, teacher) if model for x in model.inputs if x is not None]
         check_devices(student=student.inputs, teacher=teacher.inputs if teacher else (), labels=(counted.index,))
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+        if taken := [name for name in rows or () if name in OWN_COLUMNS]:
+            raise ValueError(f"rows must not be named {', '.join(OWN_COLUMNS)}, got {taken[0]!r}")
         columns = {name: counted.column(name, column, dtype) for name, column in (rows or {}).items()}
         if teacher is not None:
             columns |= label_columns(self.token_loss, student, teacher, counted, columns, dtype, self.chunk)
@@ -240,6 +248,7 @@ class DistillationLoss(nn.Module):
         return LossParts(loss, divisor, weights, values, means)
 
 
+@as_it_is
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -277,6 +286,7 @@ def distillation_loss(
     return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows), reduction)
 
 
+@as_it_is
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Head | Tensor,

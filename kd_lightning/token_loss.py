@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kd_lightning.compiling import BREAK_EVEN, Compiled
-from kd_lightning.divergences import Divergence, evaluate
+from kd_lightning.divergences import Divergence, evaluate, one_a_token
 from kd_lightning.functional import FLOOR
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.schedules import Weight, value
@@ -71,7 +71,8 @@ class TokenLoss(nn.Module):
         self.diagnostics = diagnostics
         self.compiled = Compiled(self.block, compile)
         # 1, 0, or −1 where nothing is chosen yet: a resumed run goes on with what the interrupted one had chosen.
-        self.register_buffer("compile_chosen", torch.tensor(-1, dtype=torch.int8))
+        with torch.inference_mode(False):  # the first call may be an evaluation, a later one writes here
+            self.register_buffer("compile_chosen", torch.tensor(-1, dtype=torch.int8))
 
     def names(self, teacher: bool) -> tuple[str, ...]:
         """Names of the values, with or without a teacher."""
@@ -153,7 +154,7 @@ class TokenLoss(nn.Module):
 
         values: dict[str, Tensor] = {}
         values["ce"], g = _differentiate(
-            lambda log_q_label: self.label_loss(log_q_label.clamp_min(FLOOR), columns),
+            lambda log_q: one_a_token(self.label_loss, self.label_loss(log_q.clamp_min(FLOOR), columns), log_q.shape),
             student.label_log_prob(label_t),
             weights * ce_weight if gradient else None,
         )
