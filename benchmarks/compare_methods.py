@@ -61,15 +61,15 @@ NOTES = """
 Mean ± standard deviation over seeds. \\*: further from forward KL than twice the spread of the difference. †: worse
 than the student before.
 
-- *Equal time*: the methods whose mean CPU time is further than a fifth from forward KL's, their steps scaled by the ratio
-  of the times; of the others the first table is equal time already. What is written before the first step takes what it
-  takes: distillm2 (and, by little, minillm) still needs more time than forward KL.
+- *Equal time*: the methods whose mean CPU time is further than a fifth from forward KL's, their steps scaled by the
+  ratio of the times; of the others the first table is equal time already. What is written before the first step takes
+  what it takes: distillm2 (and, by little, minillm) still needs more time than forward KL.
 - This is low-data transfer: a teacher that saw 206,465 related rows, a student that is given 4,000.
 - Seeds vary the order of the rows, the responses drawn and the random start of a control, not data, teacher or
   tokenizer: the spreads understate what is uncertain.
 - Learning rates are the configs': 8e-3, but 2e-3 for seqkd, gkd, distillm and minillm, which learn from sampled words,
-  and 3e-3 from a random start. They were chosen by hand on one seed and not searched for each method, so **the order
-  among the methods is no finding**, least of all within the spread. *Rate 2e-3* is forward KL at the lower one. Forward
+  and 3e-3 from a random start. They were chosen by hand, not searched for each method, so **the order among the
+  methods is no finding**, least of all within the spread. *Rate 2e-3* is forward KL at the lower one. Forward
   KL is also what a column measures.
 - Measured on 500 of the 2,000 test rows, every fourth one.
 - *Labels* is the control, at its last step and where its validation loss is lowest. *1,000 rows* are every fourth one:

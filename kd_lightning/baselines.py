@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from kd_lightning.callbacks import is_dry
+from kd_lightning.callbacks import is_dry, rows_of
 from kd_lightning.results import limited, token_means
-from kd_lightning.run_folder import RunFolder
+from kd_lightning.run_folder import RunFolder, place
 
 SCALARS = {"nll": "val/ce", "forward_kl": "val/forward_kl", "agreement": "val/agreement"}
 
@@ -43,10 +43,20 @@ class Baselines(L.Callback):
         if self.other is None:
             return
         datamodule: Any = getattr(trainer, "datamodule", None)
-        ours = datamodule.sources["val"]
-        theirs = self.other.config.get("data.val")
-        if ([theirs] if isinstance(theirs, str) else theirs) != ours:
+        given = self.other.config.get("data.val")
+        files = [[given] if isinstance(given, str) else given, datamodule.sources["val"]]
+        told = [rows.get("val rows") for rows in (self.other.rows, rows_of(datamodule))]
+        if (place(files[0]) != place(files[1])) if None in told else told[0] != told[1]:
+            theirs, ours = (
+                ", ".join(map(str, [*(names or ()), text])) for names, text in zip(files, told, strict=True)
+            )
             raise ValueError(f"--baseline {self.other.root} was validated on {theirs}, and this run is on {ours}")
+        limits = [self.other.config.get("trainer.limit_val_batches"), trainer.limit_val_batches]
+        if len({1.0 if limit is None else limit for limit in limits}) > 1:
+            raise ValueError(
+                f"--baseline {self.other.root} was validated with limit_val_batches {limits[0]}, and this run has "
+                f"{limits[1]}"
+            )
         if self.other.last("val/ce") is None:
             raise ValueError(f"--baseline {self.other.root} holds no validation yet (no val/ce in its events)")
 

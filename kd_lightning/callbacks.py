@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -108,7 +109,8 @@ class HFExport(Checkpoint):
         which: `last`: the weights at the end; `best`: those with the lowest `monitor` in validation, kept as
             `ROOT/checkpoints/best.ckpt`.
         overwrite: allow a fresh run into a folder that already holds an exported student.
-        monitor: what `best` goes by; None: `val/kd`, and `val/ce` where the labels alone are learned (`ce_weight: 1`).
+        monitor: what `best` goes by; None: `val/kd`; `val/ce` where the labels alone are learned (`ce_weight: 1`), and
+            `val/forward_kl` where a schedule moves what `val/kd` measures (TAID's target goes away from the student).
 
     Raises:
         ValueError: before step 0, where the folder is taken or cannot be written to, or `which` is neither.
@@ -155,6 +157,8 @@ class HFExport(Checkpoint):
         """Settle what `best` goes by."""
         if self.monitor_name is None:
             self.monitor_name = "val/ce" if getattr(pl_module, "labels_only", False) else "val/kd"
+            if getattr(pl_module, "objective_moves", False) and "forward_kl" in getattr(pl_module, "monitors", ()):
+                self.monitor_name = "val/forward_kl"
 
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Check the folder before step 0 (the command line has done so earlier still)."""
@@ -228,7 +232,10 @@ def save_student(
 
 
 class RunConfig(L.Callback):
-    """Write `ROOT/config.yaml`, which repeats the run, once every check before step 0 has passed.
+    """Write `ROOT/config.yaml`, which repeats the run, once every check before step 0 has passed, and `rows.json`.
+
+    The latter has a line for each split that changes with its rows, so that runs on others are not taken for alike.
+    Curves and tables that another run has left there go to `ROOT/earlier-N`, so that they are not read as this one's.
 
     Args:
         text: the configuration as YAML.
@@ -236,6 +243,13 @@ class RunConfig(L.Callback):
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self._earlier: list[Path] = []
+
+    def look(self, root: str | Path) -> None:
+        """See what another run has left; before a logger writes, and not where a run goes on."""
+        root = Path(root)
+        there = [root / "results.json", root / "report.md", *root.glob("tensorboard/*")]
+        self._earlier = [path for path in there if path.exists()]
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """See that every rank was started with the same one."""
@@ -244,9 +258,20 @@ class RunConfig(L.Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
-        if not is_dry(trainer):
-            with whole_file(Path(trainer.default_root_dir) / "config.yaml") as part:
-                part.write_text(self.text, encoding="utf-8")
+        if is_dry(trainer):
+            return
+        root = Path(trainer.default_root_dir)
+        if self._earlier:
+            aside = next(root / f"earlier-{n}" for n in itertools.count(1) if not (root / f"earlier-{n}").exists())
+            for path in self._earlier:
+                target = aside / path.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+            rank_zero_info(f"{root} holds another run: its curves and tables are in {aside} now")
+        with whole_file(root / "config.yaml") as part:
+            part.write_text(self.text, encoding="utf-8")
+        with whole_file(root / "rows.json") as part:
+            part.write_text(json.dumps(rows_of(_datamodule(trainer)), indent=2) + "\n", encoding="utf-8")
 
 
 class Predictions(L.Callback):
@@ -275,6 +300,13 @@ class Predictions(L.Callback):
                     fields = {**row["row"], "response": responses[row["index"]].strip()}
                     lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
         rank_zero_info(f"responses written to {path}")
+
+
+def rows_of(datamodule: Any) -> dict[str, str]:
+    """Every loaded split in a line that changes with its rows; training rows only where they are there beforehand."""
+    found: dict[str, str] = datamodule.description() if hasattr(datamodule, "description") else {}
+    later = hasattr(datamodule, "missing_responses")
+    return {name: text for name, text in found.items() if not (later and name == "train rows")}
 
 
 def _datamodule(trainer: Trainer) -> Any:

@@ -176,6 +176,9 @@ def build_cli() -> type:
             export.resuming = bool(self.config["fit"].ckpt_path)
             if not is_dry(self.trainer):
                 export.check(self.trainer.default_root_dir)
+                for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, RunConfig) and not export.resuming:
+                        callback.look(self.trainer.default_root_dir)
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
             return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
@@ -265,8 +268,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in COMMANDS:
             return importlib.import_module(f"kd_lightning.commands.{words[0]}").main(words[1:]) or 0
-        if words and not words[0].startswith("-") and words[0] not in VERBS:
-            names = [*VERBS, *COMMANDS]
+        names = [*VERBS, *COMMANDS]
+        if not words:
+            raise ValueError(f"a verb must be given: {', '.join(names)} (`kd-lightning --help` says what they do)")
+        if not words[0].startswith("-") and words[0] not in VERBS:
             raise ValueError(f"there is no verb {words[0]}{did_you_mean(words[0], names)}: they are {', '.join(names)}")
         run(words)
     except Exception as error:

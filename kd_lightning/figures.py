@@ -102,4 +102,5 @@ def as_markdown(figure: Figure, text: str) -> str:
 def markdown_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    plain = ([text.replace("\n", " ").replace("|", "\\|") for text in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in plain)

@@ -57,8 +57,7 @@ def explain(error: BaseException) -> str:
     text = _wrong_type(_unknown_option(text))
     found = re.search(r'Parser key "([\w.]+)".*Problem with given class_path \'([\w.]+)\': (.*)$', text)
     if found is not None:
-        key, path, reason = found.groups()
-        return f"{key}: {path} cannot be imported from {os.getcwd()}: {reason}"
+        return _not_built(*found.groups())
     found = re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\w+)$', text)
     if found is None or found[1].split(".")[-1] in ("optimizer", "lr_scheduler"):  # torch's own classes
         return text
@@ -111,6 +110,17 @@ def unknown_argument(text: str, parser: ArgumentParser) -> str:
         if begin not in known and (close := difflib.get_close_matches(begin, known, n=1)):
             return f"{text} (did you mean {dashes}{close[0]}{rest}?)"
     return f"{text}; --help lists those there are"
+
+
+def _not_built(key: str, path: str, reason: str) -> str:
+    """Why no object of a class came about: the class is not there, or a part of it was given without its class."""
+    inner = re.search(r'Parser key "([\w.]+)".*but ([\w.]+) is abstract', reason)
+    if inner is not None:
+        argument = f"{key}.{inner[1]}"
+        return f"{argument}: it is not said which {inner[2].split('.')[-1]}: give --{argument} CLASS first"
+    if re.search(r"No module|no attribute|[Ii]mport", reason):
+        return f"{key}: {path} cannot be imported from {os.getcwd()}: {reason}"
+    return f"{key}: {path.split('.')[-1]}: {reason}"
 
 
 def _unknown_option(text: str) -> str:

@@ -48,10 +48,32 @@ class Bucketed(WrapperMetric, ABC):
         Raises:
             ValueError: what the metric raises.
         """
+        for metric, part in self._parts(labels, kwargs):
+            metric.update(*args, labels=part, **metric._filter_kwargs(**kwargs))
+
+    def forward(self, *args: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        """Add tokens and give the metric of each bucket of them alone; arguments as in `update`."""
+        parts = self._parts(labels, kwargs)
+        found = [metric(*args, labels=part, **metric._filter_kwargs(**kwargs)) for metric, part in parts]
+        return dict(zip(self.names, found, strict=True))
+
+    def _parts(self, labels: Tensor, kwargs: dict[str, Any]) -> list[tuple[Metric, Tensor]]:
+        """Each bucket's metric with the labels that count in it; what `bucket` takes leaves the keywords."""
         own = {name: kwargs.pop(name) for name in self.columns if name in kwargs}
         bucket = self.bucket(labels, **own)
-        for i, metric in enumerate(self.metrics):
-            metric.update(*args, labels=labels.masked_fill(bucket != i, IGNORE_INDEX), **kwargs)
+        return [(metric, labels.masked_fill(bucket != i, IGNORE_INDEX)) for i, metric in enumerate(self.metrics)]
+
+    def merge_state(self, incoming_state: Any) -> None:
+        """Add what another one has seen, bucket by bucket.
+
+        Raises:
+            ValueError: it has other buckets.
+        """
+        names = getattr(incoming_state, "names", None)
+        if not isinstance(incoming_state, Bucketed) or names != self.names:
+            raise ValueError(f"merge_state needs a metric of the buckets {self.names}, got {incoming_state!r}")
+        for metric, other in zip(self.metrics, incoming_state.metrics, strict=True):
+            metric.merge_state(other)
 
     def compute(self) -> dict[str, Tensor]:
         """The metric of each bucket by name; NaN where a bucket had no token."""
@@ -121,7 +143,7 @@ class BySource(Bucketed):
         Raises:
             ValueError: it is missing, or holds what is no index into `objectives.SOURCES`.
         """
-        if "source" not in kwargs:
+        if kwargs.get("source") is None:
             raise ValueError(f"update needs source=, [B]: an index into {SOURCES} for every row")
         source = kwargs["source"]
         if source.numel() and not 0 <= int(source.min()) <= int(source.max()) < len(SOURCES):

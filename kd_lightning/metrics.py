@@ -53,6 +53,9 @@ class _PerTokenMean(_Plotted, ABC):
         # A run's validation may add up 1e9 tokens: fp32 stops counting at 1.7e7.
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # A MetricCollection takes metrics for one and the same whose states are equal after the first batch, as those
+        # of two divergences are where p = q there. NaN equals nothing.
+        self.add_state("unlike", torch.tensor(float("nan")), dist_reduce_fx="max")
 
     def _add(self, values: Tensor, weights: Tensor | None = None) -> None:
         # Not in place: a state made in inference mode (`Trainer.validate`) must not be written to outside of it.
@@ -285,12 +288,12 @@ def _counted(log_q: Tensor, labels: Tensor | None) -> Tensor:
             f"labels must have the shape of the log-probabilities less their vocabulary, {_shape(log_q[..., 0])}, "
             f"got {_shape(labels)}"
         )
-    return (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(-1)
+    return (labels.reshape(-1).long() != IGNORE_INDEX).nonzero().squeeze(-1)  # uint8 holds no −100
 
 
 def _targets(log_q: Tensor, labels: Tensor, index: Tensor) -> Tensor:
     """Labels of the counted rows, seen to lie in the vocabulary."""
-    targets = labels.reshape(-1)[index]
+    targets = labels.reshape(-1)[index].long()
     outside = targets[(targets < 0) | (targets >= log_q.shape[-1])]
     if outside.numel():
         raise ValueError(f"labels must lie in [0, {log_q.shape[-1]}) or be −100, got {int(outside[0])}")

@@ -266,6 +266,11 @@ class DistillationModule(L.LightningModule):
         ce_weight = self.evaluation_loss.ce_weight
         return not isinstance(ce_weight, Schedule) and ce_weight == 1
 
+    @property
+    def objective_moves(self) -> bool:
+        """Whether a schedule changes what the objective measures, so that its values are not one curve."""
+        return any(name != "ce_weight" and not name.startswith("responses.") for name in self.schedules())
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the whole window's divisor, over all ranks; before clipping.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str
         out += ["## Rows", markdown_table(["split", *next(iter(rows.values()))], counts)]
     set_up = {name: value for name, value in run.config.items() if value is not None and name.startswith(SET_UP)}
     out += ["## Set-up", markdown_table(["argument", "value"], [[f"`{k}`", f"`{v}`"] for k, v in set_up.items()])]
-    command = f"kd-lightning fit --config {run.root / 'config.yaml'} --trainer.default_root_dir ANOTHER_FOLDER"
+    config = shlex.quote(str(run.root / "config.yaml"))
+    command = f"kd-lightning fit --config {config} --trainer.default_root_dir ANOTHER_FOLDER"
     out += ["## Repeat it", f"```sh\n{command}\n```"]
     return "\n\n".join(out) + "\n"
 
@@ -108,7 +110,10 @@ def warnings(run: RunFolder, rows: dict[str, dict[str, int]]) -> Iterator[str]:
         lost = {name: counts[name] for name in ("empty", "truncated", "cut_away", "unlocated") if counts.get(name)}
         if lost:
             yield f"{split}: {', '.join(f'{count} rows {name}' for name, count in lost.items())}"
-    for scalar, what in (("val/kd", "loss"), ("val/ce", "NLL")):
+    names = (name.removeprefix("schedule/") for name in run.scalars if name.startswith("schedule/"))
+    moves = any(name != "ce_weight" and not name.startswith("responses.") for name in names)
+    first = ("val/forward_kl", "forward KL") if moves else ("val/kd", "loss")
+    for scalar, what in (first, ("val/ce", "NLL")):
         curve = run.scalars.get(scalar, [])
         if len(curve) > 1:
             step, lowest = min(curve, key=lambda point: point[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import yaml
 
 NOT_THE_METHOD = ("seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path", "export.overwrite")
 DATA = ("data.train", "data.val", "data.test", "data.max_length", "data.chat_template", "results.task")
+
+WHO = ("teacher", "student_before", "student_after")
+MEASURED = ("nll", "forward_kl", "exact_match")
 
 Curve = list[tuple[int, float]]
 
@@ -25,12 +28,14 @@ class RunFolder:
         config: every argument by its dotted name.
         results: the closing table; None where the run has not come to its end.
         scalars: (step, value) of every scalar of its TensorBoard events.
+        rows: a line for each split that changes with its rows; empty where the run did not say.
     """
 
     root: Path
     config: dict[str, Any]
     results: dict[str, dict[str, float | None] | None] | None
     scalars: dict[str, Curve]
+    rows: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, root: str | Path) -> RunFolder:
@@ -40,15 +45,22 @@ class RunFolder:
             ValueError: it is not the folder of a run, or a file in it is broken.
         """
         root = Path(root)
-        config, results = root / "config.yaml", root / "results.json"
+        config, results, rows = root / "config.yaml", root / "results.json", root / "rows.json"
         if not config.is_file():
             raise ValueError(f"{root} is not the folder of a run: it has no config.yaml")
         try:
             read = yaml.safe_load(config.read_text(encoding="utf-8"))
             table = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+            known = json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else {}
         except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{root}: {' '.join(str(error).split())}") from None
-        return cls(root, flat(read), table, scalars(root / "tensorboard"))
+        if not isinstance(read, dict) or not {"model", "data", "trainer"} <= read.keys():
+            raise ValueError(f"{root} is not the folder of a run: its config.yaml has no model, data and trainer")
+        if table is not None and not _is_table(table):
+            raise ValueError(f"{results}: no table of a run, which has {', '.join(WHO)} with {', '.join(MEASURED)}")
+        if not isinstance(known, dict):
+            raise ValueError(f"{rows}: not the splits of a run, got {known!r}")
+        return cls(root, flat(read), table, scalars(root / "tensorboard"), known)
 
     @property
     def step(self) -> int:
@@ -56,19 +68,38 @@ class RunFolder:
         return max((curve[-1][0] for curve in self.scalars.values() if curve), default=0)
 
     @property
+    def ended(self) -> bool:
+        """Whether the run came to its end; without test rows it leaves a student and no table."""
+        return self.results is not None or (self.root / "student").is_dir()
+
+    @property
+    def seeds(self) -> tuple[Any, Any]:
+        """What two repetitions differ in."""
+        return self.config.get("seed_everything"), self.config.get("data.seed")
+
+    @property
     def method(self) -> dict[str, Any]:
         """What makes two runs repetitions of each other: every argument but seeds and places."""
         return {name: value for name, value in self.config.items() if name not in NOT_THE_METHOD}
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """The arguments that say which rows are learned and measured."""
-        return {name: self.config.get(name) for name in DATA}
 
     def last(self, name: str) -> float | None:
         """The last value of a scalar; None where it was never logged."""
         curve = self.scalars.get(name)
         return curve[-1][1] if curve else None
+
+
+def _is_table(table: Any) -> bool:
+    """Whether a closing table has its rows and columns."""
+    if not isinstance(table, dict) or not set(WHO) <= table.keys():
+        return False
+    return all(row is None or (isinstance(row, dict) and set(MEASURED) <= row.keys()) for row in table.values())
+
+
+def place(source: Any) -> Any:
+    """Where a source of rows lies, however it is written."""
+    if isinstance(source, list):
+        return [place(part) for part in source]
+    return str(Path(source).resolve()) if isinstance(source, str) and Path(source).exists() else source
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -52,6 +52,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "abbreviated argument": (["--trainer.max_step", "7"], ["--trainer.max_step 7 (did you mean --trainer.max_steps?)"]),
     "misspelt middle": (["--model.optimiser.lr", "1"], ["(did you mean --model.optimizer.lr?)"]),
     "an argument like none": (["--zzz", "1"], ["--zzz 1; --help lists"]),
+    "a part without its class": (
+        ["--model.objective", "TAID", "--model.objective.teacher_weight.step_size", "0.01"],
+        ["model.objective.teacher_weight: it is not said which Schedule: give --model.objective.teacher_weight CLASS"],
+    ),
     "misspelt argument in a file": (
         ["--config", '{"trainer": {"max_step": 7}}'],
         ["(did you mean trainer.max_steps?)"],
@@ -98,6 +102,7 @@ def test_a_bad_argument(case: tuple[list[str], list[str]], tmp_path: Path, capfd
 
 
 def test_a_misspelt_verb(capfd: pytest.CaptureFixture[str]) -> None:
+    refused([], ["a verb must be given: fit, ", "preflight"], capfd)
     refused(
         ["prefligth", "--config", "quickstart"], ["no verb prefligth (did you mean preflight?)", "fit", "plan"], capfd
     )

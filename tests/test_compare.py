@@ -101,3 +101,67 @@ def test_what_a_real_run_leaves_is_read(tmp_path: Path) -> None:
     assert run.results is not None and run.results["teacher"] is not None
     assert [step for step, _ in run.scalars["train/loss"]] == [0, 1, 2] and run.step == 2
     assert run.last("train/kd") is not None and run.last("no/such") is None
+
+
+def test_the_same_run_twice_and_one_seed_twice_are_no_repetitions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = folder(tmp_path / "first", 2.5, 1), folder(tmp_path / "again", 2.6, 1)
+    other = folder(tmp_path / "other", 2.7, model__temperature=2.0)
+    text = " ".join(output([first, first, again, other], capsys).replace("│", " ").split())
+    assert "first 2.500 0.600" in text and "±" not in text.split("Left out")[0]
+    assert f"Left out: {again} has the seed of {first}, 1" in text
+
+
+def test_a_run_called_like_a_shared_row_has_a_row_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roots = [folder(tmp_path / "teacher", 2.5), folder(tmp_path / "b", 2.6, model__temperature=2.0)]
+    text = " ".join(output(roots, capsys).replace("│", " ").split())
+    assert "teacher 1.900 0.000" in text and "teacher (run) 2.500 0.600" in text
+
+
+def test_rows_are_told_by_what_they_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roots = [folder(tmp_path / name, 2.5, seed) for seed, name in enumerate("ab")]
+    for root, text in zip(roots, ("20 rows with digest x", "96 rows with digest y"), strict=True):
+        (Path(root) / "rows.json").write_text(json.dumps({"train rows": text}))
+    assert "data.train differs: asset:train (20 rows with digest x), asset:train (96" in output(roots, capsys, code=1)
+    (Path(roots[1]) / "rows.json").write_text(json.dumps({"train rows": "20 rows with digest x"}))
+    output(roots, capsys)
+
+
+def test_one_file_by_two_names_and_another_teacher_are_the_same_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("test.jsonl").write_text("")
+    folder(tmp_path / "a", 2.5, data__test="test.jsonl", model__teacher="one")
+    folder(tmp_path / "b", 2.6, data__test=str(tmp_path / "test.jsonl"), model__teacher="two")
+    table = json.loads(Path("b/results.json").read_text())
+    Path("b/results.json").write_text(json.dumps({**table, "teacher": {**TEACHER, "nll": 3.0}}))
+    folder(tmp_path / "c", 2.6, data__test="test.jsonl", model__teacher="one")
+    Path("c/results.json").write_text(json.dumps({**table, "teacher": {**TEACHER, "nll": 1.90001}}))
+    output(["a", "b", "c"], capsys)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"teacher": 1}', "3"])
+def test_a_broken_table_is_named(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "a", 2.5)
+    (tmp_path / "a" / "results.json").write_text(content)
+    assert "results.json: no table of a run" in output([root], capsys, code=1)
+
+
+@pytest.mark.parametrize("content", ["", "a: 1", "- b"])
+def test_another_config_is_no_run(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    assert "is not the folder of a run" in output([str(tmp_path)], capsys, code=1)
+
+
+def test_only_what_is_under_way_has_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roots = [folder(tmp_path / "run_1", 2.5, 1), folder(tmp_path / "run_2", None, 2)]
+    roots.append(folder(tmp_path / "none", None, model__temperature=2.0))
+    (tmp_path / "none" / "student").mkdir()
+    for file in (tmp_path / "run_2" / "tensorboard").iterdir():
+        file.unlink()
+    text = " ".join(output(roots, capsys).replace("│", " ").split())
+    assert "run, 1 at step 0" in text and "none, no test rows" in text

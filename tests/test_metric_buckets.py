@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor
@@ -138,3 +140,43 @@ def test_a_source_that_is_missing_or_unknown_is_refused() -> None:
         BySource(NLL()).update(log_p, labels=labels)
     with pytest.raises(ValueError, match=r"source must hold indices .* got 0 to 3"):
         BySource(NLL()).update(log_p, labels=labels, source=torch.tensor([0, 1, 3]))
+
+
+# ----------------------------------------------------------------------------------------- as torchmetrics uses them
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], equal_nan=True) for name in a)
+
+
+def test_in_a_collection_each_takes_what_it_knows() -> None:
+    log_p, log_q, labels = case(6, 9)
+    every = {"log_p": log_p, "log_q": log_q, "labels": labels, "source": torch.arange(6) % 3}
+    kl, nll, by = ByPosition(DivergenceMetric(ForwardKL())), ByPosition(Entropy()), BySource(NLL())
+    together = MetricCollection({"kl": deepcopy(kl), "nll": deepcopy(nll), "by": deepcopy(by)})
+    together.update(**every)
+    kl.update(log_p, log_q, labels=labels)
+    nll.update(log_q, labels=labels)
+    by.update(log_q, labels=labels, source=every["source"])
+    for name, metric in (("kl", kl), ("nll", nll), ("by", by)):
+        assert same(together[name].compute(), metric.compute())
+
+
+def test_calling_gives_the_batch_and_adds_to_the_whole() -> None:
+    _, log_q, labels = case(6, 9)
+    called, updated = ByPosition(NLL(), edges=(0, 2)), ByPosition(NLL(), edges=(0, 2))
+    for rows in (slice(0, 1), slice(1, None)):
+        alone = ByPosition(NLL(), edges=(0, 2))
+        alone.update(log_q[rows], labels=labels[rows])
+        updated.update(log_q[rows], labels=labels[rows])
+        assert same(called(log_q[rows], labels=labels[rows]), alone.compute())
+    assert same(called.compute(), updated.compute())
+
+
+def test_merged_halves_are_the_whole() -> None:
+    _, log_q, labels = case(6, 9)
+    parts = [ByPosition(NLL(), edges=(0, 2)) for _ in range(3)]
+    for part, rows in zip(parts, (slice(0, 1), slice(1, None), slice(None)), strict=True):
+        part.update(log_q[rows], labels=labels[rows])
+    parts[0].merge_state(parts[1])
+    assert same(parts[0].compute(), parts[2].compute())
+    with pytest.raises(ValueError, match="needs a metric of the buckets"):
+        parts[0].merge_state(ByPosition(NLL(), edges=(0, 3)))

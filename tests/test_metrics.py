@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -301,3 +302,22 @@ def test_states_of_inference_mode_go_on_outside_of_it(name: str) -> None:
     add(name, whole, *case(seed=1))
     add(name, whole, *case(seed=2))
     assert metric.compute().item() == whole.compute().item()
+
+
+@pytest.mark.parametrize("first", ["nothing counted", "student = teacher"])
+def test_in_a_collection_no_metric_is_taken_for_another(first: str) -> None:
+    log_p, log_q, labels = case(6, 9)
+    each = {
+        "fkl": DivergenceMetric(ForwardKL()),
+        "rkl": DivergenceMetric(ReverseKL()),
+        "agreement": Agreement(),
+        "beats": BeatsTeacher(),
+    }
+    together = MetricCollection(copy.deepcopy(each))
+    begin = (log_p, log_q, torch.full_like(labels, -100)) if first == "nothing counted" else (log_p, log_p, labels)
+    for batch in (begin, (log_p, log_q, labels)):
+        together.update(*batch)
+        for metric in each.values():
+            metric.update(*batch)
+    assert together.compute() == {name: metric.compute() for name, metric in each.items()}
+    assert len(together.compute_groups) == len(each)

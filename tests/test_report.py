@@ -61,3 +61,22 @@ def test_warnings(found: RunFolder, rows: dict[str, dict[str, int]], says: str) 
 def test_a_healthy_run_warns_of_nothing() -> None:
     table = {"teacher": row(1), "student_before": row(3), "student_after": row(2)}
     assert not list(warnings(run(table, kd=[3.0, 2.0, 1.0]), {"train": {"rows": 9, "kept": 9, "empty": 0}}))
+
+
+def test_what_another_run_left_is_set_aside_and_not_read(tmp_path: Path) -> None:
+    data, root = str(runs.little_data(tmp_path)), tmp_path / "run"
+    given = ["--data.train", data, "--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "1"]
+    given += ["--results.max_new_tokens", "2"]
+    first = [*runs.little(root, steps=4, test=True), *given, "--data.test", data]
+    assert main(first) == 0
+    left = {path.relative_to(root): path.read_bytes() for path in root.glob("[rt]*/*") if path.is_file()}
+    left[Path("results.json")] = (root / "results.json").read_bytes()
+    again = [*runs.little(root, steps=2, test=True), *given, "--data.test", "null", "--export.overwrite", "true"]
+    assert main(again) == 0
+    run = RunFolder.read(root)
+    assert run.step == 2 and run.results is None
+    assert "Test rows" not in (root / "report.md").read_text()
+    assert left and all((root / "earlier-1" / path).read_bytes() == content for path, content in left.items())
+    assert main([*runs.little(root, steps=3, test=True), *given, "--data.test", "null", "--ckpt_path", "last"]) == 0
+    assert [step for step, _ in RunFolder.read(root).scalars["val/ce"]] == [0, 1, 2]  # its own, gone on with
+    assert not (root / "earlier-2").exists()

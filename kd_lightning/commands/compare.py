@@ -6,6 +6,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ from rich.table import Table
 from kd_lightning.figures import as_markdown, curves, markdown_table
 from kd_lightning.progress import counted
 from kd_lightning.results import HEADINGS
-from kd_lightning.run_folder import RunFolder, differing, repetitions
+from kd_lightning.run_folder import DATA, RunFolder, differing, place, repetitions
 from kd_lightning.storage import whole_file
 
 CURVES = {
@@ -21,6 +22,8 @@ CURVES = {
     "val/forward_kl": "validation forward KL to the teacher",
     "val/agreement": "share of tokens where both put the same one first",
 }
+SHARED = {"teacher": "teacher", "student_before": "student before"}
+SAME = 1e-3  # relative: the same rows in batches of another size
 Cell = tuple[float, float] | None  # mean and, with repetitions, standard deviation (NaN for one run)
 
 
@@ -42,9 +45,11 @@ def main(args: Sequence[str]) -> int:
     given = parser.parse_args(list(args))
     if given.output is not None and given.output.exists():
         raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
-    runs = [RunFolder.read(root) for root in counted(given.roots, "Runs")]
+    roots = {Path(root).resolve(): root for root in reversed(given.roots)}  # one that is named twice is one
+    runs = [RunFolder.read(root) for root in counted(list(reversed(roots.values())), "Runs")]
     notes = same_rows(runs, given.different_data)
-    groups = repetitions(runs)
+    groups, repeated = other_seeds(repetitions(runs))
+    notes += repeated
     names = titles(groups)
     rows = table(groups, names)
     _print(rows, notes)
@@ -61,18 +66,39 @@ def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
         ValueError: they differ, and it is not allowed.
     """
     notes = []
-    for name in runs[0].data:
-        found = {str(run.data[name]) for run in runs}
+    for name in DATA:
+        split = f"{name.removeprefix('data.')} rows"
+        told = all(split in run.rows for run in runs)
+        found: dict[str, str] = {}
+        for run in runs:
+            digest = f" ({run.rows[split]})" if told else ""
+            found.setdefault(digest or str(place(run.config.get(name))), f"{run.config.get(name)}{digest}")
         if len(found) > 1:
-            notes.append(f"{name} differs: {', '.join(sorted(found))}")
-    teachers = {repr(run.results["teacher"]) for run in runs if run.results is not None}
-    if len(teachers) > 1 and not notes:
+            notes.append(f"{name} differs: {', '.join(sorted(found.values()))}")
+    teachers: dict[str, list[float]] = {}
+    for run in runs:
+        if run.results is not None and run.results["teacher"] is not None:
+            same = repr([run.config.get(name) for name in ("model.teacher", "model.teacher_kwargs")])
+            teachers.setdefault(same, []).append(run.results["teacher"]["nll"] or 0.0)
+    if any(max(nlls) - min(nlls) > SAME * max(nlls) for nlls in teachers.values()) and not notes:
         notes.append("the same teacher, or the same files, have changed: its own row differs between the runs")
     if notes and not allowed:
         raise ValueError(
             f"the runs are not on the same data ({'; '.join(notes)}): --different_data compares them anyway"
         )
     return [f"**Not the same data**: {note}" for note in notes]
+
+
+def other_seeds(groups: Sequence[Sequence[RunFolder]]) -> tuple[list[list[RunFolder]], list[str]]:
+    """Of runs with the same seeds, which are no repetitions, the first that has ended (or the first); the others."""
+    kept, notes = [], []
+    for group in groups:
+        first: dict[tuple[Any, Any], RunFolder] = {}
+        for run in sorted(group, key=lambda run: not run.ended):
+            if run is not first.setdefault(run.seeds, run):
+                notes.append(f"**Left out**: {run.root} has the seed of {first[run.seeds].root}, {run.seeds[0]}")
+        kept.append([run for run in group if first[run.seeds] is run])
+    return kept, notes
 
 
 def titles(groups: Sequence[Sequence[RunFolder]]) -> list[str]:
@@ -84,6 +110,7 @@ def titles(groups: Sequence[Sequence[RunFolder]]) -> list[str]:
         while not all(folder.startswith(common) for folder in folders):
             common = common[:-1]
         names.append(common.rstrip("_-.0123456789") or common or folders[0] if len(group) > 1 else folders[0])
+    names = [f"{name} (run)" if name in SHARED.values() else name for name in names]
     return [
         name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)
     ]  # two groups of one name are told apart by their place
@@ -93,15 +120,16 @@ def table(groups: Sequence[Sequence[RunFolder]], names: Sequence[str]) -> dict[s
     """Mean and spread of the closing tables, by row and column; the shared rows first."""
     rows: dict[str, dict[str, Cell]] = {}
     everyone = [run for group in groups for run in group]
-    for key, title in (("teacher", "teacher"), ("student_before", "student before")):
+    for key, title in SHARED.items():
         kept = [run for run in everyone if run.results is not None and run.results.get(key) is not None]
         if kept and (key == "teacher" or len({repr((run.results or {})[key]) for run in kept}) == 1):
             rows[title] = _means(kept[:1], key)
     for group, name in zip(groups, names, strict=True):
         finished = [run for run in group if run.results is not None]
         count = f" ({len(finished)} runs)" if len(finished) > 1 else ""
-        unfinished = len(group) - len(finished)
-        going = f", {unfinished} at step {max(run.step for run in group)}" if unfinished else ""
+        under_way = [run for run in group if not run.ended]
+        going = f", {len(under_way)} at step {max(run.step for run in under_way)}" if under_way else ""
+        going += ", no test rows" if not finished and not under_way else ""
         rows[f"{name}{count}{going}"] = _means(finished, "student_after")
     return rows
 
@@ -135,7 +163,7 @@ def text_of(column: str, cell: Cell, best: Cell) -> str:
 def _cells(rows: dict[str, dict[str, Cell]]) -> list[list[str]]:
     best: dict[str, Cell] = {}
     for column in HEADINGS:
-        students = [cells[column] for name, cells in rows.items() if name not in ("teacher", "student before")]
+        students = [cells[column] for name, cells in rows.items() if name not in SHARED.values()]
         found = [cell for cell in students if cell is not None]
         key = (lambda cell: -cell[0]) if column == "exact_match" else (lambda cell: cell[0])
         best[column] = min(found, key=key) if found else None
