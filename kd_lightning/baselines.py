@@ -40,9 +40,17 @@ class Baselines(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """See that the other run was measured on the same rows."""
+        self.check(getattr(trainer, "datamodule", None), trainer.limit_val_batches)
+
+    def check(self, datamodule: Any, limit: int | float | None) -> None:
+        """See that the other run was measured on the same rows.
+
+        Args:
+            datamodule: with its validation rows loaded.
+            limit: `limit_val_batches`.
+        """
         if self.other is None:
             return
-        datamodule: Any = getattr(trainer, "datamodule", None)
         given = self.other.config.get("data.val")
         files = [[given] if isinstance(given, str) else given, datamodule.sources["val"]]
         told = [rows.get("val rows") for rows in (self.other.rows, rows_of(datamodule))]
@@ -51,7 +59,7 @@ class Baselines(L.Callback):
                 ", ".join(map(str, [*(names or ()), text])) for names, text in zip(files, told, strict=True)
             )
             raise ValueError(f"--baseline {self.other.root} was validated on {theirs}, and this run is on {ours}")
-        limits = [self.other.config.get("trainer.limit_val_batches"), trainer.limit_val_batches]
+        limits = [self.other.config.get("trainer.limit_val_batches"), limit]
         if len({1.0 if limit is None else limit for limit in limits}) > 1:
             raise ValueError(
                 f"--baseline {self.other.root} was validated with limit_val_batches {limits[0]}, and this run has "
@@ -67,7 +75,8 @@ class Baselines(L.Callback):
             return
         if not self.levels:
             loader = datamodule.val_dataloader()
-            means = token_means(trainer, pl_module, loader, limited(loader, trainer.limit_val_batches))
+            batches = limited(loader, trainer.limit_val_batches)
+            means = token_means(trainer, pl_module, loader, batches, "Validation batches")
             means["nll"] = means["student_nll"]
             self.levels = {f"baseline/student_before_{name}": means[name] for name in SCALARS if name in means}
             if "teacher_nll" in means:

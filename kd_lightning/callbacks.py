@@ -14,7 +14,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -159,6 +159,15 @@ class HFExport(Checkpoint):
             self.monitor_name = "val/ce" if getattr(pl_module, "labels_only", False) else "val/kd"
             if getattr(pl_module, "objective_moves", False) and "forward_kl" in getattr(pl_module, "monitors", ()):
                 self.monitor_name = "val/forward_kl"
+        if stage == "fit":
+            self.check_monitor(pl_module)
+
+    def check_monitor(self, module: Any) -> None:
+        """Refuse a monitor that validation does not log (a module of the user's own may log anything)."""
+        known = [f"val/{name}" for name in getattr(module, "measured", ())]
+        ours = type(module).__module__.startswith("kd_lightning")
+        if self.which == "best" and ours and self.monitor_name not in (None, *known):
+            raise ValueError(f"export.monitor must be one of {', '.join(known)}, got {self.monitor_name!r}")
 
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Check the folder before step 0 (the command line has done so earlier still)."""
@@ -193,6 +202,8 @@ class HFExport(Checkpoint):
         if self.which == "best" and self.best is not None:
             state = trainer.strategy.load_checkpoint(best, weights_only=True)
             trainer.strategy.load_model_state_dict(state)
+        elif self.which == "best":
+            rank_zero_warn("export.which is 'best', and there was no validation to go by: the last weights are kept")
         state = whole_state(pl_module.student, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)

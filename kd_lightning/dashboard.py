@@ -63,7 +63,10 @@ class Dashboard(L.Callback):
         place = (counted.cumsum(1) - 1)[counted].clamp(max=PLACES - 1)
         agreement = outputs["agreement"].float()
         ones = torch.ones_like(agreement)
-        kl, head = (outputs[name].float() if "head_kl" in outputs else 0 * ones for name in ("forward_kl", "head_kl"))
+        kl, head = (
+            outputs[name].float() if {"head_kl", "forward_kl"} <= outputs.keys() else 0 * ones
+            for name in ("forward_kl", "head_kl")
+        )
         self._places.index_add_(1, place, torch.stack([ones, agreement, kl, head]))
         theirs, ours = (_bin(outputs[name]) for name in ("teacher_nll", "ce"))
         self._probabilities.view(-1).index_add_(0, theirs * BINS + ours, ones)

@@ -13,6 +13,7 @@ from kd_lightning.agreement import gathered
 from kd_lightning.answering import Writer, batches, numbered
 from kd_lightning.dashboard import writers
 from kd_lightning.figures import markdown_table
+from kd_lightning.generation import positions
 from kd_lightning.progress import counted, shown
 from kd_lightning.response_file import Response
 from kd_lightning.rollout import Sampling
@@ -60,7 +61,10 @@ class GenerationQuality(L.Callback):
                 raise ValueError(f"generation.{name} must be at least 1, got {value}")
         self.every_n_validations = every_n_validations
         self.rows = rows
-        self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        try:
+            self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        except ValueError as error:
+            raise ValueError(f"generation.{error}") from None
         self.seeds = seeds
         self.batch_size = batch_size
         self._validations = 0
@@ -75,9 +79,28 @@ class GenerationQuality(L.Callback):
         self._validations = state_dict["validations"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that a response can end."""
-        if self.every_n_validations:
-            Writer(pl_module.student, _data(trainer).tokenizer, self.sampling)
+        """See that a response can end and has places."""
+        self.check(pl_module.student, _data(trainer))
+
+    def check(self, student: Any, datamodule: Any) -> None:
+        """See that a response can end, and that student has places for the longest.
+
+        Args:
+            student: the model.
+            datamodule: with its validation rows loaded.
+        """
+        if not self.every_n_validations or not datamodule.sources["val"]:
+            return
+        Writer(student, datamodule.tokenizer, self.sampling)
+        splits = [split for split in ("val", "test") if split in datamodule.splits]
+        rows = [row for split in splits for row in datamodule.generation_rows(split)[: self.rows]]
+        longest = max(len(row["prompt_ids"]) for row in rows)
+        places = positions(student)
+        if places is not None and longest + self.sampling.max_new_tokens > places:
+            raise ValueError(
+                f"generation.max_new_tokens must be at most {places - longest}, what the longest prompt leaves of the "
+                f"student's max_position_embeddings of {places}, got {self.sampling.max_new_tokens}"
+            )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Answer, measure, log."""

@@ -96,10 +96,7 @@ class DistillationLoss(nn.Module):
         monitors = {} if monitors is None else monitors
         for name, part in {"objective": objective, **{f"monitors[{k!r}]": v for k, v in monitors.items()}}.items():
             check_divergence(name, part)
-        if taken := [name for name in monitors if name in RESERVED]:
-            raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {taken[0]!r}")
-        if dotted := [name for name in monitors if not name or "." in name]:
-            raise ValueError(f"monitors must have names without a dot, got {dotted[0]!r}")
+        check_names(monitors)
         check_weight("ce_weight", ce_weight)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
@@ -246,6 +243,15 @@ class DistillationLoss(nn.Module):
             values["gap"] = wide
         means = {} if teacher is None else response_means(self.token_loss, counted, columns)
         return LossParts(loss, divisor, weights, values, means)
+
+
+def check_names(monitors: Mapping[str, Divergence]) -> None:
+    """Refuse monitors whose values could not be told by their names."""
+    for name in monitors:
+        if name in RESERVED:
+            raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {name!r}")
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"monitors must have names without a dot, and none that torch modules use, got {name!r}")
 
 
 @as_it_is

@@ -17,10 +17,11 @@ from kd_lightning.agreement import check_same
 from kd_lightning.caching import written_down
 from kd_lightning.components import PREFIX, PartialKL, component_loss
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
+from kd_lightning.fits import check_fits
 from kd_lightning.gradient_norms import clip_norm, gradient_norm
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.lora import LoRA, leave_out_the_base, with_lora
-from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.losses import DistillationLoss, LossParts, check_names
 from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.progress import show_information
@@ -121,6 +122,7 @@ class DistillationModule(L.LightningModule):
             "total_variation": TotalVariation(),
         }
         wanted = ({} if teacher is None else default) if monitors is None else monitors
+        check_names(wanted)
         self.monitors = nn.ModuleDict(wanted)
         head: dict[str, Divergence] = {"head_kl": PartialKL("head")} if wanted is default else {}
         evaluation_loss = DistillationLoss(
@@ -188,8 +190,11 @@ class DistillationModule(L.LightningModule):
         if self.teacher is not None:
             self.teacher.meet(self)
             self.teacher.load()
+        datamodule = getattr(self._trainer, "datamodule", None)
+        for role, model in (("student", self.student), ("teacher", getattr(self.teacher, "model", None))):
+            for text in () if model is None else check_fits(role, model, datamodule):
+                rank_zero_warn(text)
         if self.responses is not None:
-            datamodule = getattr(self._trainer, "datamodule", None)
             self.responses.check(self.student, self.teacher, getattr(datamodule, "max_length", None))
 
     def configure_optimizers(self) -> Any:
@@ -265,6 +270,12 @@ class DistillationModule(L.LightningModule):
         """Whether the loss is the label loss alone (`ce_weight` is the number 1), so that it never asks the teacher."""
         ce_weight = self.evaluation_loss.ce_weight
         return not isinstance(ce_weight, Schedule) and ce_weight == 1
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What validation logs, as `val/NAME`."""
+        names = self.evaluation_loss.token_loss.names(self.teacher is not None)
+        return tuple("ce" if name == "student_nll" else name for name in names if name not in ("loss", "ce"))
 
     @property
     def objective_moves(self) -> bool:

@@ -52,7 +52,9 @@ class Report(Checkpoint):
         samples = [] if table is None else table.samples
         with whole_file(root / "report.md") as part:
             part.write_text(page(RunFolder.read(root), getattr(datamodule, "report", {}), samples), encoding="utf-8")
-        rank_zero_info(f"{root}: student/ (plain Hugging Face), report.md, tensorboard/, checkpoints/last.ckpt")
+        left = {"student": "student/ (plain Hugging Face)", "report.md": "report.md", "tensorboard": "tensorboard/"}
+        left["checkpoints/last.ckpt"] = "checkpoints/last.ckpt"
+        rank_zero_info(f"{root}: {', '.join(text for name, text in left.items() if (root / name).exists())}")
 
 
 def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str, str]]) -> str:
@@ -70,7 +72,8 @@ def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str
         out += ["## Responses to test rows", markdown_table(["", "student", "teacher"], answers)]
     found = list(warnings(run, rows))
     out += ["## Warnings", "\n".join(f"- {text}" for text in found) or "None."]
-    out += ["## Curves", *_figures(run)]
+    figures = list(_figures(run))
+    out += ["## Curves", *(figures or ["No logger left events or a metrics.csv in this folder."])]
     if samples:
         cells = [[_cell(sample[name]) for name in samples[0]] for sample in samples]
         out += ["## Samples", markdown_table(list(samples[0]), cells)]

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
@@ -130,7 +131,11 @@ class ResultsTable(Checkpoint):
         tasks = {row["row"].get("task") for row in rows}
         if self.task is None or tasks <= {None}:
             return rows
-        return [row for row in rows if row["row"].get("task") == self.task]
+        found = [row for row in rows if row["row"].get("task") == self.task]
+        if not found:
+            known = ", ".join(sorted(map(str, tasks)))
+            rank_zero_warn(f"results.task {self.task!r} is on none of the test rows ({known}): no exact match is taken")
+        return found
 
     def _exact_match(self, trainer: L.Trainer, model: Any, rows: list[dict[str, Any]], who: str) -> float | None:
         """Share of rows answered word for word, over all ranks; a few of the responses are kept."""
@@ -178,14 +183,23 @@ class ResultsTable(Checkpoint):
 
 
 def limited(loader: Any, limit: int | float) -> int:
-    """How many batches of a loader `limit_…_batches` leaves: a share of them, or so many."""
-    return int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
+    """How many batches of a loader `limit_…_batches` leaves: a share of them, or so many.
+
+    Raises:
+        ValueError: the share is above 0 and leaves none.
+    """
+    left = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
+    if limit and not left:
+        raise ValueError(f"limit_val_batches and limit_test_batches must leave a batch of {len(loader)}, got {limit}")
+    return left
 
 
-def token_means(trainer: L.Trainer, module: Any, loader: Any, batches: int) -> dict[str, float]:
+def token_means(
+    trainer: L.Trainer, module: Any, loader: Any, batches: int, title: str = "Test batches"
+) -> dict[str, float]:
     """Means over the counted tokens of the first `batches` batches, on all ranks together."""
     sums: dict[str, torch.Tensor] = {}
-    numbers = counted(range(batches), "Test batches", shown=shown(trainer))
+    numbers = counted(range(batches), title, shown=shown(trainer))
     for _, batch in zip(numbers, loader, strict=False):
         values = module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
         for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,13 +55,13 @@ class RunFolder:
             known = json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else {}
         except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{root}: {' '.join(str(error).split())}") from None
-        if not isinstance(read, dict) or not {"model", "data", "trainer"} <= read.keys():
-            raise ValueError(f"{root} is not the folder of a run: its config.yaml has no model, data and trainer")
+        if not isinstance(read, dict) or not {"model", "data", "trainer"} & read.keys():
+            raise ValueError(f"{root} is not the folder of a run: its config.yaml has no model, data or trainer")
         if table is not None and not _is_table(table):
             raise ValueError(f"{results}: no table of a run, which has {', '.join(WHO)} with {', '.join(MEASURED)}")
         if not isinstance(known, dict):
             raise ValueError(f"{rows}: not the splits of a run, got {known!r}")
-        return cls(root, flat(read), table, scalars(root / "tensorboard"), known)
+        return cls(root, flat(read), table, curves(root), known)
 
     @property
     def step(self) -> int:
@@ -111,6 +112,29 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         inside = prefix if name == "init_args" else f"{prefix}.{name}" if prefix else str(name)
         out |= flat(value, inside)
     return out
+
+
+def curves(root: Path) -> dict[str, Curve]:
+    """Every scalar of a run: of `ROOT/tensorboard`, or of the newest events or `metrics.csv` that a logger left."""
+    if found := scalars(root / "tensorboard"):
+        return found
+    ours = [path for path in root.rglob("*") if not path.relative_to(root).parts[0].startswith("earlier-")]
+    newest = sorted(ours, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest:
+        if path.name.startswith("events.out.tfevents.") and (found := scalars(path.parent)):
+            return found
+    return next((_csv(path) for path in newest if path.name == "metrics.csv"), {})
+
+
+def _csv(path: Path) -> dict[str, Curve]:
+    """Scalars as Lightning's CSVLogger writes them: a row a step, a column a scalar, empty where it was not logged."""
+    found: dict[str, dict[int, float]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    found.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: sorted(steps.items()) for name, steps in found.items()}
 
 
 def scalars(folder: Path) -> dict[str, Curve]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import runs
 from kd_lightning.assets import resolve
@@ -175,6 +175,42 @@ def full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return []
 
 
+def added_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    for name in ("student", "teacher"):
+        shutil.copytree(resolve(f"asset:{name}"), folder / name)
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        tokenizer.add_tokens(["<|system|>"])
+        tokenizer.save_pretrained(folder / name)
+    rows = [line.replace('"instruction": "', '"instruction": "<|system|> ') for line in lines("train", 0, 40)]
+    data = write(folder / "added.jsonl", rows)
+    return [
+        "--model.student",
+        str(folder / "student"),
+        "--model.teacher",
+        str(folder / "teacher"),
+        "--data.train",
+        data,
+    ]
+
+
+def few_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    config = GPT2Config(vocab_size=2048, n_positions=24, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder / "student")
+    AutoTokenizer.from_pretrained(resolve("asset:student")).save_pretrained(folder / "student")
+    return ["--model.student", str(folder / "student")]
+
+
+def other_end_and_a_long_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    long = [json.dumps({"instruction": f"Count {n}.", "output": "one two three " * 40}) for n in range(2)]
+    train = write(folder / "long.jsonl", lines("train", 0, 62) + long)
+    more = ["--data.train", train, "--data.batch_size", "32", "--data.group_by_length", "false"]
+    return [*other_end(folder, monkeypatch), *more, "--data.shuffle", "false"]
+
+
+def taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return ["--trainer.default_root_dir", str(folder / "train.jsonl" / "root")]
+
+
 def arguments(*given: str) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
     return lambda folder, monkeypatch: list(given)
 
@@ -220,6 +256,29 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
         "error: words",
         "teacher_cache must be false where no responses can be known beforehand",
     ),
+    "a token without an embedding": (
+        added_token,
+        "error: places",
+        "token 2048 ('<|system|>') of the rows has no place",
+    ),
+    "rows longer than the positions": (few_places, "error: places", "the student max_position_embeddings of 24"),
+    "another end, and a long row in the batch": (other_end_and_a_long_row, "error: labels", "do not end in what ends"),
+    "responses longer than the positions": (
+        arguments("--generation.every_n_validations", "1", "--generation.max_new_tokens", "600"),
+        "error: callbacks",
+        "generation.max_new_tokens must be at most",
+    ),
+    "best by what is not measured": (
+        arguments("--export.which", "best", "--export.monitor", "val/bleu"),
+        "error: callbacks",
+        "export.monitor must be one of val/kd,",
+    ),
+    "a share of no batch": (
+        arguments("--trainer.limit_test_batches", "0.01"),
+        "error: callbacks",
+        "must leave a batch of 3, got 0.01",
+    ),
+    "a folder under a file": (taken, "error: output", "is no folder that can be"),
     "no room": (full, "error: output", "GB free"),
     "skewed from a random start": (
         arguments("--model.objective", "SkewKL", "--model.student_init", "random"),
@@ -249,3 +308,46 @@ def test_a_shipped_config_has_no_finding(name: str, tmp_path: Path, capsys: pyte
     assert [finding["level"] for finding in findings] == ["note"], findings
     assert len(capsys.readouterr().out.splitlines()) == 1
     assert not (tmp_path / "root").exists()
+
+
+def comment(folder: Path) -> list[str]:
+    path = Path(teacher(folder)) / "chat_template.jinja"
+    path.write_text("{# version 2 #}" + path.read_text())
+    return ["--model.teacher", str(folder / "teacher")]
+
+
+def several_templates(folder: Path) -> list[str]:
+    path = Path(teacher(folder))
+    text = (path / "chat_template.jinja").read_text()
+    (path / "chat_template.jinja").unlink()
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": text}, {"name": "tool_use", "template": "{{ tools }}"}]
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    return ["--model.teacher", str(path)]
+
+
+def plain_rows(folder: Path) -> list[str]:
+    (Path(teacher(folder)) / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    found = ["--model.teacher", str(folder / "teacher"), "--data.test", "null"]
+    for name, argument in (("train", "train"), ("validation", "val")):
+        rows = [json.loads(line) for line in lines(name, 0, 64)]
+        plain = [json.dumps({"prompt": row["instruction"], "completion": row["output"]}) for row in rows]
+        found += [f"--data.{argument}", write(folder / f"plain_{name}.jsonl", plain)]
+    return found
+
+
+@pytest.mark.parametrize("change", [comment, several_templates, plain_rows])
+def test_no_false_alarm(
+    change: Callable[[Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*words(tmp_path), *change(tmp_path)])
+    assert "tokenizers" not in capsys.readouterr().out
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"a": 1}')
+    for path in (mine, tmp_path, tmp_path / "nowhere" / "findings.json"):
+        with pytest.raises(ValueError, match="--json"):
+            main([*words(tmp_path), "--json", str(path)])
+    assert mine.read_text() == '{"a": 1}'

@@ -87,7 +87,7 @@ def test_the_program_sets_lines_before_anything_shows_a_bar() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "title", "total"), [("preflight", "Preflight", 10), ("plan", "Planning", 5), ("compare", "Runs", 2)]
+    ("command", "title", "total"), [("preflight", "Preflight", 12), ("plan", "Planning", 5), ("compare", "Runs", 2)]
 )
 def test_commands_say_how_far_they_are(
     command: str, title: str, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

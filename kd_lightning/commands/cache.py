@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kd_lightning.caching import fill_cache
 from kd_lightning.cli import run
+from kd_lightning.commands import Words
 from kd_lightning.regeneration import Regeneration
 from kd_lightning.teachers import CachedTeacher
 
 FLAGS = "--output DIR [--kind hidden|top_k] [--k 64] [--dtype bfloat16|float32] [--shard_mib 256]"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def main(args: Sequence[str]) -> int:
@@ -35,7 +30,7 @@ def main(args: Sequence[str]) -> int:
         ValueError: an argument is out of its range, there is no teacher, the responses are written in the run, or the
             folder is another cache's.
     """
-    own = _Parser(
+    own = Words(
         prog="kd-lightning cache",
         description="Write down what the teacher says about the data: every argument of `fit`, and these.",
         usage=f"kd-lightning cache --config NAME_OR_FILE {FLAGS} [--GROUP.ARGUMENT VALUE ...]",

@@ -5,27 +5,36 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 
+from kd_lightning.baselines import Baselines
+from kd_lightning.callbacks import HFExport
 from kd_lightning.commands.unstarted import Level, Setup
 from kd_lightning.counted import IGNORE_INDEX
+from kd_lightning.data.rows import Conversation
+from kd_lightning.fits import check_fits
 from kd_lightning.functional import entropy, forward_kl, log_softmax
+from kd_lightning.generation_quality import GenerationQuality
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models import auto, check_tokenizers, locate
 from kd_lightning.regeneration import Regeneration
 from kd_lightning.responses import Author
+from kd_lightning.results import limited
 
 Check = Callable[[Setup], Iterator[tuple[Level, str]]]
 
 MANY = 0.05  # share of rows from which on truncation is a warning and duplicates are an error
 STEPS = 24  # at most, on one batch: Adam's first ones, each of the size of the rate, may raise a healthy run's loss
+LOOKED_AT = 20  # rows that both chat templates write
 SAME = 1e-4  # nats of forward KL: one model, in two precisions
 NEARLY_UNIFORM = 0.98  # entropy of the softened teacher, as a share of log V
 # The objective's gradient at this student as a share of that at the geometric middle between it and the teacher. Of the
@@ -38,6 +47,9 @@ def output(setup: Setup) -> Iterator[tuple[Level, str]]:
     """The folder can be written to, holds no finished run, and has room."""
     root = Path(setup.trainer.default_root_dir)
     there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        yield "error", f"trainer.default_root_dir {root} cannot be written to: {there} is no folder that can be"
+        return
     if there == root:
         setup.config["export"].check(root)
     size = sum(parameter.numel() * 4 for parameter in setup.model.student.parameters())
@@ -56,18 +68,33 @@ def tokenizers(setup: Setup) -> Iterator[tuple[Level, str]]:
     if teacher is None or teacher.name is None:
         return
     check_tokenizers(teacher.name, tokenizer)
-    folder = Path(locate(teacher.name, "teacher"))
-    if not (folder / "tokenizer_config.json").is_file():
+    place = locate(teacher.name, "teacher")
+    if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").is_file():
         return
-    theirs = auto.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        theirs = auto.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except OSError:
+        return  # a name on the hub without a tokenizer: the student's is taken on trust, as said above
     for name in ("eos_token", "bos_token", "pad_token"):
         one, other = getattr(theirs, name), getattr(tokenizer, name)
         if one != other and one is not None:
             level = "error" if name == "eos_token" else "warning"
             yield level, f"{name} is {one!r} to the teacher and {other!r} to the student"
-    used = setup.datamodule.chat_template or tokenizer.chat_template
-    if theirs.chat_template and used and theirs.chat_template.strip() != used.strip():
+    data = setup.datamodule
+    talks = [talk for talk in data.conversations("train", LOOKED_AT) if talk.messages] if theirs.chat_template else []
+    extras = data.chat_template_kwargs or {}
+    if any(_written(theirs, None, extras, x) != _written(tokenizer, data.chat_template, extras, x) for x in talks):
         yield "error", "the rows are written in another chat template than the teacher's own: it reads unknown forms"
+
+
+def _written(tokenizer: Any, template: str | None, extras: dict[str, Any], talk: Conversation) -> str | None:
+    """A row as a template (None: the tokenizer's own) writes it; None where it cannot."""
+    extras = {"tools": talk.tools, **extras, **(talk.template_kwargs or {})}
+    try:
+        text: str = tokenizer.apply_chat_template(talk.messages, chat_template=template, tokenize=False, **extras)
+    except (ValueError, TypeError, jinja2.TemplateError):
+        return None
+    return text
 
 
 def words(setup: Setup) -> Iterator[tuple[Level, str]]:
@@ -76,6 +103,29 @@ def words(setup: Setup) -> Iterator[tuple[Level, str]]:
         if isinstance(callback, Regeneration):
             callback.check(setup.module)
     return iter(())  # what is refused is the finding
+
+
+def callbacks(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """What callbacks refuse before step 0, or at the first validation."""
+    trainer, module, data = setup.trainer, setup.module, setup.datamodule
+    for split, loader in (("val", data.val_dataloader), ("test", data.test_dataloader)):
+        if data.sources[split]:
+            limited(loader(), getattr(trainer, f"limit_{split}_batches"))
+    for callback in trainer.callbacks:
+        if isinstance(callback, Baselines):
+            callback.check(data, trainer.limit_val_batches)
+        if isinstance(callback, GenerationQuality):
+            callback.check(setup.model.student, data)
+        if isinstance(callback, HFExport):
+            callback.check_monitor(module)
+    return iter(())
+
+
+def places(setup: Setup) -> Iterator[tuple[Level, str]]:
+    """Both models embed every token and have a place for the longest row."""
+    for role, model in (("student", setup.model.student), ("teacher", getattr(setup.module.teacher, "model", None))):
+        for text in () if model is None else check_fits(role, model, setup.datamodule):
+            yield "warning", text
 
 
 def rows(setup: Setup) -> Iterator[tuple[Level, str]]:
@@ -130,8 +180,8 @@ def labels(setup: Setup) -> Iterator[tuple[Level, str]]:
         if (wanted != ids)[counted].any():
             yield "error", "labels are not the tokens in whose place they stand: a label belongs at its own token"
             return
-        for row, tokens in zip(wanted, counted, strict=True):
-            if tokens.any() and int(mask[0].numel()) < setup.datamodule.max_length:
+        for row, tokens, there in zip(wanted, counted, mask, strict=True):
+            if tokens.any() and int(there.sum()) < setup.datamodule.max_length:
                 whole += 1
                 ended += int(row[tokens][-1]) in ends
     if whole and ended < 0.5 * whole:
@@ -235,9 +285,11 @@ def objective(setup: Setup) -> Iterator[tuple[Level, str]]:
 
 def step(setup: Setup) -> Iterator[tuple[Level, str]]:
     """A few steps on one batch keep everything finite and lower its loss."""
-    batch, model = setup.batches[0], copy.deepcopy(setup.model)
+    batch, model = setup.batches[0], setup.trainer.precision_plugin.convert_module(copy.deepcopy(setup.model))
+    begin = time.perf_counter()
     if setup.module.responses is not None:
         batch = copy.deepcopy(setup.module.responses)(batch, Author(model, setup.module.teacher))
+    writing = time.perf_counter() - begin
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = setup.module.optimizer_callable(parameters)
     ask, losses, seconds = None if setup.module.labels_only else setup.module.teacher, [], 0.0
@@ -266,6 +318,10 @@ def step(setup: Setup) -> Iterator[tuple[Level, str]]:
         v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
     )
     size, total = f"student {sum(sizes) / 1e6:.1f} MB, optimizer {state / 1e6:.1f} MB", setup.trainer.max_steps
+    if setup.module.responses is not None:
+        size += f", {writing:.2f} s to draw a batch of responses"
+        seconds += writing
+    seconds *= setup.trainer.accumulate_grad_batches
     yield "note", f"memory and time: {size}, a step {seconds:.2f} s{_duration(setup, total, seconds)}"
 
 
@@ -275,8 +331,11 @@ def _duration(setup: Setup, steps: int, seconds: float) -> str:
         return ""
     data = setup.datamodule
     known = data.report["train"]["rows"]
-    passes = steps * data.batch_size * setup.trainer.accumulate_grad_batches * setup.trainer.world_size / known
+    batches = math.ceil(known / data.batch_size / setup.trainer.world_size)
+    passes = steps * setup.trainer.accumulate_grad_batches / batches
     return f", {steps} steps about {steps * seconds / 60:.1f} min: {passes:.3g} passes over {known} rows"
 
 
-CHECKS: tuple[Check, ...] = (output, tokenizers, words, rows, labels, vocabulary, teacher, temperature, objective, step)
+CHECKS: tuple[Check, ...] = (output, tokenizers, words, callbacks, rows, places, labels, vocabulary)
+CHECKS += (teacher, temperature, objective, step)
+LAST = (places,)  # where these are refused, nothing after them can be looked at

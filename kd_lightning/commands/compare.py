@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kd_lightning.commands import Words
 from kd_lightning.figures import as_markdown, curves, markdown_table
 from kd_lightning.progress import counted
 from kd_lightning.results import HEADINGS
@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ValueError: a folder is not that of a run; the runs were not measured on the same rows; the page exists.
     """
-    parser = argparse.ArgumentParser(
+    parser = Words(
         prog="kd-lightning compare", description="Runs side by side; runs that differ in seeds alone are averaged."
     )
     parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of a run (--trainer.default_root_dir)")

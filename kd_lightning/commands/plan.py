@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kd_lightning.cli import run
+from kd_lightning.commands import Words
 from kd_lightning.tracking import in_words
 
 FLAGS = "--world_size N [--memory 80GiB] [--json FILE]"
@@ -23,11 +23,6 @@ UNITS = {
 }
 FULL = 0.9  # of a card: the rest is for what is not counted, fragments and the buffers of exchanges
 MODELS = ("student", "teacher")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def main(args: Sequence[str]) -> int:
@@ -46,7 +41,7 @@ def main(args: Sequence[str]) -> int:
         ValueError: an argument is out of its range, a size does not divide the number of ranks, or a model cannot be
             built.
     """
-    own = _Parser(
+    own = Words(
         prog="kd-lightning plan",
         description="Plan a run without its hardware: every argument of `fit`, and these.",
         usage=f"kd-lightning plan --config NAME_OR_FILE {FLAGS} [--GROUP.ARGUMENT VALUE ...]",

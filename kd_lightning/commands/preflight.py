@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.cli import expected, explain, run
-from kd_lightning.commands.checks import CHECKS
+from kd_lightning.commands import Words
+from kd_lightning.commands.checks import CHECKS, LAST
 from kd_lightning.commands.unstarted import Finding, Setup
 from kd_lightning.progress import counted
 
@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ValueError: the words are not those of a run at all.
     """
-    own = argparse.ArgumentParser(
+    own = Words(
         prog="kd-lightning preflight",
         description="Check a run before it starts: every argument of `fit`, and --json FILE. Status 1 at an error.",
         usage="kd-lightning preflight --config NAME_OR_FILE [--json FILE] [--GROUP.ARGUMENT VALUE ...]",
@@ -36,6 +36,8 @@ def main(args: Sequence[str]) -> int:
     )
     own.add_argument("--json", type=Path, default=None, help="write the findings to this file too")
     given, words = own.parse_known_args(list(args))
+    if given.json is not None:
+        _check_json(given.json)
     findings = examine(run(["fit", *words], start=False))
     for finding in findings:
         print(f"{finding.level}: {finding.check}: {finding.text}")
@@ -45,6 +47,19 @@ def main(args: Sequence[str]) -> int:
     if given.json is not None:
         given.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n", encoding="utf-8")
     return int(errors > 0)
+
+
+def _check_json(path: Path) -> None:
+    """Refuse a file that holds something else than findings, or that cannot be written, before anything is done."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"--json {path} must be a file in a folder that is there")
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            found = None
+        if not isinstance(found, list) or not all(isinstance(one, dict) and "check" in one for one in found):
+            raise ValueError(f"--json {path} exists and holds no findings: choose another name, or remove it first")
 
 
 def examine(cli: Any) -> list[Finding]:
@@ -65,4 +80,6 @@ def examine(cli: Any) -> list[Finding]:
             if explain(error) not in refused:
                 findings.append(Finding("error", check.__name__, explain(error)))
                 refused.add(explain(error))
+            if check in LAST:
+                break
     return findings

@@ -195,6 +195,16 @@ class InstructionDataModule(L.LightningDataModule):
         """Every loaded split in a line that changes with its rows."""
         return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
 
+    def longest(self) -> int:
+        """Tokens of the longest row that is loaded; of prompts, which a run has yet to answer, nothing is known."""
+        whole = [rows for rows in self._rows.values() if "length" in rows.column_names]
+        return max((max(rows["length"][:], default=0) for rows in whole), default=0)
+
+    def largest_id(self) -> int:
+        """The largest token id of the rows that are loaded."""
+        whole = [rows for rows in self._rows.values() if "input_ids" in rows.column_names]
+        return max((max(ids, default=0) for rows in whole for ids in rows["input_ids"]), default=0)
+
     @property
     def splits(self) -> list[str]:
         """Splits that are loaded."""
@@ -272,6 +282,11 @@ class InstructionDataModule(L.LightningDataModule):
             fields = {"prompt_ids": ids, "prompt": text, "answer": conversation.answer}
             rows.append({**fields, "row": json.loads(row["row"]), "index": row["row_id"]})
         return rows
+
+    def conversations(self, split: str, first: int) -> list[Conversation]:
+        """The first rows of a split, whatever their form."""
+        rows = self._rows[split]
+        return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
 
     def places(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of the rows with these `row_ids`, for messages."""
