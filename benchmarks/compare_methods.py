@@ -67,7 +67,7 @@ than the student before.
 - This is low-data transfer: a teacher that saw 206,465 related rows, a student that is given 4,000.
 - Seeds vary the order of the rows, the responses drawn and the random start of a control, not data, teacher or
   tokenizer: the spreads understate what is uncertain.
-- Learning rates are the configs': 8e-3, but 2e-3 for seqkd, gkd, distillm and minillm, which learn from sampled words,
+- Learning rates are the configs': 8e-3, but 2e-3 for seqkd, gkd, distillm and minillm,
   and 3e-3 from a random start. They were chosen by hand, not searched for each method, so **the order among the
   methods is no finding**, least of all within the spread. *Rate 2e-3* is forward KL at the lower one. Forward
   KL is also what a column measures.

@@ -257,3 +257,12 @@ def test_formulas_are_such_that_katex_reads(site: Path) -> None:
         assert "<" not in formula, formula
         bare = re.sub(r"\\[{}]", "", formula)
         assert bare.count("{") == bare.count("}"), formula
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+    for page in pages:
+        for part in re.split(r"\n\s*\n", page.read_text(encoding="utf-8")):
+            rows = [line.strip() for line in part.splitlines() if line.strip().startswith("|")]
+            cells = {len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row))) for row in rows}
+            assert len(cells) <= 1, (page.name, rows[:2], cells)
