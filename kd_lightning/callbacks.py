@@ -40,6 +40,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._handler: Any = None
         self._interrupted = False
         self._stepped = 0
+        self._open = self._late = False
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle the folder, then Lightning's own set-up."""
@@ -68,11 +69,21 @@ class RunCheckpoint(ModelCheckpoint):
         """Write what is due; after Ctrl-C write `last` once the optimizer has stepped, and stop."""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         stepped, self._stepped = trainer.global_step > self._stepped, trainer.global_step
+        self._open = not stepped
+        if stepped and self._late:
+            self._late = False
+            super().on_validation_end(trainer, pl_module)
         if self._interrupted and stepped:
             if not is_dry(trainer):
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
                 rank_zero_info(f"{self.last_model_path} is step {trainer.global_step}: go on with --ckpt_path last")
             raise KeyboardInterrupt
+
+    def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
+        """Write what is due; within an accumulation window only once it has stepped: no file holds its gradients."""
+        self._late = self._open and trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not self._late:
+            super().on_validation_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen no more."""
@@ -255,20 +266,32 @@ class RunConfig(L.Callback):
     def __init__(self, text: str) -> None:
         self.text = text
         self._earlier: list[Path] = []
+        self._fresh = False
 
     def look(self, root: str | Path) -> None:
         """See what another run has left; before a logger writes, and not where a run goes on."""
         root = Path(root)
         there = [root / "results.json", root / "report.md", *root.glob("tensorboard/*")]
         self._earlier = [path for path in there if path.exists()]
+        self._fresh = True
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """See that every rank was started with the same one."""
         check_same({"configuration": self.text})
 
-    @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file."""
+        """Write the file of a fresh run, which may have to write much else before its first step."""
+        if self._fresh:
+            self._write(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Write the file of a run that goes on, which nobody has refused now."""
+        if not self._fresh:
+            self._fresh = True
+            self._write(trainer)
+
+    @rank_zero_only
+    def _write(self, trainer: Trainer) -> None:
         if is_dry(trainer):
             return
         root = Path(trainer.default_root_dir)

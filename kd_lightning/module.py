@@ -233,6 +233,11 @@ class DistillationModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Write down what the teacher says, where asked, the callbacks having seen it; catch up with validation."""
         group = self.trainer.optimizers[0].param_groups[0]
+        if missing := self.trainer.optimizers[0].defaults.keys() - group.keys():
+            kind = type(self.trainer.optimizers[0]).__name__
+            raise ValueError(
+                f"the checkpoint holds another optimizer than {kind}: no {', '.join(sorted(missing))} in it"
+            )
         rate = float(group.get("initial_lr", group["lr"]))
         if rate != self._rate:
             rank_zero_warn(f"the rate goes on from the checkpoint, {rate:g}: {self._rate:g}, as given now, is not used")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -75,14 +76,17 @@ class Memory(nn.Module):
         found = {name: column[:, :width] if column.ndim == 2 else column for name, column in found.items()}
         return {name: column.long() if column.dtype == torch.int32 else column for name, column in found.items()}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the shapes of what is loaded."""
+    def fit_to(self, state: Mapping[str, Tensor]) -> None:
+        """Have columns of the names and shapes of a state that will be loaded."""
         for name in self.columns:
             del self._buffers[name]
-        for key, tensor in state_dict.items():
-            name = key.removeprefix(prefix)
-            if key.startswith(prefix) and name != "pushed":
+        for name, tensor in state.items():
+            if name != "pushed":
                 self.register_buffer(name, torch.empty_like(tensor, device=self.pushed.device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the shapes of what is loaded."""
+        self.fit_to({key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -20,6 +20,7 @@ from kd_lightning.engine import Head
 from kd_lightning.generation import Mixture, Sampling, Within, end_ids, generate, positions
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss
+from kd_lightning.sharding import is_sharded
 from kd_lightning.student import StudentWithLoss
 from kd_lightning.teachers import Teacher
 from kd_lightning.written import Batch, append, prompts
@@ -243,6 +244,9 @@ def whole_model(teacher: Teacher | None) -> Any:
         raise ValueError(
             f"teacher_share must be 0 where the teacher cannot write along: it has to be a model, not {kind}"
         )
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        # ranks that have finished ask their student on, but not what stands beside it
+        raise ValueError("teacher_share must be 0 where a strategy shards the teacher (fsdp2); ddp leaves it whole")
     return model
 
 

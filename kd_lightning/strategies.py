@@ -261,7 +261,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             ValueError: the checkpoint is another model's or another objective's.
         """
         assert self.model is not None
-        state, own = checkpoint["state_dict"], self.model.state_dict()
+        state = checkpoint["state_dict"]
+        for place, module in self.model.named_modules():
+            if hasattr(module, "fit_to"):  # its tensors grow in a run
+                module.fit_to({n.removeprefix(f"{place}."): x for n, x in state.items() if n.startswith(f"{place}.")})
+        own = self.model.state_dict()
         problems = [f"Missing {name!r}" for name in own if name not in state]
         problems += [f"Unexpected {name!r}" for name in state if name not in own]
         problems += [

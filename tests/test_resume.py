@@ -1,7 +1,9 @@
 """A run killed in the middle ends as the run that nobody touched, to the last bit."""
 
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 
@@ -84,6 +86,65 @@ def test_resumed_in_one_process_equals_untouched(tmp_path: Path) -> None:
     assert main([*first, "--ckpt_path", str(kept)]) == 0
     whole, resumed = runs.student(tmp_path / "whole"), runs.student(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class Dies(L.Callback):
+    """As a process does that is killed before a micro-batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            raise KeyError("killed")
+
+
+EPOCHS = ["--trainer.max_epochs", "3", "--trainer.max_steps", "-1", "--trainer.check_val_every_n_epoch", "1"]
+EPOCHS += ["--trainer.val_check_interval", "1.0"]
+UNNOTICED: dict[str, tuple[str, int, list[str]]] = {
+    "epochs, killed in the first batch after one": ("quickstart", 16, EPOCHS),
+    "epochs cut short": ("quickstart", 7, [*EPOCHS, "--trainer.limit_train_batches", "3"]),
+    "epochs, loaders anew": ("quickstart", 17, [*EPOCHS, "--trainer.reload_dataloaders_every_n_epochs", "1"]),
+    "new words each epoch": ("distillm2", 4, EPOCHS),
+    "validation within a window": (
+        "quickstart",
+        10,
+        ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "3"],
+    ),
+    "validation within a window, and a coin": (
+        "distillm",
+        10,
+        ["--trainer.accumulate_grad_batches", "4", "--trainer.val_check_interval", "6"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNNOTICED)
+def test_checkpoints_of_validations_are_gone_on_with_to_the_last_bit(name: str, tmp_path: Path) -> None:
+    config, batch, more = UNNOTICED[name]
+    common = ["--data.train", str(runs.little_data(tmp_path, rows=29)), *more]
+    writer = {"distillm2": "--trainer.callbacks", "distillm": "--model.responses"}
+    common += [f"{writer[config]}.max_new_tokens", "4"] if config in writer else []
+
+    def given(root: str) -> list[str]:
+        return [*runs.little(tmp_path / root, config, steps=12), "--data.batch_size", "4", *common]
+
+    assert main(given("whole")) == 0
+    with pytest.raises(KeyError, match="killed"):
+        main([*given("cut"), "--trainer.callbacks+", "test_resume.Dies", "--trainer.callbacks.batch", str(batch)])
+    assert main([*given("cut"), "--ckpt_path", "last"]) == 0
+    whole, resumed = runs.student(tmp_path / "whole"), runs.student(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_refused_resume_leaves_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "root"
+    assert main(runs.little(root, steps=2)) == 0
+    before = (root / "config.yaml").read_text()
+    other = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--ckpt_path", "last"]
+    assert main([*runs.little(root, steps=4), *other]) == 1
+    assert "the checkpoint holds another optimizer than SGD: no dampening" in capsys.readouterr().err
+    assert (root / "config.yaml").read_text() == before
 
 
 def test_an_override_at_resume_is_honoured(tmp_path: Path) -> None:

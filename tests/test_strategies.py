@@ -306,6 +306,29 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(victim: int
 
 
 @pytest.mark.slow
+def test_a_memory_that_has_grown_is_gone_on_with(tmp_path: Path) -> None:
+    data = ["--data.train", str(runs.little_data(tmp_path)), "--trainer.strategy", "fsdp2", "--trainer.devices", "2"]
+    data += ["--model.responses.threshold", "1.0", "--model.responses.capacity", "12"]
+    data += ["--model.responses.max_new_tokens", "4"]
+    for steps, more in ((3, []), (6, ["--ckpt_path", "last"])):
+        code, _, err = runs.finish([*runs.little(tmp_path / "root", "distillm", steps=steps), *data, *more])
+        assert code == 0, err
+    last = WholeCheckpointIO().load_checkpoint(tmp_path / "root" / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == 6
+    assert len(last["state_dict"]["responses.memory.labels"]) == 12
+
+
+@pytest.mark.slow
+def test_a_sharded_teacher_does_not_write_along(tmp_path: Path) -> None:
+    words = [*runs.little(tmp_path / "root", "minillm", steps=2), "--data.train", str(runs.little_data(tmp_path))]
+    words += ["--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--model.responses.max_new_tokens", "4"]
+    code, _, err = runs.finish(words)
+    assert code == 1
+    assert "kd-lightning: error: teacher_share must be 0 where a strategy shards the teacher" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
 def test_a_disk_that_fills_ends_all_ranks_and_keeps_every_checkpoint_that_is_there(tmp_path: Path) -> None:
     with runs.small_disk(tmp_path, "12m") as disk:
         words = [*runs.little(disk / "root", steps=40), "--trainer.devices", "2"]

@@ -167,11 +167,14 @@ class InstructionDataModule(L.LightningDataModule):
             return self._plain_loader("train")
         loader = self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
         limit = getattr(self.trainer, "limit_train_batches", 1.0)
-        loader.sampler.start_at(
-            getattr(self.trainer, "current_epoch", 0), 0
-        )  # loaders may be built anew in every epoch
+        loader.sampler.start_at(self._passes(), 0)  # loaders may be built anew in every epoch
         loader.sampler.pass_length = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
         return loader
+
+    def _passes(self) -> int:
+        """How many passes are done; `current_epoch` of a checkpoint at the end of one does not count that one yet."""
+        loop = getattr(self.trainer, "fit_loop", None)
+        return 0 if loop is None else int(loop.epoch_progress.current.processed)
 
     def val_dataloader(self) -> Any:
         """Every row once over all ranks, in file order; longest first where all are read and `group_by_length`."""
