@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from kd_lightning.agreement import gathered
 from kd_lightning.answering import Answers, Writer, batch_seed, batches, fill, room, summary
 from kd_lightning.callbacks import is_dry
 from kd_lightning.data.batch import SIDES
 from kd_lightning.data.prompted import PromptDataModule
+from kd_lightning.fits import check_fits
 from kd_lightning.progress import shown
 from kd_lightning.response_file import Response, ResponseFile
 from kd_lightning.rollout import Sampling
@@ -156,6 +157,9 @@ class Regeneration(L.Callback):
                 f"{self.sampling.max_new_tokens}: {told}"
             )
         datamodule.replace_responses(taken, self.side)
+        for role, model in (("student", module.student), ("teacher", getattr(module.teacher, "model", None))):
+            for text in () if model is None else check_fits(role, model, datamodule):
+                rank_zero_warn(text)
         if not is_dry(trainer):
             self._path(Path(trainer.default_root_dir) / "responses", trainer, number - 1).unlink(missing_ok=True)
 

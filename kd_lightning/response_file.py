@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,8 @@ class ResponseFile:
         rows: fields of the rows.
         model: what wrote the responses: the same text for the same weights.
         sampling: how they were written.
-        anew: begin anew where the file holds anything else, in place of refusing it.
+        anew: begin anew where the file holds anything else, in place of refusing it; what it holds goes to a file
+            beside it, `….earlier-1.jsonl`.
 
     Attributes:
         done: rows that are in the file.
@@ -95,6 +97,9 @@ class ResponseFile:
                 self._file.close()
                 raise
             self.responses.clear()
+            self._file.seek(0)
+            earlier = (self.path.with_name(f"{self.path.stem}.earlier-{n}.jsonl") for n in itertools.count(1))
+            next(path for path in earlier if not path.exists()).write_bytes(self._file.read())
             self._file.seek(0)
             self._file.truncate()
         return self

@@ -298,3 +298,23 @@ def test_dropout_is_off_and_the_mode_comes_back() -> None:
     inputs = left_pad(prompts, 0)
     tokens = model.eval().generate(**inputs, max_new_tokens=8, do_sample=False)
     assert writer.read(tokens[:, inputs["input_ids"].shape[1] :]) == [first[0]]
+
+
+@pytest.mark.parametrize("device", ["foo", "meta"])
+def test_a_device_that_is_not_here(device: str, data: Path, tmp_path: Path, capfd: Any) -> None:
+    refused([*words(data, tmp_path / "out.jsonl"), "--device", device], ["device must be", repr(device)], capfd)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_where_a_file_is_begun_anew_its_words_are_kept_beside_it(tmp_path: Path) -> None:
+    path, rows = tmp_path / "pass.jsonl", [{"prompt": "a"}, {"prompt": "b"}]
+    for n, model in enumerate(("first", "second", "third")):
+        before = path.read_bytes() if n else b""
+        with ResponseFile(path, rows, model, {}, anew=True) as file:
+            assert file.done == 0
+            file.write(0, Response("words", "eos", 1))
+        if n:
+            assert (tmp_path / f"pass.earlier-{n}.jsonl").read_bytes() == before
+    with ResponseFile(path, rows, "third", {}, anew=True) as file:
+        assert file.done == 1
+    assert len(list(tmp_path.iterdir())) == 3

@@ -53,6 +53,20 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
+def _place(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: there is none of that name here.
+    """
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=place).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device must be auto, cpu or one that torch finds here, got {name!r}: {error}") from None
+    return place
+
+
 def generate(
     data: str,
     output: str,
@@ -113,7 +127,7 @@ def generate(
         with ResponseFile(output, rows, f"{client.model} (server)", sampling) as file:
             _finish(file, lambda: client.answers(questions, file.done, batch_size), progress)
         return
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = _place(device)
     network: Any = load_causal_lm(str(model), kwargs={"dtype": dtype}, role="model")
     tokenizer = load_tokenizer(model)
     with_template(tokenizer, None, _say)
