@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from transformers.utils import logging
 from kd_lightning.agreement import check_same, gathered
 from kd_lightning.lora import merged_state, save_adapter
 from kd_lightning.sharding import whole_state
-from kd_lightning.storage import whole_file, whole_folder
+from kd_lightning.storage import first_free, whole_file, whole_folder
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -296,7 +295,7 @@ class RunConfig(L.Callback):
             return
         root = Path(trainer.default_root_dir)
         if self._earlier:
-            aside = next(root / f"earlier-{n}" for n in itertools.count(1) if not (root / f"earlier-{n}").exists())
+            aside = first_free(lambda n: root / f"earlier-{n}")
             for path in self._earlier:
                 target = aside / path.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,12 @@ from torch import nn
 from kd_lightning.generation import positions
 
 
-def check_fits(role: str, model: Any, datamodule: Any) -> Iterator[str]:
-    """See that a model can read every row that is loaded; what is doubtful is yielded.
+def check_fits(student: Any, teacher: Any, datamodule: Any) -> Iterator[str]:
+    """See that both models can read every row that is loaded; what is doubtful is yielded.
 
     Args:
-        role: `student` or `teacher`, for the messages.
-        model: a Hugging Face causal LM.
+        student: a Hugging Face causal LM.
+        teacher: a `Teacher`, looked at where it has a model in this process; None: there is none.
         datamodule: an `InstructionDataModule` with its rows loaded; of any other nothing is known.
 
     Raises:
@@ -23,6 +23,12 @@ def check_fits(role: str, model: Any, datamodule: Any) -> Iterator[str]:
     """
     if not hasattr(datamodule, "largest_id"):
         return
+    for role, model in (("student", student), ("teacher", getattr(teacher, "model", None))):
+        if model is not None:
+            yield from _check(role, model, datamodule)
+
+
+def _check(role: str, model: Any, datamodule: Any) -> Iterator[str]:
     embeddings: Any = model.get_input_embeddings()
     known = getattr(embeddings, "num_embeddings", None)
     if known is not None and len(datamodule.tokenizer) > known and (largest := datamodule.largest_id()) >= known:

@@ -26,7 +26,7 @@ from kd_lightning.metrics import TokenMean
 from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.progress import show_information
 from kd_lightning.rollout import AtWork, ResponseSource
-from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.schedules import Schedule, Weight, moves_objective
 from kd_lightning.sharding import is_sharded, local
 from kd_lightning.strategies import data_ranks
 from kd_lightning.student import StudentWithLoss
@@ -191,9 +191,8 @@ class DistillationModule(L.LightningModule):
             self.teacher.meet(self)
             self.teacher.load()
         datamodule = getattr(self._trainer, "datamodule", None)
-        for role, model in (("student", self.student), ("teacher", getattr(self.teacher, "model", None))):
-            for text in () if model is None else check_fits(role, model, datamodule):
-                rank_zero_warn(text)
+        for text in check_fits(self.student, self.teacher, datamodule):
+            rank_zero_warn(text)
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, getattr(datamodule, "max_length", None))
 
@@ -285,7 +284,7 @@ class DistillationModule(L.LightningModule):
     @property
     def objective_moves(self) -> bool:
         """Whether a schedule changes what the objective measures, so that its values are not one curve."""
-        return any(name != "ce_weight" and not name.startswith("responses.") for name in self.schedules())
+        return any(moves_objective(name) for name in self.schedules())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the whole window's divisor, over all ranks; before clipping.

@@ -157,9 +157,8 @@ class Regeneration(L.Callback):
                 f"{self.sampling.max_new_tokens}: {told}"
             )
         datamodule.replace_responses(taken, self.side)
-        for role, model in (("student", module.student), ("teacher", getattr(module.teacher, "model", None))):
-            for text in () if model is None else check_fits(role, model, datamodule):
-                rank_zero_warn(text)
+        for text in check_fits(module.student, module.teacher, datamodule):
+            rank_zero_warn(text)
         if not is_dry(trainer):
             self._path(Path(trainer.default_root_dir) / "responses", trainer, number - 1).unlink(missing_ok=True)
 

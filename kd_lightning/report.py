@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.callbacks import is_dry
 from kd_lightning.figures import as_markdown, curves, markdown_table
-from kd_lightning.results import HEADINGS, ResultsTable
-from kd_lightning.run_folder import RunFolder
+from kd_lightning.results import ResultsTable
+from kd_lightning.run_folder import HEADINGS, RunFolder
+from kd_lightning.schedules import moves_objective
 from kd_lightning.storage import whole_file
 
 SET_UP: tuple[str, ...] = (
@@ -114,7 +115,7 @@ def warnings(run: RunFolder, rows: dict[str, dict[str, int]]) -> Iterator[str]:
         if lost:
             yield f"{split}: {', '.join(f'{count} rows {name}' for name, count in lost.items())}"
     names = (name.removeprefix("schedule/") for name in run.scalars if name.startswith("schedule/"))
-    moves = any(name != "ce_weight" and not name.startswith("responses.") for name in names)
+    moves = any(moves_objective(name) for name in names)
     first = ("val/forward_kl", "forward KL") if moves else ("val/kd", "loss")
     for scalar, what in (first, ("val/ce", "NLL")):
         curve = run.scalars.get(scalar, [])

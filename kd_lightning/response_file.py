@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
+
+from kd_lightning.storage import first_free
 
 OURS = ("model", "sampling", "finish_reason", "response")
 
@@ -98,8 +99,8 @@ class ResponseFile:
                 raise
             self.responses.clear()
             self._file.seek(0)
-            earlier = (self.path.with_name(f"{self.path.stem}.earlier-{n}.jsonl") for n in itertools.count(1))
-            next(path for path in earlier if not path.exists()).write_bytes(self._file.read())
+            beside = first_free(lambda n: self.path.with_name(f"{self.path.stem}.earlier-{n}.jsonl"))
+            beside.write_bytes(self._file.read())
             self._file.seek(0)
             self._file.truncate()
         return self

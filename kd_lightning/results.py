@@ -17,11 +17,11 @@ from kd_lightning.callbacks import is_dry
 from kd_lightning.data.batch import left_pad
 from kd_lightning.progress import counted, shown
 from kd_lightning.rollout import generate
+from kd_lightning.run_folder import HEADINGS
 from kd_lightning.storage import whole_file
 from kd_lightning.strategies import data_ranks
 
 SAMPLES = 6
-HEADINGS = {"nll": "NLL per answer token", "forward_kl": "forward KL to teacher", "exact_match": "exact match"}
 
 
 class ResultsTable(Checkpoint):

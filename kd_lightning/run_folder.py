@@ -15,7 +15,7 @@ NOT_THE_METHOD = ("seed_everything", "data.seed", "trainer.default_root_dir", "c
 DATA = ("data.train", "data.val", "data.test", "data.max_length", "data.chat_template", "results.task")
 
 WHO = ("teacher", "student_before", "student_after")
-MEASURED = ("nll", "forward_kl", "exact_match")
+HEADINGS = {"nll": "NLL per answer token", "forward_kl": "forward KL to teacher", "exact_match": "exact match"}
 
 Curve = list[tuple[int, float]]
 
@@ -58,7 +58,7 @@ class RunFolder:
         if not isinstance(read, dict) or not {"model", "data", "trainer"} & read.keys():
             raise ValueError(f"{root} is not the folder of a run: its config.yaml has no model, data or trainer")
         if table is not None and not _is_table(table):
-            raise ValueError(f"{results}: no table of a run, which has {', '.join(WHO)} with {', '.join(MEASURED)}")
+            raise ValueError(f"{results}: no table of a run, which has {', '.join(WHO)} with {', '.join(HEADINGS)}")
         if not isinstance(known, dict):
             raise ValueError(f"{rows}: not the splits of a run, got {known!r}")
         return cls(root, flat(read), table, curves(root), known)
@@ -93,7 +93,7 @@ def _is_table(table: Any) -> bool:
     """Whether a closing table has its rows and columns."""
     if not isinstance(table, dict) or not set(WHO) <= table.keys():
         return False
-    return all(row is None or (isinstance(row, dict) and set(MEASURED) <= row.keys()) for row in table.values())
+    return all(row is None or (isinstance(row, dict) and HEADINGS.keys() <= row.keys()) for row in table.values())
 
 
 def place(source: Any) -> Any:

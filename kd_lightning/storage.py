@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import pickle
 import shutil
@@ -18,6 +19,11 @@ from safetensors import SafetensorError
 from kd_lightning.shards import META, Pieces
 
 NEEDED = ("state_dict", "loops", "global_step", "pytorch-lightning_version")
+
+
+def first_free(named: Callable[[int], Path]) -> Path:
+    """The first of the paths that `named` gives to 1, 2 … on which nothing lies."""
+    return next(path for path in map(named, itertools.count(1)) if not path.exists())
 
 
 def is_full(path: Path) -> bool:

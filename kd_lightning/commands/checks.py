@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from kd_lightning.baselines import Baselines
 from kd_lightning.callbacks import HFExport
 from kd_lightning.commands.unstarted import Level, Setup
 from kd_lightning.counted import IGNORE_INDEX
-from kd_lightning.data.rows import Conversation
+from kd_lightning.data.chat import ChatTemplate
 from kd_lightning.fits import check_fits
 from kd_lightning.functional import entropy, forward_kl, log_softmax
 from kd_lightning.generation_quality import GenerationQuality
@@ -82,19 +81,9 @@ def tokenizers(setup: Setup) -> Iterator[tuple[Level, str]]:
             yield level, f"{name} is {one!r} to the teacher and {other!r} to the student"
     data = setup.datamodule
     talks = [talk for talk in data.conversations("train", LOOKED_AT) if talk.messages] if theirs.chat_template else []
-    extras = data.chat_template_kwargs or {}
-    if any(_written(theirs, None, extras, x) != _written(tokenizer, data.chat_template, extras, x) for x in talks):
+    own, used = ChatTemplate(theirs, None, data.chat_template_kwargs), data.text_tokenizer.chat
+    if any(own.written(talk) != used.written(talk) for talk in talks):
         yield "error", "the rows are written in another chat template than the teacher's own: it reads unknown forms"
-
-
-def _written(tokenizer: Any, template: str | None, extras: dict[str, Any], talk: Conversation) -> str | None:
-    """A row as a template (None: the tokenizer's own) writes it; None where it cannot."""
-    extras = {"tools": talk.tools, **extras, **(talk.template_kwargs or {})}
-    try:
-        text: str = tokenizer.apply_chat_template(talk.messages, chat_template=template, tokenize=False, **extras)
-    except (ValueError, TypeError, jinja2.TemplateError):
-        return None
-    return text
 
 
 def words(setup: Setup) -> Iterator[tuple[Level, str]]:
@@ -123,9 +112,8 @@ def callbacks(setup: Setup) -> Iterator[tuple[Level, str]]:
 
 def places(setup: Setup) -> Iterator[tuple[Level, str]]:
     """Both models embed every token and have a place for the longest row."""
-    for role, model in (("student", setup.model.student), ("teacher", getattr(setup.module.teacher, "model", None))):
-        for text in () if model is None else check_fits(role, model, setup.datamodule):
-            yield "warning", text
+    for text in check_fits(setup.model.student, setup.module.teacher, setup.datamodule):
+        yield "warning", text
 
 
 def rows(setup: Setup) -> Iterator[tuple[Level, str]]:

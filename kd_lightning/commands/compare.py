@@ -13,8 +13,7 @@ from rich.table import Table
 from kd_lightning.commands import Words
 from kd_lightning.figures import as_markdown, curves, markdown_table
 from kd_lightning.progress import counted
-from kd_lightning.results import HEADINGS
-from kd_lightning.run_folder import DATA, RunFolder, differing, place, repetitions
+from kd_lightning.run_folder import DATA, HEADINGS, RunFolder, differing, place, repetitions
 from kd_lightning.storage import whole_file
 
 CURVES = {

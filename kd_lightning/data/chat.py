@@ -72,6 +72,10 @@ class ChatTemplate:
         """
         return self._render(conversation, conversation.question, ask=True)
 
+    def written(self, conversation: Conversation) -> str | None:
+        """The text of all turns; None where the template refuses the conversation."""
+        return self._try(conversation, conversation.messages)
+
     def locate(self, conversation: Conversation) -> Located:
         """The text, and where the answers are.
 
