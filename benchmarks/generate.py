@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from measuring import in_a_process, machine, spread, write
 
-from kd_lightning.answering import Writer, batches, fill, numbered
-from kd_lightning.data.batch import left_pad
-from kd_lightning.data.prompts import parse_question
-from kd_lightning.data.reading import read_rows
-from kd_lightning.data.tokenizing import TextTokenizer, load_tokenizer
-from kd_lightning.models import load_causal_lm
-from kd_lightning.response_file import ResponseFile
-from kd_lightning.rollout import Sampling
+from kd_lightning.data.collate import left_pad
+from kd_lightning.data.prompt import parse_question
+from kd_lightning.data.sources import read_rows
+from kd_lightning.data.tokenization import TextTokenizer, load_tokenizer
+from kd_lightning.generation.batch_generator import Writer, batches, fill, numbered
+from kd_lightning.generation.response_file import ResponseFile
+from kd_lightning.models.generate import Sampling
+from kd_lightning.models.loading import load_causal_lm
 
 WAYS = ("ours", "bare", "one by one", "ours, file order")
 

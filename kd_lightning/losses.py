@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.compiling import as_it_is
-from kd_lightning.counted import Counted, check_devices, check_head, check_rows, check_top_k
 from kd_lightning.divergences import Divergence, check_divergence
-from kd_lightning.engine import Given, Head, Model, Projected, Sweep
-from kd_lightning.gaps import Mean, gap, label_columns, response_means
+from kd_lightning.engine.chunked import Sweep
+from kd_lightning.engine.compile import as_it_is
+from kd_lightning.engine.head import Head
+from kd_lightning.engine.label_mask import Counted, check_devices, check_head, check_rows, check_top_k
+from kd_lightning.engine.logit_source import Given, Model, Projected
+from kd_lightning.engine.sequence_stats import Mean, gap, label_columns, response_means
+from kd_lightning.engine.token_loss import TokenLoss
+from kd_lightning.engine.top_k import Outcomes, TopK
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
-from kd_lightning.outcomes import Outcomes, TopK
 from kd_lightning.schedules import Weight, check_weight
-from kd_lightning.token_loss import TokenLoss
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
 RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap", "label_gradient")

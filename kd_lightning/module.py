@@ -13,26 +13,28 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from kd_lightning.agreement import check_same
-from kd_lightning.caching import written_down
-from kd_lightning.components import PREFIX, PartialKL, component_loss
+from kd_lightning.console import show_information
+from kd_lightning.distributed.collectives import check_same
+from kd_lightning.distributed.dtensor import digest, is_sharded, local
+from kd_lightning.distributed.grad_norm import clip_norm, gradient_norm
+from kd_lightning.distributed.trainer import data_ranks
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
-from kd_lightning.fits import check_fits
-from kd_lightning.gradient_norms import clip_norm, gradient_norm
 from kd_lightning.label_losses import LabelLoss
-from kd_lightning.lora import LoRA, leave_out_the_base, with_lora
 from kd_lightning.losses import DistillationLoss, LossParts, check_names
-from kd_lightning.metrics import TokenMean
-from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
-from kd_lightning.progress import show_information
-from kd_lightning.rollout import AtWork, ResponseSource
-from kd_lightning.schedules import Schedule, Weight, moves_objective
-from kd_lightning.sharding import is_sharded, local
-from kd_lightning.strategies import data_ranks
-from kd_lightning.student import StudentWithLoss
-from kd_lightning.teacher_base import digest
-from kd_lightning.teachers import Teacher, as_teacher, sizes
-from kd_lightning.window import LossWatch, Window
+from kd_lightning.metrics.per_token import TokenMean
+from kd_lightning.models.compatibility import check_fits
+from kd_lightning.models.loading import check_causal, check_finite, check_tokenizers, load_causal_lm
+from kd_lightning.models.lora import LoRA, leave_out_the_base, with_lora
+from kd_lightning.rollout.base import ResponseSource
+from kd_lightning.rollout.runner import RolloutRunner
+from kd_lightning.constants import moves_objective
+from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.cache_writer import written_down
+from kd_lightning.teachers.hf import as_teacher, sizes
+from kd_lightning.training.accumulation import LossWatch, Window
+from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
+from kd_lightning.training.student import StudentWithLoss
 
 
 class DistillationModule(L.LightningModule):
@@ -140,7 +142,7 @@ class DistillationModule(L.LightningModule):
         self.model: StudentWithLoss | None = None
         self.evaluation = nn.ModuleDict()
         self.responses = responses
-        self._at_work = AtWork(responses)
+        self._at_work = RolloutRunner(responses)
         self._window = Window(reduction)
         self._means: dict[str, Tensor] = {}
         self._watch = LossWatch()
@@ -436,7 +438,7 @@ class DistillationModule(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Greedy responses to left-padded prompts."""
-        from kd_lightning.rollout import generate
+        from kd_lightning.models.generate import generate
 
         responses = generate(self.student, batch["input_ids"], batch["attention_mask"])
         return {"row_ids": batch["row_ids"], "responses": responses}

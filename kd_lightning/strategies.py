@@ -22,20 +22,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.optim import Optimizer
 
-from kd_lightning.agreement import gathered
-from kd_lightning.sharding import (
-    TENSOR,
-    checkpoint_activations,
-    local,
-    shard_of,
-    shard_student,
-    shard_teacher,
-    split_vocabulary,
-    whole,
-    whole_state,
-)
-from kd_lightning.shards import Pieces, walk, write_part
-from kd_lightning.storage import is_full, open_checkpoint, part_of, whole_folder
+from kd_lightning.atomic_io import is_full, part_of, whole_folder
+from kd_lightning.distributed.checkpoint_io import open_checkpoint
+from kd_lightning.distributed.collectives import gathered
+from kd_lightning.distributed.dtensor import TENSOR, local, shard_of, whole, whole_state
+from kd_lightning.distributed.fsdp2 import checkpoint_activations, shard_student, shard_teacher
+from kd_lightning.distributed.sharded_checkpoint import Pieces, walk, write_part
+from kd_lightning.distributed.vocab_parallel import split_vocabulary
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -304,9 +297,3 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="student and teacher sharded by FSDP2")
-
-
-def data_ranks(trainer: Trainer) -> tuple[int, int]:
-    """This process among those that read different rows: its number, and how many there are."""
-    kwargs = trainer.distributed_sampler_kwargs or {}
-    return kwargs.get("rank", 0), kwargs.get("num_replicas", 1)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID, DistillationModule, ReverseKL
-from kd_lightning.models import load_causal_lm
+from kd_lightning.models.loading import load_causal_lm
 
 Batch = dict[str, Tensor]
 SGD = functools.partial(torch.optim.SGD, lr=1.0)

@@ -19,11 +19,12 @@ import processes
 import runs
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID
-from kd_lightning.callbacks import HFExport
-from kd_lightning.cli import main
-from kd_lightning.rollout import generate
-from kd_lightning.sharding import layers, local, whole_state
-from kd_lightning.storage import WholeCheckpointIO
+from kd_lightning.callbacks.export import HFExport
+from kd_lightning.cli.program import main
+from kd_lightning.distributed.checkpoint_io import WholeCheckpointIO
+from kd_lightning.distributed.dtensor import local, whole_state
+from kd_lightning.distributed.fsdp2 import layers
+from kd_lightning.models.generate import generate
 from kd_lightning.strategies import FSDP2Strategy
 from test_module import Batch, Run, assert_same_student, rows, split
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_lightning.data.batch import SIDES, PairRows
+from kd_lightning.atomic_io import whole_file
+from kd_lightning.data.collate import SIDES, PairRows
+from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.instruction import InstructionDataModule, listed
-from kd_lightning.data.order import BatchOrder
 from kd_lightning.data.pairs import read_answers, read_pairs, with_answer
-from kd_lightning.data.rows import Conversation
-from kd_lightning.data.tokenizing import TextTokenizer, gather, tokenised
-from kd_lightning.storage import whole_file
+from kd_lightning.data.sampler import BatchOrder
+from kd_lightning.data.tokenization import TextTokenizer, gather, tokenised
 
 REASONS = {
     "side_missing": "dropped with a side missing",

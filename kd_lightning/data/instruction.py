@@ -9,11 +9,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_lightning.agreement import describe_rows
-from kd_lightning.data.batch import Collator, PromptCollator, TokenRows
-from kd_lightning.data.order import BatchOrder, ResumableLoader
-from kd_lightning.data.rows import Conversation
-from kd_lightning.data.tokenizing import Reader, TextTokenizer, load_tokenizer, prepare, with_template
+from kd_lightning.data.base import describe_rows
+from kd_lightning.data.collate import Collator, PromptCollator, TokenRows
+from kd_lightning.data.conversation import Conversation
+from kd_lightning.data.sampler import BatchOrder, ResumableLoader
+from kd_lightning.data.tokenization import Reader, TextTokenizer, load_tokenizer, prepare, with_template
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SHORTEST = 8
