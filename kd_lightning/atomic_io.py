@@ -13,24 +13,24 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-def first_free(named: Callable[[int], Path]) -> Path:
+def first_unused_path(named: Callable[[int], Path]) -> Path:
     """The first of the paths that `named` gives to 1, 2 … on which nothing lies."""
     return next(path for path in map(named, itertools.count(1)) if not path.exists())
 
 
-def is_full(path: Path) -> bool:
+def disk_is_full(path: Path) -> bool:
     """Whether the disk is full on which `path` lies: a writer may say something else then."""
     return shutil.disk_usage(path.parent).free < 1 << 16
 
 
 def _say_if_full(error: Exception, path: Path) -> None:
     """Turn what a writer says on a full disk (an unexpected position, an iostream error) into the reason."""
-    if is_full(path):
+    if disk_is_full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; it takes the place of `path` when the block ends well, and vanishes otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder to write to; it takes the place of `path` when the block ends well.
 
     A folder cannot be renamed over one that is not empty: the old one steps aside for the moment between two renames
@@ -61,7 +61,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = part_of(path), path.with_name(f".{path.name}.old")
+    part, old = partial_folder(path), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         os.replace(old, path)  # killed between the two renames last time
     for leftover in (part, old):
@@ -80,7 +80,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def part_of(path: Path) -> Path:
+def partial_folder(path: Path) -> Path:
     """The folder that `whole_folder(path)` yields, for those who write into it beside the one that opened it."""
     return path.with_name(f".{path.name}.part")
 

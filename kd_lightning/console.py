@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # importing this module must stay cheap, and tqdm reads the e
 T = TypeVar("T")
 
 
-def counted(items: Iterable[T], title: str, total: int | None = None, shown: bool = True) -> Iterator[T]:
+def progress_bar(items: Iterable[T], title: str, total: int | None = None, shown: bool = True) -> Iterator[T]:
     """The items, with a bar of how many have passed: plain lines in a log, nothing below two seconds there.
 
     Args:
@@ -29,7 +29,7 @@ def counted(items: Iterable[T], title: str, total: int | None = None, shown: boo
     yield from tqdm(items, desc=title, total=total, disable=not shown, leave=False)
 
 
-def show_information() -> None:
+def enable_info_logging() -> None:
     """Let the package's lines of information be seen, once, where nobody has set up logging."""
     logger = logging.getLogger("kd_lightning")
     if not logger.hasHandlers():
@@ -37,7 +37,7 @@ def show_information() -> None:
         logger.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
 
 
-def shown(trainer: Trainer) -> bool:
+def progress_bar_enabled(trainer: Trainer) -> bool:
     """Whether a run shows how far it is, and on this rank."""
     return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
@@ -50,7 +50,7 @@ PLAIN_BARS = {
 }
 
 
-def quiet() -> None:
+def silence_known_warnings() -> None:
     """Silence what a user can do nothing about; each line says why."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # calls that Lightning makes, not the user
     for pattern in (
@@ -71,7 +71,7 @@ def quiet() -> None:
     )
 
 
-def plain_bars() -> None:
+def use_plain_progress_bars() -> None:
     """Lines in the place of bars where nobody watches; tqdm reads this when it is first imported."""
     if not sys.stderr.isatty():
         for name, text in PLAIN_BARS.items():

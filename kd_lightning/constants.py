@@ -8,6 +8,7 @@ SOURCES = ("dataset", "teacher", "student")
 IGNORE_INDEX = -100
 """The label of a token that is not scored."""
 
+
 def moves_objective(path: str) -> bool:
     """Whether a schedule at this dotted path changes what the objective measures, and not a weight beside it."""
     return path != "ce_weight" and not path.startswith("responses.")

@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from kd_lightning.callbacks.checkpoint import is_dry
-from kd_lightning.callbacks.run_config import rows_of
-from kd_lightning.reporting.run_dir import RunFolder, place
-from kd_lightning.training.evaluation import limited, token_means
+from kd_lightning.callbacks.checkpoint import is_fast_dev_run
+from kd_lightning.callbacks.run_config import split_digests
+from kd_lightning.reporting.run_dir import RunFolder, resolved_source
+from kd_lightning.training.evaluation import limited_batches, token_means
 
 SCALARS = {"nll": "val/ce", "forward_kl": "val/forward_kl", "agreement": "val/agreement"}
 
@@ -54,8 +54,8 @@ class Baselines(L.Callback):
             return
         given = self.other.config.get("data.val")
         files = [[given] if isinstance(given, str) else given, datamodule.sources["val"]]
-        told = [rows.get("val rows") for rows in (self.other.rows, rows_of(datamodule))]
-        if (place(files[0]) != place(files[1])) if None in told else told[0] != told[1]:
+        told = [rows.get("val rows") for rows in (self.other.rows, split_digests(datamodule))]
+        if (resolved_source(files[0]) != resolved_source(files[1])) if None in told else told[0] != told[1]:
             theirs, ours = (
                 ", ".join(map(str, [*(names or ()), text])) for names, text in zip(files, told, strict=True)
             )
@@ -72,11 +72,11 @@ class Baselines(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, once in the life of a run."""
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if is_dry(trainer) or getattr(datamodule, "val", None) is None or trainer.limit_val_batches == 0:
+        if is_fast_dev_run(trainer) or getattr(datamodule, "val", None) is None or trainer.limit_val_batches == 0:
             return
         if not self.levels:
             loader = datamodule.val_dataloader()
-            batches = limited(loader, trainer.limit_val_batches)
+            batches = limited_batches(loader, trainer.limit_val_batches)
             means = token_means(trainer, pl_module, loader, batches, "Validation batches")
             means["nll"] = means["student_nll"]
             self.levels = {f"baseline/student_before_{name}": means[name] for name in SCALARS if name in means}

@@ -62,7 +62,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._late = False
             super().on_validation_end(trainer, pl_module)
         if self._interrupted and stepped:
-            if not is_dry(trainer):
+            if not is_fast_dev_run(trainer):
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
                 rank_zero_info(f"{self.last_model_path} is step {trainer.global_step}: go on with --ckpt_path last")
             raise KeyboardInterrupt
@@ -94,6 +94,6 @@ def checkpoint_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir).absolute() / "checkpoints"
 
 
-def is_dry(trainer: Trainer) -> bool:
+def is_fast_dev_run(trainer: Trainer) -> bool:
     """Whether this is a `fast_dev_run`, which leaves nothing behind."""
     return bool(getattr(trainer, "fast_dev_run", False))

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from kd_lightning.atomic_io import whole_folder
-from kd_lightning.callbacks.checkpoint import checkpoint_folder, is_dry
-from kd_lightning.distributed.dtensor import whole_state
-from kd_lightning.models.lora import merged_state, save_adapter
+from kd_lightning.atomic_io import atomic_folder
+from kd_lightning.callbacks.checkpoint import checkpoint_folder, is_fast_dev_run
+from kd_lightning.distributed.dtensor import full_state_dict
+from kd_lightning.models.lora import merged_state_dict, save_adapter
 
 
 class HFExport(Checkpoint):
@@ -92,7 +92,7 @@ class HFExport(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Check the folder before step 0 (the command line has done so earlier still)."""
-        if not is_dry(trainer):
+        if not is_fast_dev_run(trainer):
             self.check(trainer.default_root_dir)
 
     def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
@@ -116,7 +116,7 @@ class HFExport(Checkpoint):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._done or is_dry(trainer):
+        if self._done or is_fast_dev_run(trainer):
             return
         self._done = True
         best = checkpoint_folder(trainer) / "best.ckpt"
@@ -125,7 +125,7 @@ class HFExport(Checkpoint):
             trainer.strategy.load_model_state_dict(state)
         elif self.which == "best":
             rank_zero_warn("export.which is 'best', and there was no validation to go by: the last weights are kept")
-        state = whole_state(pl_module.student, keep=trainer.is_global_zero)
+        state = full_state_dict(pl_module.student, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
             save_student(pl_module.student, tokenizer, Path(trainer.default_root_dir) / "student", state)
@@ -152,10 +152,10 @@ def save_student(
     model: Any = student
     if hasattr(model, "get_base_model"):
         state = model.state_dict() if state is None else state
-        with whole_folder(path.with_name("adapter")) as part:
+        with atomic_folder(path.with_name("adapter")) as part:
             save_adapter(model, state, part)
-        model, state = model.get_base_model(), merged_state(model, state)
-    with whole_folder(path) as part:
+        model, state = model.get_base_model(), merged_state_dict(model, state)
+    with atomic_folder(path) as part:
         model.save_pretrained(part, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)

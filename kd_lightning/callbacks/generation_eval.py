@@ -9,13 +9,13 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from kd_lightning.callbacks.tensorboard import writers
-from kd_lightning.console import counted, shown
-from kd_lightning.distributed.collectives import gathered
-from kd_lightning.distributed.trainer import data_ranks
-from kd_lightning.generation.batch_generator import Writer, batches, numbered
+from kd_lightning.callbacks.tensorboard import summary_writers
+from kd_lightning.console import progress_bar, progress_bar_enabled
+from kd_lightning.distributed.collectives import all_gather_objects
+from kd_lightning.distributed.trainer import data_parallel_rank
+from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
 from kd_lightning.generation.response_file import Response
-from kd_lightning.models.generate import Sampling, positions
+from kd_lightning.models.generate import Sampling, max_positions
 from kd_lightning.reporting.figures import markdown_table
 
 SHOWN = 8
@@ -90,11 +90,11 @@ class GenerationQuality(L.Callback):
         """
         if not self.every_n_validations or not datamodule.sources["val"]:
             return
-        Writer(student, datamodule.tokenizer, self.sampling)
+        BatchGenerator(student, datamodule.tokenizer, self.sampling)
         splits = [split for split in ("val", "test") if split in datamodule.splits]
         rows = [row for split in splits for row in datamodule.generation_rows(split)[: self.rows]]
         longest = max(len(row["prompt_ids"]) for row in rows)
-        places = positions(student)
+        places = max_positions(student)
         if places is not None and longest + self.sampling.max_new_tokens > places:
             raise ValueError(
                 f"generation.max_new_tokens must be at most {places - longest}, what the longest prompt leaves of the "
@@ -146,13 +146,13 @@ class GenerationQuality(L.Callback):
         """Figures over all ranks, and the responses to the first rows (on the first rank)."""
         rows = _data(trainer).generation_rows(split)[: self.rows]
         prompts = [row["prompt_ids"] for row in rows]
-        plan = batches([len(prompt) for prompt in prompts], self.batch_size)
-        writer = Writer(model, _data(trainer).tokenizer, sampling, seed, module.device)
-        rank, ranks = data_ranks(trainer)
-        mine = list(numbered(plan, rank=rank, ranks=ranks))
+        plan = length_batches([len(prompt) for prompt in prompts], self.batch_size)
+        writer = BatchGenerator(model, _data(trainer).tokenizer, sampling, seed, module.device)
+        rank, ranks = data_parallel_rank(trainer)
+        mine = list(batches_of_rank(plan, rank=rank, ranks=ranks))
         mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often
-        asked = counted(mine, f"Answers, {split}, seed {seed}", shown=shown(trainer))
-        parts = gathered(dict(writer.answers(prompts, asked)), trainer.world_size)
+        asked = progress_bar(mine, f"Answers, {split}, seed {seed}", shown=progress_bar_enabled(trainer))
+        parts = all_gather_objects(dict(writer.answers(prompts, asked)), trainer.world_size)
         found = {number: response for part in parts for number, response in part.items()}
         responses = [found[number] for number in range(len(rows))]
         figures = quality(responses, [row["answer"] for row in rows])
@@ -167,7 +167,7 @@ class GenerationQuality(L.Callback):
             for row, teacher, student in zip(rows, theirs, texts, strict=True)
         ]
         table = markdown_table(["prompt", "answer", "teacher", "student"], cells)
-        for writer in writers(trainer):
+        for writer in summary_writers(trainer):
             writer.add_text("samples", table, trainer.global_step)
 
 

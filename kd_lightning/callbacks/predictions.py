@@ -10,9 +10,9 @@ import lightning.pytorch as L
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_lightning.atomic_io import whole_file
+from kd_lightning.atomic_io import atomic_file
 from kd_lightning.callbacks.run_config import _datamodule
-from kd_lightning.distributed.collectives import gathered
+from kd_lightning.distributed.collectives import all_gather_objects
 
 
 class Predictions(L.Callback):
@@ -30,12 +30,12 @@ class Predictions(L.Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Gather the ranks' responses and write them."""
-        found = gathered(self.responses, trainer.world_size)
+        found = all_gather_objects(self.responses, trainer.world_size)
         if not trainer.is_global_zero:
             return
         responses = {row_id: text for part in found for row_id, text in part.items()}
         path = Path(trainer.default_root_dir) / "predictions.jsonl"
-        with whole_file(path) as part, part.open("w", encoding="utf-8") as lines:
+        with atomic_file(path) as part, part.open("w", encoding="utf-8") as lines:
             for row in _datamodule(trainer).generation_rows("test"):
                 if row["index"] in responses:
                     fields = {**row["row"], "response": responses[row["index"]].strip()}

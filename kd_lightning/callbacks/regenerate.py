@@ -15,16 +15,24 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from kd_lightning.callbacks.checkpoint import is_dry
-from kd_lightning.console import shown
+from kd_lightning.callbacks.checkpoint import is_fast_dev_run
+from kd_lightning.console import progress_bar_enabled
 from kd_lightning.data.collate import SIDES
 from kd_lightning.data.prompt import PromptDataModule
-from kd_lightning.distributed.collectives import gathered
-from kd_lightning.distributed.dtensor import digest
-from kd_lightning.distributed.trainer import data_ranks
-from kd_lightning.generation.batch_generator import Answers, Writer, batch_seed, batches, fill, room, summary
+from kd_lightning.distributed.collectives import all_gather_objects
+from kd_lightning.distributed.dtensor import tensor_digest
+from kd_lightning.distributed.trainer import data_parallel_rank
+from kd_lightning.generation.batch_generator import (
+    Answers,
+    BatchGenerator,
+    batch_seed,
+    length_batches,
+    max_prompt_tokens,
+    summary,
+    write_responses,
+)
 from kd_lightning.generation.response_file import Response, ResponseFile
-from kd_lightning.models.compatibility import check_fits
+from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.generate import Sampling
 from kd_lightning.teachers.cached import CachedTeacher
 
@@ -104,8 +112,8 @@ class Regeneration(L.Callback):
         if self.when == "every_pass" and isinstance(datamodule, PromptDataModule):
             raise ValueError("Regeneration.when must be 'once' for a PromptDataModule, got 'every_pass'")
         model = self._model(pl_module)
-        Writer(model, datamodule.tokenizer, self.sampling)
-        room(model, self.sampling.max_new_tokens, datamodule.max_length)
+        BatchGenerator(model, datamodule.tokenizer, self.sampling)
+        max_prompt_tokens(model, self.sampling.max_new_tokens, datamodule.max_length)
         before = datamodule.before_pass
 
         def announced(number: int) -> None:
@@ -158,9 +166,9 @@ class Regeneration(L.Callback):
                 f"{self.sampling.max_new_tokens}: {told}"
             )
         datamodule.replace_responses(taken, self.side)
-        for text in check_fits(module.student, module.teacher, datamodule):
+        for text in check_model_fits_data(module.student, module.teacher, datamodule):
             rank_zero_warn(text)
-        if not is_dry(trainer):
+        if not is_fast_dev_run(trainer):
             self._path(Path(trainer.default_root_dir) / "responses", trainer, number - 1).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------------- helpers
@@ -199,16 +207,16 @@ class Regeneration(L.Callback):
         if self.side == "teacher":
             module.teacher.to(module.device)
         model, datamodule = self._model(module), trainer.datamodule  # type: ignore[attr-defined]
-        most = room(model, self.sampling.max_new_tokens, datamodule.max_length)
+        most = max_prompt_tokens(model, self.sampling.max_new_tokens, datamodule.max_length)
         prompts = [row["prompt_ids"][-most:] for row in rows]
-        rank, ranks = data_ranks(trainer)
-        plan = list(enumerate(batches([len(prompt) for prompt in prompts], self.batch_size)))
+        rank, ranks = data_parallel_rank(trainer)
+        plan = list(enumerate(length_batches([len(prompt) for prompt in prompts], self.batch_size)))
         mine = plan[rank::ranks]
         mine += plan[:1] * (-(-len(plan) // ranks) - len(mine))  # a rank with a batch less asks for one once more
         order = list(dict.fromkeys(row for _, numbers in mine for row in numbers))
         seed = batch_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")), SIDES[self.side], number)
-        writer = Writer(model, datamodule.tokenizer, self.sampling, seed, module.device)
-        weights = digest(itertools.chain(model.named_parameters(), model.named_buffers()))
+        writer = BatchGenerator(model, datamodule.tokenizer, self.sampling, seed, module.device)
+        weights = tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
         path = self._path(folder, trainer, number)
         settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
         file = ResponseFile(path, [_fields(rows[row]) for row in order], weights[:16], settings, anew=True)
@@ -216,7 +224,7 @@ class Regeneration(L.Callback):
             done = min(self._everyone(trainer, {trainer.global_rank: self._batches_done(file, mine)}).values())
             place = {row: local for local, row in enumerate(order)}
             answers: Answers = ((place[row], said) for row, said in writer.answers(prompts, mine[done:]))
-            fill(file, answers, shown(trainer), f"{self.side}, pass {number}")
+            write_responses(file, answers, progress_bar_enabled(trainer), f"{self.side}, pass {number}")
             return {rows[row]["index"]: file.responses[local] for row, local in place.items()}
 
     def _path(self, folder: Path, trainer: L.Trainer, number: int) -> Path:
@@ -229,7 +237,7 @@ class Regeneration(L.Callback):
 
     @contextmanager
     def _folder(self, trainer: L.Trainer) -> Iterator[Path]:
-        if is_dry(trainer):
+        if is_fast_dev_run(trainer):
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder)
             return
@@ -238,7 +246,7 @@ class Regeneration(L.Callback):
     @staticmethod
     def _everyone(trainer: L.Trainer, mine: dict[int, Any]) -> dict[int, Any]:
         """What all ranks have, by key, on every rank."""
-        return {key: value for part in gathered(mine, trainer.world_size) for key, value in part.items()}
+        return {key: value for part in all_gather_objects(mine, trainer.world_size) for key, value in part.items()}
 
 
 def _fields(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
-from kd_lightning.atomic_io import whole_file
-from kd_lightning.callbacks.checkpoint import is_dry
-from kd_lightning.console import counted, shown
+from kd_lightning.atomic_io import atomic_file
+from kd_lightning.callbacks.checkpoint import is_fast_dev_run
+from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.collate import left_pad
-from kd_lightning.distributed.trainer import data_ranks
+from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.models.generate import generate
 from kd_lightning.reporting.run_dir import HEADINGS
-from kd_lightning.training.evaluation import limited, token_means
+from kd_lightning.training.evaluation import limited_batches, token_means
 
 SAMPLES = 6
 
@@ -91,14 +91,18 @@ class ResultsTable(Checkpoint):
             return
         self.rows["student_after"] = self._measure(trainer, pl_module, "student after", teacher=False)["student"]
         if trainer.is_global_zero:
-            with whole_file(Path(trainer.default_root_dir) / "results.json") as part:
+            with atomic_file(Path(trainer.default_root_dir) / "results.json") as part:
                 part.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
             self._print()
 
     @staticmethod
     def _wanted(trainer: L.Trainer) -> bool:
         datamodule = getattr(trainer, "datamodule", None)
-        return not is_dry(trainer) and trainer.limit_test_batches != 0 and getattr(datamodule, "test", None) is not None
+        return (
+            not is_fast_dev_run(trainer)
+            and trainer.limit_test_batches != 0
+            and getattr(datamodule, "test", None) is not None
+        )
 
     def _measure(
         self, trainer: L.Trainer, module: Any, student: str, teacher: bool = True
@@ -107,7 +111,7 @@ class ResultsTable(Checkpoint):
         datamodule: Any = getattr(trainer, "datamodule", None)
         datamodule.setup("test")
         loader = datamodule.test_dataloader()
-        batches = limited(loader, trainer.limit_test_batches)
+        batches = limited_batches(loader, trainer.limit_test_batches)
         means = token_means(trainer, module, loader, batches)
         rows = self._answerable(datamodule.generation_rows("test")[: batches * datamodule.batch_size])
         out: dict[str, dict[str, float | None] | None] = {
@@ -143,13 +147,13 @@ class ResultsTable(Checkpoint):
         if model is None or not rows:
             return None
         kept = {row["index"] for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]}
-        rank, ranks = data_ranks(trainer)
+        rank, ranks = data_parallel_rank(trainer)
         mine = sorted(rows[rank::ranks], key=lambda row: len(row["prompt_ids"]))
         datamodule: Any = getattr(trainer, "datamodule", None)
         tokenizer, pad_id = datamodule.tokenizer, datamodule.pad_id
         right = 0
         starts = range(0, -(-len(rows) // ranks), self.batch_size)
-        for start in counted(starts, f"{who} answers", shown=shown(trainer)):
+        for start in progress_bar(starts, f"{who} answers", shown=progress_bar_enabled(trainer)):
             own = mine[start : start + self.batch_size]
             part = own or rows[:1]  # ranks ask a sharded model equally often
             inputs = left_pad([row["prompt_ids"] for row in part], pad_id)

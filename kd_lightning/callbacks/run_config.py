@@ -10,9 +10,9 @@ import lightning.pytorch as L
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from kd_lightning.atomic_io import first_free, whole_file
-from kd_lightning.callbacks.checkpoint import is_dry
-from kd_lightning.distributed.collectives import check_same
+from kd_lightning.atomic_io import atomic_file, first_unused_path
+from kd_lightning.callbacks.checkpoint import is_fast_dev_run
+from kd_lightning.distributed.collectives import check_ranks_agree
 
 
 class RunConfig(L.Callback):
@@ -39,7 +39,7 @@ class RunConfig(L.Callback):
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """See that every rank was started with the same one."""
-        check_same({"configuration": self.text})
+        check_ranks_agree({"configuration": self.text})
 
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Write the file of a fresh run, which may have to write much else before its first step."""
@@ -54,23 +54,23 @@ class RunConfig(L.Callback):
 
     @rank_zero_only
     def _write(self, trainer: Trainer) -> None:
-        if is_dry(trainer):
+        if is_fast_dev_run(trainer):
             return
         root = Path(trainer.default_root_dir)
         if self._earlier:
-            aside = first_free(lambda n: root / f"earlier-{n}")
+            aside = first_unused_path(lambda n: root / f"earlier-{n}")
             for path in self._earlier:
                 target = aside / path.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)
             rank_zero_info(f"{root} holds another run: its curves and tables are in {aside} now")
-        with whole_file(root / "config.yaml") as part:
+        with atomic_file(root / "config.yaml") as part:
             part.write_text(self.text, encoding="utf-8")
-        with whole_file(root / "rows.json") as part:
-            part.write_text(json.dumps(rows_of(_datamodule(trainer)), indent=2) + "\n", encoding="utf-8")
+        with atomic_file(root / "rows.json") as part:
+            part.write_text(json.dumps(split_digests(_datamodule(trainer)), indent=2) + "\n", encoding="utf-8")
 
 
-def rows_of(datamodule: Any) -> dict[str, str]:
+def split_digests(datamodule: Any) -> dict[str, str]:
     """Every loaded split in a line that changes with its rows; training rows only where they are there beforehand."""
     found: dict[str, str] = datamodule.description() if hasattr(datamodule, "description") else {}
     later = hasattr(datamodule, "missing_responses")

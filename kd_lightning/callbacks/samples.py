@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from kd_lightning.callbacks.tensorboard import writers
+from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.constants import IGNORE_INDEX, SOURCES
 from kd_lightning.reporting.figures import markdown_table
 
@@ -49,7 +49,7 @@ class Samples(L.Callback):
             if batch is None:
                 return
         self._shown = period
-        boards = writers(trainer)
+        boards = summary_writers(trainer)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if not boards or tokenizer is None or "source" not in batch:
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.reporting import figures
-from kd_lightning.reporting.run_dir import flat
+from kd_lightning.reporting.run_dir import flatten_config
 from kd_lightning.reporting.run_report import SET_UP
 
 CHARTS = {
@@ -43,7 +43,7 @@ class Dashboard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay out the charts and say what the run is."""
-        for writer in writers(trainer):
+        for writer in summary_writers(trainer):
             charts = {title: ["Multiline", [_exactly(tag) for tag in tags]] for title, tags in CHARTS.items()}
             writer.add_custom_scalars({"distillation": charts})
             writer.add_text("config", "```yaml\n" + self.text + "\n```")
@@ -82,7 +82,7 @@ class Dashboard(L.Callback):
         if not known:
             return
         means = (self._places[1:, :known] / self._places[0, :known]).tolist()
-        for writer in writers(trainer):
+        for writer in summary_writers(trainer):
             drawn = {"agreement by place in the response": figures.by_place(means[0])}
             if any(means[1]):
                 drawn["forward KL on the teacher's head and tail"] = figures.head_and_tail(*means[1:])
@@ -94,19 +94,19 @@ class Dashboard(L.Callback):
         """Hyper-parameters beside the last metrics, which are there now and not at step 0."""
         from torch.utils.tensorboard.summary import hparams
 
-        given = {k: v for k, v in flat(yaml.safe_load(self.text)).items() if k.startswith(SET_UP)}
+        given = {k: v for k, v in flatten_config(yaml.safe_load(self.text)).items() if k.startswith(SET_UP)}
         plain = {k: v for k, v in given.items() if isinstance(v, (bool, int, float, str))}
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if not metrics:
             return
-        for writer in writers(trainer):
+        for writer in summary_writers(trainer):
             # values of these metrics are those of the scalars of the same names
             for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):  # type: ignore[no-untyped-call]
                 writer.file_writer.add_summary(summary)
             writer.flush()
 
 
-def writers(trainer: L.Trainer) -> list[Any]:
+def summary_writers(trainer: L.Trainer) -> list[Any]:
     """The SummaryWriters of this rank; empty where the logger is another or there is nothing to be left behind."""
     if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
         return []

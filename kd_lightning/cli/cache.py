@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.callbacks.regenerate import Regeneration
-from kd_lightning.cli.command_parser import Words
+from kd_lightning.cli.command_parser import CommandParser
 from kd_lightning.cli.program import run
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
@@ -30,7 +30,7 @@ def main(args: Sequence[str]) -> int:
         ValueError: an argument is out of its range, there is no teacher, the responses are written in the run, or the
             folder is another cache's.
     """
-    own = Words(
+    own = CommandParser(
         prog="kd-lightning cache",
         description="Write down what the teacher says about the data: every argument of `fit`, and these.",
         usage=f"kd-lightning cache --config NAME_OR_FILE {FLAGS} [--GROUP.ARGUMENT VALUE ...]",

@@ -6,7 +6,7 @@ import argparse
 from typing import NoReturn
 
 
-class Words(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """A parser that raises a ValueError in the place of leaving the program."""
 
     def error(self, message: str) -> NoReturn:

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kd_lightning.atomic_io import whole_file
-from kd_lightning.cli.command_parser import Words
-from kd_lightning.console import counted
+from kd_lightning.atomic_io import atomic_file
+from kd_lightning.cli.command_parser import CommandParser
+from kd_lightning.console import progress_bar
 from kd_lightning.reporting.figures import as_markdown, curves, markdown_table
-from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing, place, repetitions
+from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing, repetitions, resolved_source
 
 CURVES = {
     "val/ce": "validation NLL per answer token",
@@ -35,7 +35,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ValueError: a folder is not that of a run; the runs were not measured on the same rows; the page exists.
     """
-    parser = Words(
+    parser = CommandParser(
         prog="kd-lightning compare", description="Runs side by side; runs that differ in seeds alone are averaged."
     )
     parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of a run (--trainer.default_root_dir)")
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> int:
     if given.output is not None and given.output.exists():
         raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
     roots = {Path(root).resolve(): root for root in reversed(given.roots)}  # one that is named twice is one
-    runs = [RunFolder.read(root) for root in counted(list(reversed(roots.values())), "Runs")]
+    runs = [RunFolder.read(root) for root in progress_bar(list(reversed(roots.values())), "Runs")]
     notes = same_rows(runs, given.different_data)
     groups, repeated = other_seeds(repetitions(runs))
     notes += repeated
@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> int:
     rows = table(groups, names)
     _print(rows, notes)
     if given.output is not None:
-        with whole_file(given.output) as part:
+        with atomic_file(given.output) as part:
             part.write_text(page(groups, names, rows, notes), encoding="utf-8")
     return 0
 
@@ -71,7 +71,7 @@ def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
         found: dict[str, str] = {}
         for run in runs:
             digest = f" ({run.rows[split]})" if told else ""
-            found.setdefault(digest or str(place(run.config.get(name))), f"{run.config.get(name)}{digest}")
+            found.setdefault(digest or str(resolved_source(run.config.get(name))), f"{run.config.get(name)}{digest}")
         if len(found) > 1:
             notes.append(f"{name} differs: {', '.join(sorted(found.values()))}")
     teachers: dict[str, list[float]] = {}

@@ -31,7 +31,7 @@ def explain(error: BaseException) -> str:
     from kd_lightning.label_losses import LabelLoss
     from kd_lightning.rollout.base import ResponseSource
     from kd_lightning.schedules import Schedule
-    from kd_lightning.subclasses import leaves
+    from kd_lightning.subclasses import concrete_subclasses
 
     key, name = found.groups()
     last = key.split(".")[-1]
@@ -41,7 +41,7 @@ def explain(error: BaseException) -> str:
     if last.endswith(("weight", "alpha", "share")):
         base = Schedule
     public = set(kd_lightning.__all__)  # what others have imported may hold more, of ours and of Lightning's own
-    homes = {leaf.__name__: leaf.__module__.partition(".")[0] for leaf in leaves(base)}
+    homes = {leaf.__name__: leaf.__module__.partition(".")[0] for leaf in concrete_subclasses(base)}
     names = sorted(leaf for leaf, home in homes.items() if leaf in public or home not in ("kd_lightning", "lightning"))
     hint = did_you_mean(name, names)
     return f"{key}: there is no class {name}{hint}; the classes are {', '.join(names)} (or the dotted path of your own)"

@@ -17,8 +17,15 @@ from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.prompt import parse_question
 from kd_lightning.data.sources import read_rows
 from kd_lightning.data.tokenization import TextTokenizer, load_tokenizer, with_template
-from kd_lightning.distributed.dtensor import digest
-from kd_lightning.generation.batch_generator import Writer, batches, fill, numbered, room, summary
+from kd_lightning.distributed.dtensor import tensor_digest
+from kd_lightning.generation.batch_generator import (
+    BatchGenerator,
+    batches_of_rank,
+    length_batches,
+    max_prompt_tokens,
+    summary,
+    write_responses,
+)
 from kd_lightning.generation.response_file import ResponseFile
 from kd_lightning.generation.server import Server
 from kd_lightning.models.generate import Sampling
@@ -131,13 +138,13 @@ def generate(
     network: Any = load_causal_lm(str(model), kwargs={"dtype": dtype}, role="model")
     tokenizer = load_tokenizer(model)
     with_template(tokenizer, None, _say)
-    writer = Writer(network.to(place), tokenizer, how, seed)
-    text = TextTokenizer(tokenizer, max_length=room(network, max_new_tokens, max_length))
+    writer = BatchGenerator(network.to(place), tokenizer, how, seed)
+    text = TextTokenizer(tokenizer, max_length=max_prompt_tokens(network, max_new_tokens, max_length))
     prompts = _prompts(text, questions)
     name = fingerprint(network, text)
     with ResponseFile(output, rows, name, {**sampling, "batch_size": batch_size}) as file:
-        plan = batches([len(prompt) for prompt in prompts], batch_size)
-        _finish(file, lambda: writer.answers(prompts, numbered(plan, file.done)), progress)
+        plan = length_batches([len(prompt) for prompt in prompts], batch_size)
+        _finish(file, lambda: writer.answers(prompts, batches_of_rank(plan, file.done)), progress)
 
 
 def _finish(file: ResponseFile, answers: Any, progress: bool) -> None:
@@ -146,7 +153,7 @@ def _finish(file: ResponseFile, answers: Any, progress: bool) -> None:
         return
     if file.done:
         _say(f"{file.path}: {file.done} of {len(file.rows)} responses are there, going on")
-    _say(f"{file.path}: {fill(file, answers(), progress)}")
+    _say(f"{file.path}: {write_responses(file, answers(), progress)}")
 
 
 def _say(text: str) -> None:
@@ -155,7 +162,7 @@ def _say(text: str) -> None:
 
 def fingerprint(model: Any, tokenizer: TextTokenizer) -> str:
     """A text that changes with any weight, with the tokens that end a response, and with how prompts become tokens."""
-    weights = digest(itertools.chain(model.named_parameters(), model.named_buffers()))
+    weights = tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
     parts = [weights, str(model.generation_config.eos_token_id), tokenizer.fingerprint()]
     return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
 

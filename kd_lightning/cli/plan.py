@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.cli.command_parser import Words
+from kd_lightning.cli.command_parser import CommandParser
 from kd_lightning.cli.program import run
-from kd_lightning.memory_plan.tracker import in_words
+from kd_lightning.memory_plan.tracker import format_bytes
 
 FLAGS = "--world_size N [--memory 80GiB] [--json FILE]"
 UNITS = {
@@ -41,7 +41,7 @@ def main(args: Sequence[str]) -> int:
         ValueError: an argument is out of its range, a size does not divide the number of ranks, or a model cannot be
             built.
     """
-    own = Words(
+    own = CommandParser(
         prog="kd-lightning plan",
         description="Plan a run without its hardware: every argument of `fit`, and these.",
         usage=f"kd-lightning plan --config NAME_OR_FILE {FLAGS} [--GROUP.ARGUMENT VALUE ...]",
@@ -99,15 +99,17 @@ def table(plan: Any) -> list[str]:
         f"{'':14}{'student':>12}{'teacher':>12}",
     ]
     for name in ("parameters", "gradients", "optimizer", "buffers"):
-        lines.append(f"{name:14}" + "".join(f"{in_words(getattr(getattr(plan, role), name)):>12}" for role in MODELS))
+        lines.append(
+            f"{name:14}" + "".join(f"{format_bytes(getattr(getattr(plan, role), name)):>12}" for role in MODELS)
+        )
     more = {"activations": plan.activations, "gathered": plan.gathered, "tiles": plan.tiles}
     more |= {"buckets": plan.buckets} if plan.buckets else {}
-    lines += [f"{name:14}{in_words(value):>12}" for name, value in more.items()]
-    lines.append(f"{'peak':14}{in_words(plan.peak):>12}")
+    lines += [f"{name:14}{format_bytes(value):>12}" for name, value in more.items()]
+    lines.append(f"{'peak':14}{format_bytes(plan.peak):>12}")
     if plan.host:
-        lines.append(f"{'in the host':14}{in_words(plan.host):>12}")
+        lines.append(f"{'in the host':14}{format_bytes(plan.host):>12}")
     for name, numbers in plan.collectives.items():
-        lines.append(f"{name:14}{in_words(numbers['bytes']):>12}   {numbers['count']} times a step")
+        lines.append(f"{name:14}{format_bytes(numbers['bytes']):>12}   {numbers['count']} times a step")
     return lines + [f"note: {note}" for note in plan.notes]
 
 
@@ -115,7 +117,7 @@ def verdict(plan: Any, memory: int | None, cli: Any) -> list[str]:
     """Whether it fits, and what would make it smaller."""
     if memory is None:
         return []
-    share = f"{in_words(plan.peak)} of {in_words(memory)} ({plan.peak / memory:.0%})"
+    share = f"{format_bytes(plan.peak)} of {format_bytes(memory)} ({plan.peak / memory:.0%})"
     if fits(plan.peak, memory):
         return [f"fits: {share} at the peak"]
     why = "a tenth must stay free for fragments and buffers of exchanges" if plan.peak <= memory else "too little"

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.cli.command_parser import Words
+from kd_lightning.cli.command_parser import CommandParser
 from kd_lightning.cli.error_messages import expected, explain
 from kd_lightning.cli.preflight_checks import CHECKS, LAST
 from kd_lightning.cli.prepared_run import Finding, Setup
 from kd_lightning.cli.program import run
-from kd_lightning.console import counted
+from kd_lightning.console import progress_bar
 
 
 def main(args: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ValueError: the words are not those of a run at all.
     """
-    own = Words(
+    own = CommandParser(
         prog="kd-lightning preflight",
         description="Check a run before it starts: every argument of `fit`, and --json FILE. Status 1 at an error.",
         usage="kd-lightning preflight --config NAME_OR_FILE [--json FILE] [--GROUP.ARGUMENT VALUE ...]",
@@ -72,7 +72,7 @@ def examine(cli: Any) -> list[Finding]:
         cli: what `cli.run(words, start=False)` returns.
     """
     setup, findings, refused = Setup(cli.model, cli.datamodule, cli.trainer, cli.config_init["fit"]), [], set()
-    for check in counted(CHECKS, "Preflight"):
+    for check in progress_bar(CHECKS, "Preflight"):
         try:
             findings += [Finding(level, check.__name__, text) for level, text in check(setup)]
         except Exception as error:

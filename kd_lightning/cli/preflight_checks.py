@@ -24,10 +24,10 @@ from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.functional import entropy, forward_kl, log_softmax
 from kd_lightning.losses import DistillationLoss
-from kd_lightning.models.compatibility import check_fits
-from kd_lightning.models.loading import auto, check_tokenizers, locate
+from kd_lightning.models.compatibility import check_model_fits_data
+from kd_lightning.models.loading import auto, check_tokenizers, resolve_model
 from kd_lightning.rollout.base import RolloutContext
-from kd_lightning.training.evaluation import limited
+from kd_lightning.training.evaluation import limited_batches
 
 Check = Callable[[Setup], Iterator[tuple[Level, str]]]
 
@@ -67,7 +67,7 @@ def tokenizers(setup: Setup) -> Iterator[tuple[Level, str]]:
     if teacher is None or teacher.name is None:
         return
     check_tokenizers(teacher.name, tokenizer)
-    place = locate(teacher.name, "teacher")
+    place = resolve_model(teacher.name, "teacher")
     if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").is_file():
         return
     try:
@@ -99,7 +99,7 @@ def callbacks(setup: Setup) -> Iterator[tuple[Level, str]]:
     trainer, module, data = setup.trainer, setup.module, setup.datamodule
     for split, loader in (("val", data.val_dataloader), ("test", data.test_dataloader)):
         if data.sources[split]:
-            limited(loader(), getattr(trainer, f"limit_{split}_batches"))
+            limited_batches(loader(), getattr(trainer, f"limit_{split}_batches"))
     for callback in trainer.callbacks:
         if isinstance(callback, Baselines):
             callback.check(data, trainer.limit_val_batches)
@@ -112,7 +112,7 @@ def callbacks(setup: Setup) -> Iterator[tuple[Level, str]]:
 
 def places(setup: Setup) -> Iterator[tuple[Level, str]]:
     """Both models embed every token and have a place for the longest row."""
-    for text in check_fits(setup.model.student, setup.module.teacher, setup.datamodule):
+    for text in check_model_fits_data(setup.model.student, setup.module.teacher, setup.datamodule):
         yield "warning", text
 
 

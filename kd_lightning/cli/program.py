@@ -10,7 +10,7 @@ from typing import Any
 
 from kd_lightning.cli.configs import checkpoint_path, expand_configs
 from kd_lightning.cli.error_messages import did_you_mean, expected, explain, unknown_argument
-from kd_lightning.console import plain_bars, quiet
+from kd_lightning.console import silence_known_warnings, use_plain_progress_bars
 
 VERBS = {
     "fit": "Distil a student, measure it on the test rows, export it under --trainer.default_root_dir.",
@@ -47,7 +47,7 @@ def build_cli() -> type:
     import kd_lightning.strategies
     import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
     from kd_lightning.callbacks.baselines import Baselines
-    from kd_lightning.callbacks.checkpoint import RunCheckpoint, is_dry
+    from kd_lightning.callbacks.checkpoint import RunCheckpoint, is_fast_dev_run
     from kd_lightning.callbacks.export import HFExport
     from kd_lightning.callbacks.generation_eval import GenerationQuality
     from kd_lightning.callbacks.predictions import Predictions
@@ -58,7 +58,7 @@ def build_cli() -> type:
     from kd_lightning.callbacks.run_config import RunConfig
     from kd_lightning.callbacks.samples import Samples
     from kd_lightning.callbacks.tensorboard import Dashboard
-    from kd_lightning.distributed.checkpoint_io import WholeCheckpointIO
+    from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 
     class KDCLI(LightningCLI):
         """Defaults, groups of callbacks, and nothing else."""
@@ -110,7 +110,7 @@ def build_cli() -> type:
             root = config.default_root_dir or os.getcwd()
             if config.logger in (None, True):
                 kwargs["logger"] = TensorBoardLogger(root, name="", version="tensorboard")
-            kwargs["plugins"] = [*_as_list(config.plugins), WholeCheckpointIO()]
+            kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
             kwargs["callbacks"] = [*_as_list(config.callbacks)]
             if config.enable_progress_bar is not False and not any(
                 isinstance(c, ProgressBar) for c in kwargs["callbacks"]
@@ -135,7 +135,7 @@ def build_cli() -> type:
                     callback.check(self.model)
             export: HFExport = self._get(self.config_init, "export")
             export.resuming = bool(self.config["fit"].ckpt_path)
-            if not is_dry(self.trainer):
+            if not is_fast_dev_run(self.trainer):
                 export.check(self.trainer.default_root_dir)
                 for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                     if isinstance(callback, RunConfig) and not export.resuming:
@@ -177,7 +177,7 @@ def run(args: Sequence[str], start: bool = True, change: Callable[[Any], None] |
     from kd_lightning.data import InstructionDataModule
     from kd_lightning.module import DistillationModule
 
-    quiet()
+    silence_known_warnings()
     program = build_cli()
     if not start:
         program = type("Prepared", (program,), {"_run_subcommand": lambda self, subcommand: None})
@@ -206,7 +206,7 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a class of one's own beside the config; last, so that it hides nothing
-    plain_bars()
+    use_plain_progress_bars()
     debug = "--debug" in words or os.environ.get("KD_LIGHTNING_DEBUG", "0") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     try:

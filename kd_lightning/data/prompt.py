@@ -15,7 +15,7 @@ from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.instruction import NOTES, InstructionDataModule
 from kd_lightning.data.pairs import parse_prompt, with_answer
 from kd_lightning.data.sources import read_rows
-from kd_lightning.data.tokenization import gather, tokenised
+from kd_lightning.data.tokenization import gather, tokenize_rows
 
 FORMS = "'instruction' (with an optional 'input'), 'prompt' or 'messages'"
 
@@ -111,7 +111,7 @@ class PromptDataModule(InstructionDataModule):
             new_fingerprint=hashlib.sha256(stamp.encode()).hexdigest()[:32],
             desc="Responses",
         )
-        self._rows["train"] = self._kept("train", tokenised(told, "train", self.text_tokenizer))
+        self._rows["train"] = self._kept("train", tokenize_rows(told, "train", self.text_tokenizer))
         self._answered = True
 
 

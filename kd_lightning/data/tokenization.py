@@ -188,7 +188,7 @@ def prepare(sources: list[str], split: str, tokenizer: TextTokenizer, read: Read
     Raises:
         ValueError: a source or a row cannot be read, or the template refuses a row; file and line are named.
     """
-    return tokenised(gather(read or read_conversations, split, {"sources": sources}), split, tokenizer)
+    return tokenize_rows(gather(read or read_conversations, split, {"sources": sources}), split, tokenizer)
 
 
 def gather(
@@ -231,7 +231,7 @@ def gather(
         raise
 
 
-def tokenised(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
+def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
     """The rows with the columns of `TextTokenizer.tokenize` for their `conversation`, kept beside them on disk.
 
     Raises:

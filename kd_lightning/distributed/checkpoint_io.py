@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from kd_lightning.atomic_io import whole_file
-from kd_lightning.distributed.sharded_checkpoint import META, Pieces
+from kd_lightning.atomic_io import atomic_file
+from kd_lightning.distributed.sharded_checkpoint import META, ShardReader
 
 NEEDED = ("state_dict", "loops", "global_step", "pytorch-lightning_version")
 
@@ -40,7 +40,7 @@ def _checked(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]:
     return checkpoint
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written beside their place and renamed; read with `weights_only=True` alone.
 
     Lightning goes through the system's temporary folder, which may lie on another disk, where a rename is a copy.
@@ -48,7 +48,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`; a file already there stays whole until the new one is."""
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             ValueError: it is no checkpoint of a run.
         """
         if Path(path).is_dir():
-            whole: dict[str, Any] = Pieces(Path(path)).whole(open_checkpoint(path))
+            whole: dict[str, Any] = ShardReader(Path(path)).whole(open_checkpoint(path))
             return whole
         load = super().load_checkpoint
         return _checked(path, lambda: load(path, map_location=map_location, weights_only=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def gathered(mine: T, ranks: int) -> list[T]:
+def all_gather_objects(mine: T, ranks: int) -> list[T]:
     """What every rank gives, in the order of ranks, on every rank; all of them must ask, or the only one.
 
     Args:
@@ -27,7 +27,7 @@ def gathered(mine: T, ranks: int) -> list[T]:
     return found
 
 
-def check_same(mine: Mapping[str, str]) -> None:
+def check_ranks_agree(mine: Mapping[str, str]) -> None:
     """Compare what every rank says of itself with what rank 0 says; called by all ranks, or by the only one.
 
     Args:
@@ -36,7 +36,7 @@ def check_same(mine: Mapping[str, str]) -> None:
     Raises:
         ValueError: on every rank alike, with the rank, what it describes and the first line that differs.
     """
-    everyone = gathered(dict(mine), dist.get_world_size() if dist.is_initialized() else 1)
+    everyone = all_gather_objects(dict(mine), dist.get_world_size() if dist.is_initialized() else 1)
     for rank, other in enumerate(everyone):
         for name in sorted(other.keys() | everyone[0].keys()):
             theirs, first = other.get(name, ""), everyone[0].get(name, "")
@@ -48,7 +48,7 @@ def check_same(mine: Mapping[str, str]) -> None:
                 )
 
 
-def sum_over(trainer: Any) -> Callable[[Tensor], Tensor]:
+def sum_over_ranks(trainer: Any) -> Callable[[Tensor], Tensor]:
     """Sums a tensor over the ranks; every rank must ask."""
     if trainer is None or trainer.world_size == 1 or not torch.distributed.is_initialized():
         return lambda x: x

@@ -20,12 +20,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's shard, sharing its memory; a tensor that is not sharded as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered on every rank; one that is not sharded as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -39,7 +39,7 @@ def _part(tensor: DTensor) -> Tensor:
     names = tensor.device_mesh.mesh_dim_names or ()
     if TENSOR not in names:
         return _there(tensor).full_tensor()
-    held = local(_there(tensor))
+    held = local_shard(_there(tensor))
     if len(names) == 1:
         return held
     part = len(tensor) // tensor.device_mesh[TENSOR].size()
@@ -51,7 +51,7 @@ def _part(tensor: DTensor) -> Tensor:
 
 def _there(tensor: DTensor) -> DTensor:
     """The same shard where ranks talk: an offloaded one comes from host memory."""
-    held = local(tensor)
+    held = local_shard(tensor)
     if held.device.type == tensor.device_mesh.device_type:
         return tensor
     moved = held.to(tensor.device_mesh.device_type)
@@ -66,20 +66,20 @@ def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(pieces)
 
 
-def rows(tensor: DTensor) -> tuple[int, int]:
+def row_range(tensor: DTensor) -> tuple[int, int]:
     """First row of the whole tensor that this rank holds, and the one after its last; equal where it holds none."""
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return (offset[0], offset[0] + shape[0]) if shape[0] else (0, 0)
 
 
-def writes(tensor: DTensor) -> bool:
+def is_first_replica(tensor: DTensor) -> bool:
     """Whether this rank is the first of those that hold the same rows."""
     place = tensor.device_mesh.get_coordinate()
     assert place is not None
     return all(i == 0 for i, kind in zip(place, tensor.placements, strict=True) if kind.is_replicate())
 
 
-def shard_of(read: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
+def shard_like(read: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
     """A tensor sharded like another one.
 
     Args:
@@ -88,13 +88,13 @@ def shard_of(read: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return read(0, len(like))
-    held = local(like)
-    start, stop = rows(like)
+    held = local_shard(like)
+    start, stop = row_range(like)
     piece = read(start, stop).to(held.device) if stop > start else held.new_empty(held.shape)
     return DTensor.from_local(piece, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
-def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """The state of a model with every tensor whole, on the CPU; names that are one tensor stay one.
 
     Args:
@@ -108,7 +108,7 @@ def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
         if name not in persistent:
             continue
         if id(tensor) not in found:
-            full = whole(tensor.detach())
+            full = full_tensor(tensor.detach())
             found[id(tensor)] = full.cpu() if keep else full.new_empty(0)
         if keep:
             state[name] = found[id(tensor)]
@@ -120,10 +120,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, types and bytes of tensors; of sharded ones, all ranks call this together."""
     found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(full_tensor(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

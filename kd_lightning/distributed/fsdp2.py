@@ -46,7 +46,7 @@ def shard_student(
     """
     student: Any = model.student
     shard = functools.partial(fully_shard, offload_policy=offload_policy or OffloadPolicy())
-    for layer in layers(model):
+    for layer in transformer_layers(model):
         shard(layer, mesh=layer_mesh or mesh, mp_policy=_policy(layer_dtype))
     shard(model, mesh=mesh, mp_policy=_policy(None))
     register_fsdp_forward_method(model, "call")
@@ -73,7 +73,7 @@ def shard_teacher(
     hf: Any = model
     root = Root(model)
     shard = functools.partial(fully_shard, offload_policy=offload_policy or OffloadPolicy(), reshard_after_forward=True)
-    for layer in layers(model):
+    for layer in transformer_layers(model):
         shard(layer, mesh=layer_mesh or mesh, mp_policy=_policy(layer_dtype))
     shard(root, mesh=mesh, mp_policy=_policy(None))
     hf.generate = _inside(root, hf.generate)
@@ -94,7 +94,7 @@ def _inside(root: Callable[..., Any], generate: Callable[..., Any], then: Callab
     return gathered
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
+def transformer_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of a model: members of its outermost `ModuleList`s that share no parameter with the rest."""
     found: dict[int, nn.Module] = {}
     _collect(model, found)
@@ -133,7 +133,7 @@ def _reshard_unless_training(module: Any, args: Any, output: Any) -> None:
         module.reshard()
 
 
-def checkpoint_activations(model: Any) -> None:
+def enable_activation_checkpointing(model: Any) -> None:
     """Let a Hugging Face model compute its layers again in backward.
 
     Raises:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kd_lightning.distributed.dtensor import local
+from kd_lightning.distributed.dtensor import local_shard
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def clip_norm(parameters: Iterable[Tensor], bound: float, device: torch.device) 
     norm = gradient_norm(parameters, device)
     factor = (bound / (norm + 1e-6)).clamp_max(1.0)
     for grad in grads:
-        local(grad).mul_(factor.to(grad.device))
+        local_shard(grad).mul_(factor.to(grad.device))
     return norm
 
 
@@ -49,7 +49,7 @@ def gradient_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
         return norm
     total = torch.zeros((), device=device)
     for grad in grads:
-        total += (torch.linalg.vector_norm(local(grad), dtype=torch.float32) ** 2).to(device) / _copies(grad)
+        total += (torch.linalg.vector_norm(local_shard(grad), dtype=torch.float32) ** 2).to(device) / _copies(grad)
     dist.all_reduce(total)
     return total.sqrt()
 

@@ -16,23 +16,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kd_lightning.distributed.dtensor import local, rows, writes
+from kd_lightning.distributed.dtensor import is_first_replica, local_shard, row_range
 
 META = "meta.pt"
 
 
-def walk(tree: Any, leaf: Callable[[str, Tensor], Any], path: str = "") -> Any:
+def map_tensors(tree: Any, leaf: Callable[[str, Tensor], Any], path: str = "") -> Any:
     """A copy of nested dicts, lists and tuples with `leaf(path, tensor)` in the place of every tensor."""
     if isinstance(tree, Tensor):
         return leaf(path, tree)
     if isinstance(tree, dict):
-        return {key: walk(value, leaf, f"{path}/{key}") for key, value in tree.items()}
+        return {key: map_tensors(value, leaf, f"{path}/{key}") for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)([walk(value, leaf, f"{path}/{i}") for i, value in enumerate(tree)])
+        return type(tree)([map_tensors(value, leaf, f"{path}/{i}") for i, value in enumerate(tree)])
     return tree
 
 
-def write_part(checkpoint: dict[str, Any], folder: Path, rank: int) -> None:
+def write_rank_file(checkpoint: dict[str, Any], folder: Path, rank: int) -> None:
     """Write what this rank holds of a checkpoint; rank 0 also writes what is not sharded.
 
     Args:
@@ -47,21 +47,21 @@ def write_part(checkpoint: dict[str, Any], folder: Path, rank: int) -> None:
     def leaf(path: str, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
-        start, stop = rows(tensor)
-        if writes(tensor) and stop > start:
-            piece = local(tensor).detach().cpu().contiguous()
+        start, stop = row_range(tensor)
+        if is_first_replica(tensor) and stop > start:
+            piece = local_shard(tensor).detach().cpu().contiguous()
             name = names.setdefault((piece.data_ptr(), piece.numel()), path)
             pieces[name], places[path] = piece, f"{start} {name}"
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    rest = walk(checkpoint, leaf)
+    rest = map_tensors(checkpoint, leaf)
     if pieces:  # a rank whose rows others write too has none
         save_file(pieces, folder / f"rank-{rank:05d}.safetensors", metadata=places)
     if rank == 0:
         torch.save(rest, folder / META)
 
 
-class Pieces:
+class ShardReader:
     """Rows of the tensors in a folder that `write_part` has filled.
 
     Args:
@@ -102,4 +102,4 @@ class Pieces:
 
     def whole(self, tree: Any) -> Any:
         """The tree with every tensor that was sharded whole."""
-        return walk(tree, lambda path, tensor: self.read(path, 0, len(tensor)) if tensor.is_meta else tensor)
+        return map_tensors(tree, lambda path, tensor: self.read(path, 0, len(tensor)) if tensor.is_meta else tensor)

@@ -38,7 +38,7 @@ def split_vocabulary(model: Any, mesh: DeviceMesh, role: str) -> None:
         parameter.requires_grad_(learns)
 
 
-def here(head: Head) -> Head:
+def head_on_rank(head: Head) -> Head:
     """A head with what this rank needs of it: its part of a vocabulary that is split, else all; ranks ask together."""
     if not isinstance(head.weight, DTensor):
         return head

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from kd_lightning.engine.logit_source import Model
 from kd_lightning.engine.token_loss import TokenLoss
-from kd_lightning.engine.top_k import Outcomes
+from kd_lightning.engine.top_k import TopKLogits
 
 TILE_ROWS, TILE_BYTES = 512, 256 << 20  # of one tile: from 512 rows on a CPU's products gain little
 TILE_ROWS_GPU, TILE_BYTES_GPU = 4096, 512 << 20  # not yet measured
 
 
-class Sweep:
+class ChunkedPass:
     """One pass over the counted rows of a batch, as often as it is asked for.
 
     Args:
@@ -42,7 +42,7 @@ class Sweep:
         self,
         token_loss: TokenLoss,
         student: Model,
-        teacher: Model | Outcomes | None,
+        teacher: Model | TopKLogits | None,
         rows: Mapping[str, Tensor],
         chunk: int | None,
     ) -> None:
@@ -75,7 +75,7 @@ class Sweep:
         student, teacher, n, gradient = self.student, self.teacher, len(weights), any(needs)
         device, vocabulary = weights.device, student.vocabulary
         height, whole = self.token_loss.height(n, vocabulary, device, gradient)
-        chunk = min(n, self.chunk or budget(vocabulary, weights.dtype, device))
+        chunk = min(n, self.chunk or rows_per_chunk(vocabulary, weights.dtype, device))
         if whole:
             chunk = -(-chunk // height) * height
         z = _tile(chunk, vocabulary, weights)
@@ -90,7 +90,7 @@ class Sweep:
             for a in range(0, n, chunk or 1):
                 b = min(a + chunk, n)
                 student.fill(z[: b - a], a, b)
-                if isinstance(teacher, Outcomes) and y is not None:
+                if isinstance(teacher, TopKLogits) and y is not None:
                     teacher.fill(y[: b - a], a, b, z[: b - a], student.transform)
                 elif teacher is not None and y is not None:
                     teacher.fill(y[: b - a], a, b)  # type: ignore[call-arg]
@@ -107,15 +107,15 @@ class Sweep:
 
 def _tile(rows: int, vocabulary: int, like: Tensor) -> Tensor:
     """Room for logits; rows a power of two or an odd number apart would make the matrix products slow."""
-    return like.new_empty(rows, padded(vocabulary))[:, :vocabulary]
+    return like.new_empty(rows, padded_width(vocabulary))[:, :vocabulary]
 
 
-def padded(vocabulary: int) -> int:
+def padded_width(vocabulary: int) -> int:
     """Columns that a tile of so many has room for."""
     return -(-vocabulary // 64) * 64 + 16
 
 
-def budget(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+def rows_per_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a tile: as many as make products fast, within the bytes a tile may have."""
     rows, size = (TILE_ROWS, TILE_BYTES) if device.type == "cpu" else (TILE_ROWS_GPU, TILE_BYTES_GPU)
     return max(32, min(rows, size // (vocabulary * dtype.itemsize) // 32 * 32))
@@ -125,7 +125,7 @@ class _Loss(torch.autograd.Function):
     """A loss whose gradient is there before anybody asks."""
 
     @staticmethod
-    def forward(ctx: Any, sweep: Sweep, weights: Tensor, summed: bool, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, sweep: ChunkedPass, weights: Tensor, summed: bool, *inputs: Tensor | None) -> Tensor:
         sweep.values, gradients = sweep.run(weights, ctx.needs_input_grad[3:] if summed else ())
         ctx.sweep, ctx.weights, ctx.summed = sweep, weights, summed
         ctx.gradients = gradients if summed else None

@@ -27,7 +27,7 @@ logger = logging.getLogger("kd_lightning")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def as_it_is(function: F) -> F:
+def opaque_to_compile(function: F) -> F:
     """Called as it is inside a step that a user compiles; what is worth compiling in it compiles itself."""
 
     @functools.wraps(function)

@@ -14,7 +14,7 @@ from kd_lightning.engine.top_k import TopK
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Counted:
+class LabelMask:
     """The counted tokens of a batch: where they stand, their labels, the response each belongs to.
 
     Args:

@@ -14,7 +14,7 @@ from kd_lightning.engine.token_loss import Transform
 UPCAST_ROWS = 4096  # vocabulary rows of a half-precision head that are held in fp32 at a time
 
 
-class Projected:
+class ProjectedLogits:
     """Counted rows of one model's products, made from its hidden states.
 
     Args:
@@ -91,7 +91,7 @@ class Projected:
             yield self.start + lo, self.start + lo + len(block), block
 
 
-class Given:
+class GivenLogits:
     """Counted rows of logits that are there already.
 
     Args:
@@ -115,7 +115,7 @@ class Given:
             gradients[0][:, : self.vocabulary].index_copy_(0, self.index[a:b], dz)
 
 
-Model = Projected | Given
+Model = ProjectedLogits | GivenLogits
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:

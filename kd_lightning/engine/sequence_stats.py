@@ -9,11 +9,11 @@ from torch import Tensor
 
 from kd_lightning.constants import SOURCES
 from kd_lightning.divergences import Divergence
-from kd_lightning.engine.chunked import Sweep
-from kd_lightning.engine.label_mask import Counted
+from kd_lightning.engine.chunked import ChunkedPass
+from kd_lightning.engine.label_mask import LabelMask
 from kd_lightning.engine.logit_source import Model
 from kd_lightning.engine.token_loss import TokenLoss
-from kd_lightning.engine.top_k import Outcomes
+from kd_lightning.engine.top_k import TopKLogits
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.schedules import Schedule
 
@@ -32,8 +32,8 @@ def reading_schedules(loss: TokenLoss) -> Iterator[tuple[str, Schedule]]:
 def label_columns(
     loss: TokenLoss,
     student: Model,
-    teacher: Model | Outcomes,
-    counted: Counted,
+    teacher: Model | TopKLogits,
+    counted: LabelMask,
     given: Mapping[str, Tensor],
     dtype: torch.dtype,
     chunk: int | None,
@@ -57,13 +57,13 @@ def label_columns(
         return {}
     weights = torch.ones(len(counted.index), dtype=dtype, device=counted.index.device)
 
-    def read(model: Model, other: Outcomes | None = None) -> dict[str, Tensor]:
+    def read(model: Model, other: TopKLogits | None = None) -> dict[str, Tensor]:
         """Values of a pass without an objective; of one model alone "ce" is the labels' negative log-probability."""
         both = other is not None
         term = TokenLoss(_Zero(), CrossEntropy(), float(not both), 1.0, False, {}, diagnostics=both, compile=False)
-        return Sweep(term, model, other, {"labels": counted.labels}, chunk).run(weights, ())[0]
+        return ChunkedPass(term, model, other, {"labels": counted.labels}, chunk).run(weights, ())[0]
 
-    if isinstance(teacher, Outcomes):  # known only beside a student
+    if isinstance(teacher, TopKLogits):  # known only beside a student
         values = read(student, teacher)
         nll = {"student_log_prob": values["student_nll"], "teacher_log_prob": values["teacher_nll"]}
     else:
@@ -72,14 +72,14 @@ def label_columns(
     return {name: -counted.response_mean(nll[name]) for name in missing}
 
 
-def gap(columns: Mapping[str, Tensor]) -> Tensor | None:
+def response_gap(columns: Mapping[str, Tensor]) -> Tensor | None:
     """exp(teacher) − exp(student) of the token's response; None where the columns are not there."""
     if any(name not in columns for name in LABEL_COLUMNS):
         return None
     return columns["teacher_log_prob"].exp() - columns["student_log_prob"].exp()
 
 
-def response_means(loss: TokenLoss, counted: Counted, columns: Mapping[str, Tensor]) -> dict[str, Mean]:
+def response_means(loss: TokenLoss, counted: LabelMask, columns: Mapping[str, Tensor]) -> dict[str, Mean]:
     """Means over responses, whatever their length: of the gap, and of each schedule that reads columns.
 
     Args:
@@ -96,7 +96,7 @@ def response_means(loss: TokenLoss, counted: Counted, columns: Mapping[str, Tens
     if "source" in columns:
         by_student = columns["source"] == SOURCES.index("student")
         sides |= {"teacher": share * ~by_student, "student": share * by_student}
-    found, wide = {}, gap(columns)
+    found, wide = {}, response_gap(columns)
     if wide is not None:
         found = {name: (wide, weights) for name, weights in sides.items()}
     means = {"gap" if side is None else f"{side}_gap": entry for side, entry in found.items()}

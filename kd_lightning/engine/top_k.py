@@ -78,7 +78,7 @@ def top_k(logits: Tensor, labels: Tensor, k: int) -> TopK:
     return TopK(ids, log_p.gather(-1, ids), rest.logsumexp(-1), logits.shape[-1])
 
 
-class Outcomes:
+class TopKLogits:
     """Counted rows of a teacher's logits, made from what is known of them and what the student says of the rest.
 
     Args:

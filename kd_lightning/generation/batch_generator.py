@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kd_lightning.data.collate import left_pad
 from kd_lightning.generation.response_file import Response, ResponseFile
-from kd_lightning.models.generate import Sampling, generate, positions
+from kd_lightning.models.generate import Sampling, generate, max_positions
 
 WINDOW = 16
 """Batches whose rows are sorted by length together: what a kill costs at most."""
@@ -22,7 +22,7 @@ WINDOW = 16
 Answers = Iterable[tuple[int, Response]]
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Row numbers in batches of similar length, a function of the lengths alone.
 
     Rows are sorted within windows of `WINDOW` batches, longest first, so that what is written in file order never waits
@@ -45,7 +45,7 @@ def batch_seed(*what: int) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:7], "big")
 
 
-def room(model: Any, max_new_tokens: int, max_length: int | None) -> int:
+def max_prompt_tokens(model: Any, max_new_tokens: int, max_length: int | None) -> int:
     """How many tokens a prompt may have.
 
     Args:
@@ -56,7 +56,7 @@ def room(model: Any, max_new_tokens: int, max_length: int | None) -> int:
     Raises:
         ValueError: none.
     """
-    limits = {"max_length": max_length, "the model's max_position_embeddings": positions(model)}
+    limits = {"max_length": max_length, "the model's max_position_embeddings": max_positions(model)}
     for name, limit in limits.items():
         if limit is not None and max_new_tokens >= limit:
             raise ValueError(f"max_new_tokens must leave room for a prompt in {name} of {limit}, got {max_new_tokens}")
@@ -64,7 +64,7 @@ def room(model: Any, max_new_tokens: int, max_length: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Writer:
+class BatchGenerator:
     """A model with its tokenizer and how it is to write.
 
     Args:
@@ -123,7 +123,7 @@ class Writer:
         return found
 
 
-def fill(file: ResponseFile, answers: Answers, bar: bool = True, title: str = "Responses") -> str:
+def write_responses(file: ResponseFile, answers: Answers, bar: bool = True, title: str = "Responses") -> str:
     """Write responses as they come, and show how fast.
 
     Args:
@@ -159,7 +159,7 @@ def summary(responses: Sequence[Response]) -> str:
     return ", ".join([f"{len(responses)} responses", *notes])
 
 
-def numbered(
+def batches_of_rank(
     plan: Sequence[list[int]], done: int = 0, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[int, list[int]]]:
     """The batches of one rank with their numbers, without those that are done.

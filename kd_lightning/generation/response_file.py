@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from kd_lightning.atomic_io import first_free
+from kd_lightning.atomic_io import first_unused_path
 
 OURS = ("model", "sampling", "finish_reason", "response")
 
@@ -99,7 +99,7 @@ class ResponseFile:
                 raise
             self.responses.clear()
             self._file.seek(0)
-            beside = first_free(lambda n: self.path.with_name(f"{self.path.stem}.earlier-{n}.jsonl"))
+            beside = first_unused_path(lambda n: self.path.with_name(f"{self.path.stem}.earlier-{n}.jsonl"))
             beside.write_bytes(self._file.read())
             self._file.seek(0)
             self._file.truncate()

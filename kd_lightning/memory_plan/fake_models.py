@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from kd_lightning.engine.head import Head
-from kd_lightning.models.backbone import SCALES, factors, logits
-from kd_lightning.models.loading import Role, shape_of_causal_lm
-from kd_lightning.models.lora import with_lora
+from kd_lightning.models.backbone import SCALES, head_settings, logits
+from kd_lightning.models.loading import Role, causal_lm_from_config
+from kd_lightning.models.lora import add_adapters
 from kd_lightning.teachers.adapter_off import AdapterOffTeacher
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.hf import AroundHF, HFTeacher
@@ -84,7 +84,7 @@ class ShapedTeacher(AroundHF):
         self._inner.model = model.eval().requires_grad_(False)  # read already, and without numbers to look at
         with suppress(ValueError):
             self._inner._body, reading = cut(model)
-            self._inner._reading = factors(reading)
+            self._inner._reading = head_settings(reading)
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Nothing: shapes are there."""
@@ -134,7 +134,7 @@ class FewParts(TorchFunctionMode):
         return [*[tensor.narrow(dim, 0, min(step, length))] * (count - 1), tensor.narrow(dim, before, length - before)]
 
 
-def give_student(module: Any, precision: str, fake: FakeTensorMode) -> None:
+def build_fake_student(module: Any, precision: str, fake: FakeTensorMode) -> None:
     """Give a `DistillationModule` its student with loss.
 
     Args:
@@ -151,16 +151,16 @@ def give_student(module: Any, precision: str, fake: FakeTensorMode) -> None:
     if precision in PURE:
         kwargs["dtype"] = PURE[precision]
     with torch.device("meta"):
-        student = shape_of_causal_lm(module.student_source, kwargs=kwargs, role="student")
+        student = causal_lm_from_config(module.student_source, kwargs=kwargs, role="student")
         if module.lora is not None:
-            student = with_lora(student, module.lora)
+            student = add_adapters(student, module.lora)
     _place(student, fake)
     module.loss.token_loss.compiled = Once(module.loss.token_loss.block)
     module.model = ShapedStudent(student.train(), module.loss)
     del module.loss
 
 
-def give_teacher(module: Any, fake: FakeTensorMode) -> bool:
+def build_fake_teacher(module: Any, fake: FakeTensorMode) -> bool:
     """Give a `DistillationModule` its teacher, where it has one, and say whether its layers are offloaded.
 
     Args:
@@ -182,7 +182,7 @@ def give_teacher(module: Any, fake: FakeTensorMode) -> bool:
         raise ValueError(f"plan: {type(teacher).__name__} has no configuration to plan with: name the model itself")
     role: Role = "teacher"
     with torch.device("meta"):
-        model = shape_of_causal_lm(inner._given, kwargs=inner.kwargs, role=role)
+        model = causal_lm_from_config(inner._given, kwargs=inner.kwargs, role=role)
     _place(model, fake)
     module.teacher = ShapedTeacher(model, spread=not offloaded)
     return offloaded

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
-from kd_lightning.console import counted
+from kd_lightning.console import progress_bar
 from kd_lightning.data.contrastive import ContrastiveDataModule
 from kd_lightning.distributed.dtensor import is_sharded
-from kd_lightning.distributed.fsdp2 import layers
+from kd_lightning.distributed.fsdp2 import transformer_layers
 from kd_lightning.engine import chunked as engine
-from kd_lightning.memory_plan.fake_models import FewParts, give_student, give_teacher
+from kd_lightning.memory_plan.fake_models import FewParts, build_fake_student, build_fake_teacher
 from kd_lightning.memory_plan.tracker import ELSEWHERE, Tracker, nbytes
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.strategies import FSDP2Strategy
@@ -79,7 +79,7 @@ class Plan:
 
 
 @contextmanager
-def ranks_in_name(count: int) -> Iterator[None]:
+def fake_process_group(count: int) -> Iterator[None]:
     """Inside, this process is rank 0 of so many, whose exchanges bring nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -108,7 +108,7 @@ def plan(module: Any, datamodule: Any, trainer: Any, gpu: bool) -> Plan:
     if kind not in ("FSDP2Strategy", "DDPStrategy", "SingleDeviceStrategy"):
         raise ValueError(f"plan knows one device, ddp and fsdp2, not {kind}")
     found = Plan(ranks, {"FSDP2Strategy": "fsdp2", "DDPStrategy": "ddp"}.get(kind, "one device"), _shape(datamodule))
-    with ranks_in_name(ranks):
+    with fake_process_group(ranks):
         try:
             _Rehearsal(module, trainer, found, gpu).run()
         except DynamicOutputShapeException:
@@ -147,7 +147,7 @@ class _Rehearsal:
 
     def run(self) -> None:
         """Build, then step; write what was seen into the plan."""
-        for _ in counted(self._stages(), "Planning", total=5):
+        for _ in progress_bar(self._stages(), "Planning", total=5):
             pass
 
     def _stages(self) -> Iterator[None]:
@@ -167,8 +167,8 @@ class _Rehearsal:
         module = self.module
         precision = self.trainer.precision_plugin
         with precision.train_step_context():
-            give_student(module, precision.precision, self.fake)
-            offloaded = give_teacher(module, self.fake)
+            build_fake_student(module, precision.precision, self.fake)
+            offloaded = build_fake_teacher(module, self.fake)
         if module.responses is not None:
             module._at_work = RolloutRunner(None)
             self.plan.notes.append("responses that are generated in a step, and their cache, are not counted")
@@ -179,7 +179,7 @@ class _Rehearsal:
 
     def _visit(self, model: nn.Module) -> None:
         """Layers lie in the host's memory and are on the card while they are read."""
-        for layer in layers(model):
+        for layer in transformer_layers(model):
             count = functools.partial(self._visited, nbytes(layer.parameters()))
             layer.register_forward_pre_hook(functools.partial(count, 1))
             layer.register_forward_hook(functools.partial(count, -1))
@@ -277,10 +277,10 @@ class _Rehearsal:
         """Tiles of the device that is planned for, and how they are known."""
         parts: list[Any] = [self.module.model.student, *list(self._models().values())[1:]]
         vocabulary = min(len(part.get_output_embeddings().weight) for part in parts)
-        self.tracker.widths = {engine.padded(vocabulary): "tiles"}
+        self.tracker.widths = {engine.padded_width(vocabulary): "tiles"}
         loss = self.module.model.loss
         if self.gpu and loss.chunk is None:
-            loss.chunk = engine.budget(vocabulary, torch.float32, torch.device("cuda"))
+            loss.chunk = engine.rows_per_chunk(vocabulary, torch.float32, torch.device("cuda"))
 
     def _batch(self) -> dict[str, Tensor]:
         rows, length = self.plan.batch

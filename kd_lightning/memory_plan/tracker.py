@@ -176,7 +176,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(places.values())
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as a person reads them: three digits, and a unit of 1,024 steps."""
     power = min(int(math.log2(max(abs(size), 1)) // 10), 5)
     number = size / 1024**power

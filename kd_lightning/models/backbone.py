@@ -77,19 +77,19 @@ def logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = 
     return found
 
 
-def head_of(model: nn.Module, reading: Head) -> Head:
+def with_current_weights(model: nn.Module, reading: Head) -> Head:
     """The same reading with the parameters that the model holds now (a strategy may have put others in their place)."""
     layer: Any = model.get_output_embeddings()  # type: ignore[operator]
     return dataclasses.replace(reading, weight=layer.weight, bias=getattr(layer, "bias", None))
 
 
-def factors(reading: Head) -> Head:
+def head_settings(reading: Head) -> Head:
     """What stays of a reading while a strategy changes the parameters: scale and soft-cap, for `head_of`."""
     return dataclasses.replace(reading, weight=reading.weight.new_empty(0, 0), bias=None)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode; after it, every part is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -138,7 +138,7 @@ def _probe(model: nn.Module, body: nn.Module, layer: nn.Module, size: float) -> 
 
     handle = layer.register_forward_hook(put_out_noise)
     try:
-        with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with eval_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = logits(model, ids, mask)
             hidden = hidden_states(body, ids, mask)
     except (TypeError, AttributeError) as error:

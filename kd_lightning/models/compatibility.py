@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from kd_lightning.models.generate import positions
+from kd_lightning.models.generate import max_positions
 
 
-def check_fits(student: Any, teacher: Any, datamodule: Any) -> Iterator[str]:
+def check_model_fits_data(student: Any, teacher: Any, datamodule: Any) -> Iterator[str]:
     """See that both models can read every row that is loaded; what is doubtful is yielded.
 
     Args:
@@ -37,7 +37,7 @@ def _check(role: str, model: Any, datamodule: Any) -> Iterator[str]:
             f"token {largest} ({token!r}) of the rows has no place in the {role}'s {known} embeddings: "
             "resize_token_embeddings gives it one, or leave out the tokens that were added"
         )
-    places, longest = positions(model), datamodule.longest()
+    places, longest = max_positions(model), datamodule.longest()
     if places is None or longest <= places:
         return
     text = f"a row has {longest} tokens and the {role} max_position_embeddings of {places}: lower data.max_length"

@@ -88,7 +88,7 @@ def generate(
     return tokens[:, input_ids.shape[1] :]
 
 
-def end_ids(model: Any) -> list[int]:
+def eos_token_ids(model: Any) -> list[int]:
     """The tokens that end a response of this model.
 
     Raises:
@@ -104,7 +104,7 @@ def end_ids(model: Any) -> list[int]:
     return found
 
 
-def positions(model: Any) -> int | None:
+def max_positions(model: Any) -> int | None:
     """How many tokens the model has places for; None where it does not say."""
     found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
@@ -140,8 +140,8 @@ class Sampling:
         Raises:
             ValueError: it names what does not fit.
         """
-        end_ids(student)
-        limits = {"data.max_length": max_length, "the student's max_position_embeddings": positions(student)}
+        eos_token_ids(student)
+        limits = {"data.max_length": max_length, "the student's max_position_embeddings": max_positions(student)}
         for name, limit in limits.items():
             if limit is not None and self.max_new_tokens >= limit:
                 raise ValueError(
@@ -149,7 +149,7 @@ class Sampling:
                 )
 
 
-class Within(LogitsProcessor):
+class RestrictVocabulary(LogitsProcessor):
     """Only the first tokens of the vocabulary: those that another model knows too.
 
     Args:
@@ -165,7 +165,7 @@ class Within(LogitsProcessor):
         return scores
 
 
-class Mixture(LogitsProcessor):
+class TeacherMixture(LogitsProcessor):
     r"""Logits of \(a\,p + (1-a)\,q\), q the writing model's distribution and p another model's on the same tokens.
 
     Args:

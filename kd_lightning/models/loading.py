@@ -64,7 +64,7 @@ def load_causal_lm(
         raise ValueError(f"{role}_init must be 'pretrained' or 'random', got {init!r}")
     options = checked_kwargs(kwargs, role)
     options.setdefault("dtype", torch.float32 if role == "student" or init == "random" else "auto")
-    place = locate(name, role)
+    place = resolve_model(name, role)
     _check_config(place, role, options)
     if init == "pretrained":
         _check_weights(Path(place), role)
@@ -82,7 +82,7 @@ def load_causal_lm(
     return model
 
 
-def shape_of_causal_lm(name: str, *, kwargs: Mapping[str, Any] | None = None, role: Role = "student") -> Any:
+def causal_lm_from_config(name: str, *, kwargs: Mapping[str, Any] | None = None, role: Role = "student") -> Any:
     """A causal language model as its configuration alone describes it, in eval mode; no weights are read or checked.
 
     Args:
@@ -96,7 +96,7 @@ def shape_of_causal_lm(name: str, *, kwargs: Mapping[str, Any] | None = None, ro
     """
     options = checked_kwargs(kwargs, role)
     options.setdefault("dtype", torch.float32 if role == "student" else "auto")
-    place = locate(name, role)
+    place = resolve_model(name, role)
     _check_config(place, role, options)
     try:
         with _quiet():
@@ -126,7 +126,7 @@ def checked_kwargs(kwargs: Mapping[str, Any] | None, role: Role) -> dict[str, An
     return options
 
 
-def locate(name: str, role: Role) -> str:
+def resolve_model(name: str, role: Role) -> str:
     """The folder that a name stands for, or the hub name as it is.
 
     Raises:
@@ -193,7 +193,7 @@ def check_tokenizers(teacher: str, tokenizer: Any) -> None:
         ValueError: an id stands for different tokens, and the first is named; the teacher's tokenizer is broken.
     """
     try:
-        place = locate(teacher, "teacher")
+        place = resolve_model(teacher, "teacher")
         _check_config(place, "teacher", {})
     except ModelNotFoundError:
         return

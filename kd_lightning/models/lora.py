@@ -54,7 +54,7 @@ class LoRA:
             raise ValueError(f"lora.targets must name at least one layer or be {ALL_LINEAR!r}, got {self.targets!r}")
 
 
-def with_lora(model: nn.Module, lora: LoRA) -> PeftModel:
+def add_adapters(model: nn.Module, lora: LoRA) -> PeftModel:
     """The model with fresh adapters, which alone require a gradient.
 
     Args:
@@ -68,7 +68,7 @@ def with_lora(model: nn.Module, lora: LoRA) -> PeftModel:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    if lora_layers(model):
+    if adapter_layers(model):
         raise ValueError("lora: the student has adapters already; give the plain model, or leave lora out")
     hf: Any = model
     names = ALL_LINEAR
@@ -112,7 +112,7 @@ def _check_targets(model: nn.Module, targets: list[str]) -> None:
                 )
 
 
-def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The layers of a model that carry an adapter, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -120,13 +120,13 @@ def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model says what it said before it had adapters.
 
     PEFT's own switch turns the adapters' `requires_grad` off and on again as well, which is not everywhere undone:
     a copy of a parameter that a strategy makes inside would learn nothing for good.
     """
-    layers = [(layer, layer.disable_adapters) for layer in lora_layers(model).values()]
+    layers = [(layer, layer.disable_adapters) for layer in adapter_layers(model).values()]
     for layer, _ in layers:
         layer._disable_adapters = True
     try:
@@ -136,7 +136,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = before
 
 
-def leave_out_the_base(module: nn.Module) -> None:
+def exclude_base_weights(module: nn.Module) -> None:
     """From now on `module.state_dict()` holds no frozen parameter of its `model.student`, and loading misses none.
 
     Args:
@@ -161,7 +161,7 @@ def _accept_without_frozen(module: nn.Module, found: Any) -> None:
     found.missing_keys[:] = [name for name in found.missing_keys if name not in frozen]
 
 
-def merged_state(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged_state_dict(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a student with adapters is without them: every adapter multiplied into its weight, names as a plain model's.
 
     One layer at a time: there is no second copy of the model.
@@ -170,7 +170,7 @@ def merged_state(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
         student: its layers say how; nothing in it changes.
         state: the student's tensors by name, each of them whole.
     """
-    layers = lora_layers(student)
+    layers = adapter_layers(student)
     merged: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not any(name.startswith(f"{layer}.") for layer in _above(name) if layer in layers):

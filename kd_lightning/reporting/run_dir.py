@@ -61,7 +61,7 @@ class RunFolder:
             raise ValueError(f"{results}: no table of a run, which has {', '.join(WHO)} with {', '.join(HEADINGS)}")
         if not isinstance(known, dict):
             raise ValueError(f"{rows}: not the splits of a run, got {known!r}")
-        return cls(root, flat(read), table, curves(root), known)
+        return cls(root, flatten_config(read), table, curves(root), known)
 
     @property
     def step(self) -> int:
@@ -96,21 +96,21 @@ def _is_table(table: Any) -> bool:
     return all(row is None or (isinstance(row, dict) and HEADINGS.keys() <= row.keys()) for row in table.values())
 
 
-def place(source: Any) -> Any:
+def resolved_source(source: Any) -> Any:
     """Where a source of rows lies, however it is written."""
     if isinstance(source, list):
-        return [place(part) for part in source]
+        return [resolved_source(part) for part in source]
     return str(Path(source).resolve()) if isinstance(source, str) and Path(source).exists() else source
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names as on the command line (`init_args` is left out)."""
     if not isinstance(config, dict) or not config:
         return {prefix: config} if prefix else {}
     out: dict[str, Any] = {}
     for name, value in config.items():
         inside = prefix if name == "init_args" else f"{prefix}.{name}" if prefix else str(name)
-        out |= flat(value, inside)
+        out |= flatten_config(value, inside)
     return out
 
 

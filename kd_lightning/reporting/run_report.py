@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from kd_lightning.constants import moves_objective
 from kd_lightning.reporting.figures import as_markdown, curves, markdown_table
 from kd_lightning.reporting.run_dir import HEADINGS, RunFolder
-from kd_lightning.constants import moves_objective
 
 SET_UP: tuple[str, ...] = (
     "model",

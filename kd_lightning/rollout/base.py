@@ -20,7 +20,14 @@ from kd_lightning.engine.head import Head
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models.backbone import hidden_states, logits
-from kd_lightning.models.generate import Mixture, Sampling, Within, end_ids, generate, positions
+from kd_lightning.models.generate import (
+    RestrictVocabulary,
+    Sampling,
+    TeacherMixture,
+    eos_token_ids,
+    generate,
+    max_positions,
+)
 from kd_lightning.rollout.batches import Batch, append, prompts
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.training.student import StudentWithLoss
@@ -141,7 +148,7 @@ class RolloutContext:
         student: Any = self.model.student
         counted = batch["labels"][:, 1:].ne(IGNORE_INDEX).any(1)
         ids, mask = prompts(batch)
-        room = (positions(student) or ids.shape[1] + sampling.max_new_tokens) - ids.shape[1]
+        room = (max_positions(student) or ids.shape[1] + sampling.max_new_tokens) - ids.shape[1]
         tokens = self.model.call(
             generate,
             student,
@@ -154,7 +161,7 @@ class RolloutContext:
             processors=self._processors(mask, sampling, teacher_share),
             together=teacher_share > 0 and self.ranks > 1,
         )
-        ends = torch.tensor(end_ids(student), device=tokens.device)
+        ends = torch.tensor(eos_token_ids(student), device=tokens.device)
         written = append(batch, (ids, mask), tokens, ends, counted, self.max_length)
         labels = written["labels"][counted]
         lengths = labels.ne(IGNORE_INDEX).sum(1)
@@ -167,9 +174,9 @@ class RolloutContext:
 
     def _processors(self, mask: Tensor, sampling: Sampling, teacher_share: float) -> list[Any]:
         if teacher_share > 0:
-            return [Mixture(whole_model(self.teacher), teacher_share, sampling.temperature or 1.0, mask)]
+            return [TeacherMixture(whole_model(self.teacher), teacher_share, sampling.temperature or 1.0, mask)]
         head = None if self.teacher is None else self.teacher.head
-        return [Within(head.vocabulary)] if head is not None and head.vocabulary < self.vocabulary else []
+        return [RestrictVocabulary(head.vocabulary)] if head is not None and head.vocabulary < self.vocabulary else []
 
     @property
     def vocabulary(self) -> int:

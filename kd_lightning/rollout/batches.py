@@ -84,13 +84,13 @@ def gather_rows(batch: Batch, ranks: int, gather: Callable[[Tensor], Sequence[Te
     skip = len(shapes) // ranks
     found: Batch = {}
     for name, column in sorted(batch.items()):
-        padded = widen(column, rows, width, name)
+        padded = pad_rows(column, rows, width, name)
         parts = [part[:count] for part, count in zip(gather(padded), shapes[:, 0].tolist(), strict=True)]
         found[name] = torch.cat(parts[::skip])
     return found
 
 
-def widen(column: Tensor, rows: int, width: int, name: str) -> Tensor:
+def pad_rows(column: Tensor, rows: int, width: int, name: str) -> Tensor:
     """The column with so many rows and, where it has tokens, so many of them; what is new counts nothing."""
     shape = (rows, width) if column.ndim == 2 else (rows,)
     out = column.new_full(shape, IGNORE_INDEX if name == "labels" else 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.models.generate import Sampling
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
-from kd_lightning.rollout.batches import Batch, gather_rows, widen
+from kd_lightning.rollout.batches import Batch, gather_rows, pad_rows
 from kd_lightning.schedules import Linear, Weight, check_number, check_weight, value
 
 
@@ -64,9 +64,9 @@ class ReplayBuffer(nn.Module):
             kept = self.columns.get(name, column.new_empty((0, *column.shape[1:])))
             width = max(kept.shape[-1], column.shape[-1])
             if len(kept) < height or (column.ndim == 2 and kept.shape[1] < width):
-                kept = widen(kept, max(height, len(kept)), width, name)
+                kept = pad_rows(kept, max(height, len(kept)), width, name)
                 self.register_buffer(name, kept)
-            kept[places] = widen(column, len(column), kept.shape[-1], name)
+            kept[places] = pad_rows(column, len(column), kept.shape[-1], name)
         self.pushed += count
 
     def rows(self, index: Tensor) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.distributed.trainer import data_ranks
+from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import Batch
@@ -45,7 +45,7 @@ class RolloutRunner:
         trainer = module.trainer
         self._micro = self._micro + 1 if self._step == trainer.global_step else 0
         self._step = trainer.global_step
-        rank, ranks = data_ranks(trainer)
+        rank, ranks = data_parallel_rank(trainer)
         author = RolloutContext(
             module.model,
             module.teacher,

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.distributed.dtensor import digest as digest
+from kd_lightning.distributed.dtensor import tensor_digest as tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import body_and_head as body_and_head
-from kd_lightning.models.backbone import evaluating, hidden_states
+from kd_lightning.models.backbone import eval_mode, hidden_states
 from kd_lightning.models.backbone import logits as logits
-from kd_lightning.models.lora import adapters_off, lora_layers
+from kd_lightning.models.lora import adapter_layers, adapters_disabled
 from kd_lightning.teachers.base import Teacher as Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 
@@ -42,7 +42,7 @@ class AdapterOffTeacher(Teacher):
 
     def meet(self, module: Any) -> None:
         """Take the student."""
-        if not lora_layers(module.model.student):
+        if not adapter_layers(module.model.student):
             raise ValueError("teacher AdapterOffTeacher needs a student with adapters: give --model.lora.r")
         self._model = module.model
 
@@ -56,21 +56,21 @@ class AdapterOffTeacher(Teacher):
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states [B, T, H]."""
         model = self._met()
-        with adapters_off(model.student), evaluating(model.student):
+        with adapters_disabled(model.student), eval_mode(model.student):
             return hidden_states(model.body, batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, T, V]."""
         student = self._met().student
-        with adapters_off(student), evaluating(student):
+        with adapters_disabled(student), eval_mode(student):
             return logits(student, batch["input_ids"], batch["attention_mask"])
 
     def fingerprint(self) -> str:
         """SHA-256 over the tensors that are not an adapter's."""
         student = self._met().student
         frozen = ((name, p) for name, p in student.named_parameters() if not p.requires_grad)
-        return digest(itertools.chain(frozen, student.named_buffers()))
+        return tensor_digest(itertools.chain(frozen, student.named_buffers()))
 
     def _met(self) -> Any:
         if self._model is None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kd_lightning.atomic_io import whole_file
+from kd_lightning.atomic_io import atomic_file
 from kd_lightning.constants import IGNORE_INDEX
 
 VERSION = 1
@@ -44,7 +44,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Description:
+class CacheManifest:
     """Whose words a cache holds, of which rows, and how they are kept.
 
     Args:
@@ -106,11 +106,11 @@ class Description:
 
     def write(self, folder: Path) -> None:
         """Put it into the folder."""
-        with whole_file(folder / MANIFEST) as part:
+        with atomic_file(folder / MANIFEST) as part:
             part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Description:
+    def read(cls, folder: Path) -> CacheManifest:
         """What lies in a folder.
 
         Raises:
@@ -136,7 +136,7 @@ def _short(value: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
-def places(labels: Tensor) -> Tensor:
+def next_token_mask(labels: Tensor) -> Tensor:
     """Where the next token counts, [B, T − 1]."""
     return labels[:, 1:] != IGNORE_INDEX
 
@@ -154,7 +154,7 @@ def row_keys(batch: Mapping[str, Tensor]) -> Tensor:
     return torch.from_numpy(keys)
 
 
-class Shards:
+class CacheReader:
     """The rows of a folder, read by memory mapping.
 
     Args:
@@ -214,7 +214,7 @@ def _open(path: Path, digest: str) -> dict[str, Tensor]:
     return table
 
 
-class ShardWriter:
+class CacheWriter:
     """Writes rows into new shards of a folder.
 
     Args:
@@ -250,7 +250,7 @@ class ShardWriter:
         taken = {path.name for path in self.folder.glob("shard-*")}
         names = (f"shard-{self.rank:05d}-{n:06d}.safetensors" for n in itertools.count())
         path = self.folder / next(name for name in names if name not in taken)
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             save_file(table, part, metadata={"description": self.digest})
         self.parts, self.bytes = [], 0
 
@@ -258,7 +258,7 @@ class ShardWriter:
 def write_head(folder: Path, weight: Tensor, bias: Tensor | None) -> None:
     """Keep the teacher's head."""
     tensors = {"weight": weight} | ({} if bias is None else {"bias": bias})
-    with whole_file(folder / HEAD) as part:
+    with atomic_file(folder / HEAD) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
 
 
@@ -289,6 +289,6 @@ class DataDigest:
         return f"{count} rows {(a % 2**64) ^ (b % 2**64):016x}"
 
 
-def updated(description: Description, data: dict[str, str], tokens: int | None) -> Description:
+def updated(description: CacheManifest, data: dict[str, str], tokens: int | None) -> CacheManifest:
     """The description once these splits are kept too."""
     return replace(description, data={**description.data, **data}, tokens=tokens)

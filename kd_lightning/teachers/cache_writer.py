@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.console import counted, shown
-from kd_lightning.distributed.collectives import sum_over
+from kd_lightning.console import progress_bar, progress_bar_enabled
+from kd_lightning.distributed.collectives import sum_over_ranks
 from kd_lightning.engine.top_k import top_k
 from kd_lightning.teachers.cache_format import (
     DTYPES,
     KINDS,
     MANIFEST,
     SHARD_BYTES,
+    CacheManifest,
+    CacheReader,
+    CacheWriter,
     DataDigest,
-    Description,
-    Shards,
-    ShardWriter,
-    places,
+    next_token_mask,
     row_keys,
     updated,
     write_head,
 )
-from kd_lightning.teachers.cached import CachedTeacher, project, text_digests
+from kd_lightning.teachers.cached import CachedTeacher, project_logits, tokenizer_digests
 
 PROJECTED_ROWS = 512  # rows of logits alive at a time
 ALIKE = ("teacher_fingerprint", "tokenizer", "template", "max_length", "kind", "k", "dtype", "vocabulary")
@@ -44,7 +44,7 @@ def fill_cache(
     shard_bytes: int = SHARD_BYTES,
     trainer: Any = None,
     bar: bool = True,
-) -> Description:
+) -> CacheManifest:
     """Write down what a teacher says about every row of the data; what is there already is left as it is.
 
     Args:
@@ -62,10 +62,10 @@ def fill_cache(
         ValueError: an argument is out of its range, or the folder is another cache's.
     """
     whose = _describe(module, datamodule, kind, dtype, k)
-    total, rank = sum_over(trainer), 0 if trainer is None else trainer.global_rank
+    total, rank = sum_over_ranks(trainer), 0 if trainer is None else trainer.global_rank
     head = module.teacher.head
     if (folder / MANIFEST).exists():
-        kept = Description.read(folder)
+        kept = CacheManifest.read(folder)
         kept.check(folder, **{name: getattr(whose, name) for name in ALIKE})
         whose = dataclasses.replace(whose, data=kept.data, tokens=kept.tokens)
     elif rank == 0:
@@ -74,23 +74,23 @@ def fill_cache(
             write_head(folder, head.weight, head.bias)
         whose.write(folder)
     total(torch.zeros(()))  # the others wait for the folder
-    writer = ShardWriter(folder, whose.digest, rank, shard_bytes)
+    writer = CacheWriter(folder, whose.digest, rank, shard_bytes)
     data = {}
     for split in datamodule.splits:
-        shards, digest = Shards(folder, whose.digest), DataDigest()  # a row may be in two splits
-        for batch in counted(datamodule.every_row(split), f"Teacher, {split}", shown=bar):
+        shards, digest = CacheReader(folder, whose.digest), DataDigest()  # a row may be in two splits
+        for batch in progress_bar(datamodule.every_row(split), f"Teacher, {split}", shown=bar):
             _keep(module.teacher, batch, whose, shards, writer, digest, total)
         writer.flush()
         digest.sums = total(digest.sums)
         data[split] = str(digest)
-    whose = updated(whose, data, Shards(folder, whose.digest).tokens)
+    whose = updated(whose, data, CacheReader(folder, whose.digest).tokens)
     if rank == 0:
         whose.write(folder)
     total(torch.zeros(()))
     return whose
 
 
-def written_down(module: Any, trainer: Any) -> CachedTeacher:
+def cache_teacher(module: Any, trainer: Any) -> CachedTeacher:
     """The teacher of a run that has started, from then on read from `ROOT/teacher_cache`.
 
     Raises:
@@ -105,7 +105,7 @@ def written_down(module: Any, trainer: Any) -> CachedTeacher:
         datamodule.setup("test")
     folder = Path(trainer.default_root_dir) / "teacher_cache"
     with trainer.precision_plugin.forward_context():
-        fill_cache(folder, module, datamodule, trainer=trainer, bar=shown(trainer))
+        fill_cache(folder, module, datamodule, trainer=trainer, bar=progress_bar_enabled(trainer))
     teacher = CachedTeacher(str(folder))
     teacher.load(module.device)
     return teacher
@@ -114,14 +114,14 @@ def written_down(module: Any, trainer: Any) -> CachedTeacher:
 def _keep(
     teacher: Any,
     batch: dict[str, Tensor],
-    whose: Description,
-    shards: Shards,
-    writer: ShardWriter,
+    whose: CacheManifest,
+    shards: CacheReader,
+    writer: CacheWriter,
     digest: DataDigest,
     total: Callable[[Tensor], Tensor],
 ) -> None:
     """Keep what is new in a batch. One new row lets the whole batch be computed: its last bits depend on it."""
-    keys, lengths = row_keys(batch), places(batch["labels"]).sum(1)
+    keys, lengths = row_keys(batch), next_token_mask(batch["labels"]).sum(1)
     digest.add(keys[lengths > 0])
     new = (lengths > 0) & (shards.find(keys) < 0)
     if not total(new.any().long()):  # ranks ask a sharded teacher together
@@ -133,9 +133,9 @@ def _keep(
 
 
 @torch.no_grad()
-def _tokens(teacher: Any, batch: dict[str, Tensor], whose: Description) -> dict[str, Tensor]:
+def _tokens(teacher: Any, batch: dict[str, Tensor], whose: CacheManifest) -> dict[str, Tensor]:
     """What is kept of the counted tokens of a batch, by name, on the CPU."""
-    head, mask = teacher.head, places(batch["labels"])
+    head, mask = teacher.head, next_token_mask(batch["labels"])
     device = torch.device("cpu") if head is None else head.weight.device
     moved = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
     where = mask.to(device)
@@ -145,7 +145,7 @@ def _tokens(teacher: Any, batch: dict[str, Tensor], whose: Description) -> dict[
     labels = moved["labels"][:, 1:][where]
     found = []
     for rows, wanted in zip(torch.split(said, PROJECTED_ROWS), torch.split(labels, PROJECTED_ROWS), strict=True):
-        logits = rows if head is None else project(head, rows)
+        logits = rows if head is None else project_logits(head, rows)
         found.append(top_k(logits[:, : whose.vocabulary], wanted, whose.k or 1))
     return {
         "ids": torch.cat([x.ids for x in found]).int().cpu(),
@@ -154,7 +154,7 @@ def _tokens(teacher: Any, batch: dict[str, Tensor], whose: Description) -> dict[
     }
 
 
-def _describe(module: Any, datamodule: Any, kind: str, dtype: str | None, k: int) -> Description:
+def _describe(module: Any, datamodule: Any, kind: str, dtype: str | None, k: int) -> CacheManifest:
     """Whose words are kept how."""
     teacher, head = module.teacher, module.teacher.head
     if kind not in KINDS:
@@ -171,10 +171,10 @@ def _describe(module: Any, datamodule: Any, kind: str, dtype: str | None, k: int
         vocabulary = min(vocabulary, student)
         if not 1 <= k < vocabulary:
             raise ValueError(f"k must lie in [1, {vocabulary - 1}], as there are {vocabulary} tokens, got {k}")
-    return Description(
+    return CacheManifest(
         teacher=teacher.name or type(teacher).__name__,
         teacher_fingerprint=teacher.fingerprint(),
-        **text_digests(datamodule),
+        **tokenizer_digests(datamodule),
         kind=kind,
         dtype=dtype,
         k=k if kind == "top_k" else None,

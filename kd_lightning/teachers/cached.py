@@ -15,13 +15,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_lightning.distributed.collectives import sum_over
-from kd_lightning.distributed.dtensor import digest
+from kd_lightning.distributed.collectives import sum_over_ranks
+from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK, check_lower_bound
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.teachers.base import Teacher
-from kd_lightning.teachers.cache_format import DataDigest, Description, Shards, places, read_head, row_keys
+from kd_lightning.teachers.cache_format import (
+    CacheManifest,
+    CacheReader,
+    DataDigest,
+    next_token_mask,
+    read_head,
+    row_keys,
+)
 
 
 class CachedTeacher(Teacher):
@@ -41,8 +48,8 @@ class CachedTeacher(Teacher):
     def __init__(self, path: str, teacher: str | None = None) -> None:
         self.path = path
         self.teacher = teacher
-        self._description: Description | None = None
-        self._shards: Shards | None = None
+        self._description: CacheManifest | None = None
+        self._shards: CacheReader | None = None
         self._head: Head | None = None
         self._device = torch.device("cpu")
 
@@ -52,11 +59,11 @@ class CachedTeacher(Teacher):
         return None
 
     @property
-    def description(self) -> Description:
+    def description(self) -> CacheManifest:
         """Whose words these are."""
         if self._description is None:
             folder = Path(self.path)
-            found = Description.read(folder)
+            found = CacheManifest.read(folder)
             if found.tokens is None:
                 raise ValueError(f"teacher cache {folder} is not finished: the same command as before goes on with it")
             self._description = found
@@ -73,7 +80,7 @@ class CachedTeacher(Teacher):
         if self.teacher is not None:
             live = load_causal_lm(self.teacher, role="teacher")
             tensors = itertools.chain(live.named_parameters(), live.named_buffers())
-            kept.check(folder, teacher_fingerprint=digest(tensors))
+            kept.check(folder, teacher_fingerprint=tensor_digest(tensors))
         if getattr(module, "responses", None) is not None:
             raise ValueError("a teacher cache holds no responses that are written while training: leave responses out")
         if kept.kind == "top_k":
@@ -90,15 +97,15 @@ class CachedTeacher(Teacher):
         trainer = getattr(module, "_trainer", None)
         datamodule = getattr(trainer, "datamodule", None)
         if hasattr(datamodule, "every_row"):
-            kept.check(folder, **text_digests(datamodule))
-            self._check_rows(datamodule, sum_over(trainer))
+            kept.check(folder, **tokenizer_digests(datamodule))
+            self._check_rows(datamodule, sum_over_ranks(trainer))
 
     def _check_rows(self, datamodule: Any, total: Callable[[Tensor], Tensor]) -> None:
         shards = self._opened()
         for split in datamodule.splits:
             digest, absent = DataDigest(), []
             for batch in datamodule.every_row(split):
-                keys, counts = row_keys(batch), places(batch["labels"]).any(1)
+                keys, counts = row_keys(batch), next_token_mask(batch["labels"]).any(1)
                 digest.add(keys[counts])
                 absent += batch["row_ids"][counts & (shards.find(keys) < 0)].tolist()
             count = int(total(torch.tensor(len(absent))))
@@ -118,9 +125,9 @@ class CachedTeacher(Teacher):
             self._head = Head(tensors["weight"], tensors.get("bias"), scale=kept.scale, softcap=kept.softcap)
         self.to(device)
 
-    def _opened(self) -> Shards:
+    def _opened(self) -> CacheReader:
         if self._shards is None:
-            self._shards = Shards(Path(self.path), self.description.digest)
+            self._shards = CacheReader(Path(self.path), self.description.digest)
         return self._shards
 
     def to(self, device: torch.device | str) -> None:
@@ -140,12 +147,12 @@ class CachedTeacher(Teacher):
         """Logits [B, T, V]; `TopK` of shape [B, T] where the top k are kept."""
         if self._head is None:
             return TopK(**self._read(batch), vocabulary=self.description.vocabulary)
-        return project(self._head, self.hidden(batch))
+        return project_logits(self._head, self.hidden(batch))
 
     def _read(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is kept of a batch, in its shape."""
         labels, shards = batch["labels"], self._opened()
-        counted = places(labels)
+        counted = next_token_mask(labels)
         lengths = counted.sum(1).cpu()
         rows = shards.find(row_keys(batch))
         unknown = (lengths > 0) & ((rows < 0) | (shards.lengths[rows] != lengths))
@@ -164,14 +171,14 @@ class CachedTeacher(Teacher):
         return self.description.teacher_fingerprint
 
 
-def project(head: Head, hidden: Tensor) -> Tensor:
+def project_logits(head: Head, hidden: Tensor) -> Tensor:
     """Logits of hidden states, in fp32."""
     bias = None if head.bias is None else head.bias.float()
     logits = F.linear(hidden.float(), head.weight.float(), bias) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def text_digests(datamodule: Any) -> dict[str, Any]:
+def tokenizer_digests(datamodule: Any) -> dict[str, Any]:
     """Tokenizer, chat template and length of a data module, as a `Description` has them."""
     text = datamodule.text_tokenizer
     template = [text.chat_template or text.tokenizer.chat_template, text.template_kwargs]

@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from kd_lightning.distributed.dtensor import digest as digest
-from kd_lightning.distributed.vocab_parallel import here
+from kd_lightning.distributed.dtensor import tensor_digest as tensor_digest
+from kd_lightning.distributed.vocab_parallel import head_on_rank
 from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import body_and_head as body_and_head
-from kd_lightning.models.backbone import factors, head_of, hidden_states
+from kd_lightning.models.backbone import head_settings, hidden_states, with_current_weights
 from kd_lightning.models.backbone import logits as logits
 from kd_lightning.models.loading import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
-from kd_lightning.subclasses import leaves
+from kd_lightning.subclasses import concrete_subclasses
 from kd_lightning.teachers.base import Teacher as Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 
@@ -53,7 +53,7 @@ class HFTeacher(Teacher):
         """Its head; None where it cannot be cut. Where it is sharded, all ranks ask together."""
         if self._reading is None:
             return None
-        return here(head_of(self._loaded(), self._reading))
+        return head_on_rank(with_current_weights(self._loaded(), self._reading))
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Read and freeze the model, and find where to cut it."""
@@ -61,7 +61,7 @@ class HFTeacher(Teacher):
             self.model = self._read().eval().requires_grad_(False)
             try:
                 self._body, reading = body_and_head(self.model)
-                self._reading = factors(reading)
+                self._reading = head_settings(reading)
             except ValueError as error:
                 rank_zero_info(f"teacher: {error}; its whole logits are used instead")
         self.to(device)
@@ -73,7 +73,7 @@ class HFTeacher(Teacher):
         try:
             return load_causal_lm(self._given, kwargs=self.kwargs, role="teacher")
         except ModelNotFoundError as error:
-            classes = ", ".join(sorted(leaf.__name__ for leaf in leaves(Teacher)))
+            classes = ", ".join(sorted(leaf.__name__ for leaf in concrete_subclasses(Teacher)))
             raise ModelNotFoundError(f"{error}, and no class of that name (there is {classes})") from None
 
     def to(self, device: torch.device | str) -> None:
@@ -115,7 +115,7 @@ class HFTeacher(Teacher):
     def fingerprint(self) -> str:
         """SHA-256 over names, types and bytes of all its tensors."""
         model = self._loaded()
-        return digest(itertools.chain(model.named_parameters(), model.named_buffers()))
+        return tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
 
     def _loaded(self) -> Any:
         if self.model is None:
@@ -166,7 +166,7 @@ def as_teacher(teacher: Any, kwargs: dict[str, Any] | None = None) -> Teacher | 
     return teacher if teacher is None or isinstance(teacher, Teacher) else HFTeacher(teacher, kwargs)
 
 
-def sizes(student: nn.Module, teacher: Teacher | None) -> str:
+def parameter_counts(student: nn.Module, teacher: Teacher | None) -> str:
     """Who learns from whom, in numbers of parameters."""
     parameters = list(student.parameters())
     learning = sum(p.numel() for p in parameters if p.requires_grad)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.distributed.dtensor import digest as digest
-from kd_lightning.distributed.fsdp2 import layers
+from kd_lightning.distributed.dtensor import tensor_digest as tensor_digest
+from kd_lightning.distributed.fsdp2 import transformer_layers
 from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.backbone import logits as logits
 from kd_lightning.teachers.base import Teacher as Teacher
@@ -43,7 +43,7 @@ class OffloadedTeacher(AroundHF):
             return
         for visit in self._visits:
             visit.end()
-        parts = layers(self.model)
+        parts = transformer_layers(self.model)
         inside = {id(module) for part in parts for module in part.modules()}
         moved: dict[int, Tensor] = {}  # a tied weight stays one
         for module in self.model.modules():

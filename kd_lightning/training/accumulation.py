@@ -11,7 +11,7 @@ from kd_lightning.constants import SOURCES
 from kd_lightning.losses import LossParts
 
 
-class Window:
+class AccumulationWindow:
     """What was accumulated since the last optimizer step; nothing in it waits for the device.
 
     A window knows what was really accumulated, also where the last one of an epoch is shorter.
@@ -72,7 +72,7 @@ class Window:
         return divisor, means
 
 
-class LossWatch:
+class NonFiniteLossCheck:
     """Stops a run whose loss is not finite; asked one step late, so that no step waits for the device."""
 
     def __init__(self) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from kd_lightning.console import counted, shown
+from kd_lightning.console import progress_bar, progress_bar_enabled
 
 
-def limited(loader: Any, limit: int | float) -> int:
+def limited_batches(loader: Any, limit: int | float) -> int:
     """How many batches of a loader `limit_…_batches` leaves: a share of them, or so many.
 
     Raises:
@@ -27,7 +27,7 @@ def token_means(
 ) -> dict[str, float]:
     """Means over the counted tokens of the first `batches` batches, on all ranks together."""
     sums: dict[str, torch.Tensor] = {}
-    numbers = counted(range(batches), title, shown=shown(trainer))
+    numbers = progress_bar(range(batches), title, shown=progress_bar_enabled(trainer))
     for _, batch in zip(numbers, loader, strict=False):
         values = module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
         for name, value in values.items():

@@ -60,7 +60,7 @@ class PartialKL(Divergence):
 
 
 @final
-class Side(Composite):
+class OnSource(Composite):
     """A divergence on the responses of one side; nan on the other's.
 
     Args:
@@ -90,7 +90,7 @@ def _head(log_p: Tensor, mu: float) -> Tensor:
     return inside
 
 
-def parts(objective: Divergence) -> dict[str, Divergence]:
+def objective_components(objective: Divergence) -> dict[str, Divergence]:
     """The parts of a composite objective by name, without their weights; none of one that is not made of others."""
     if isinstance(objective, SymmetricKL | AdaptiveKL):
         return {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL()}
@@ -101,9 +101,9 @@ def parts(objective: Divergence) -> dict[str, Divergence]:
         sides = _inner(
             {"teacher_responses": objective.teacher_responses, "student_responses": objective.student_responses}
         )
-        return {name: Side(part, name.startswith("student")) for name, part in sides.items()}
+        return {name: OnSource(part, name.startswith("student")) for name, part in sides.items()}
     if isinstance(objective, Objective):
-        found = parts(objective.divergence)
+        found = objective_components(objective.divergence)
         settings = (objective.assistant, objective.pair, objective.detach_assistant)
         wrapped: dict[str, Divergence] = {name: Objective(part, *settings) for name, part in found.items()}
         return wrapped
@@ -112,7 +112,7 @@ def parts(objective: Divergence) -> dict[str, Divergence]:
 
 def component_loss(objective: Divergence) -> DistillationLoss:
     """What measures an objective's parts, and forward KL on the teacher's head and tail, at temperature 1."""
-    monitors = {"head_kl": PartialKL("head"), **parts(objective)}
+    monitors = {"head_kl": PartialKL("head"), **objective_components(objective)}
     return DistillationLoss(ForwardKL(), monitors=monitors, compile=False)
 
 
@@ -132,7 +132,7 @@ def _inner(named: dict[str, Divergence]) -> dict[str, Divergence]:
     found: dict[str, Divergence] = {}
     for name, part in named.items():
         found[name] = part
-        found |= {f"{name}_{inner}": deeper for inner, deeper in parts(part).items()}
+        found |= {f"{name}_{inner}": deeper for inner, deeper in objective_components(part).items()}
     return found
 
 

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from kd_lightning.distributed.vocab_parallel import here
+from kd_lightning.distributed.vocab_parallel import head_on_rank
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.models.backbone import body_and_head, factors, head_of, hidden_states, logits
+from kd_lightning.models.backbone import body_and_head, head_settings, hidden_states, logits, with_current_weights
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.training.loss_components import component_sums
 
@@ -39,14 +39,14 @@ class StudentWithLoss(nn.Module):
         self._body: list[nn.Module] = []  # in a list: a second name for a part of the student, not a second part
         try:
             body, reading = self.cut(student)
-            self._reading = factors(reading)
+            self._reading = head_settings(reading)
             self._body.append(body)
         except ValueError as error:
             rank_zero_info(f"student: {error}; its whole logits are used instead")
 
     def head(self) -> Head | None:
         """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
-        return None if self._reading is None else here(head_of(self.student, self._reading))
+        return None if self._reading is None else head_on_rank(with_current_weights(self.student, self._reading))
 
     @property
     def body(self) -> nn.Module | None:

@@ -15,7 +15,7 @@ import runs
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.program import main
 from kd_lightning.data import IGNORE_INDEX, PromptDataModule
-from kd_lightning.generation.batch_generator import Writer
+from kd_lightning.generation.batch_generator import BatchGenerator
 from kd_lightning.generation.response_file import Response
 
 ROWS = 48
@@ -157,7 +157,7 @@ def test_a_student_that_says_nothing_more(
     said: Response, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, capfd: Any
 ) -> None:
     """It is counted, what was said before is learned again, and no loss is NaN; before the first pass it is refused."""
-    own, calls = Writer.answers, []
+    own, calls = BatchGenerator.answers, []
 
     def answers(writer: Any, prompts: Any, numbered: Any) -> Any:
         calls.append(writer)
@@ -165,7 +165,7 @@ def test_a_student_that_says_nothing_more(
             return own(writer, prompts, numbered)
         return ((row, said) for _, rows in numbered for row in rows)
 
-    monkeypatch.setattr(Writer, "answers", answers)
+    monkeypatch.setattr(BatchGenerator, "answers", answers)
     root = tmp_path / "root"
     words = [word.replace("contrastive.yaml", "own.yaml") for word in contrastive(root, data, steps=8)]
     text = json.loads((tmp_path / "contrastive.yaml").read_text())

@@ -14,7 +14,7 @@ import pytest
 import processes
 import runs
 from kd_lightning.data.base import describe_rows
-from kd_lightning.distributed.collectives import check_same
+from kd_lightning.distributed.collectives import check_ranks_agree
 from locations import ROOT
 
 
@@ -30,16 +30,16 @@ def test_a_description_changes_with_any_length_number_and_text() -> None:
 
 
 def test_one_process_has_nobody_to_agree_with() -> None:
-    check_same({"configuration": "a"})
+    check_ranks_agree({"configuration": "a"})
 
 
 def said(rank: int) -> list[str]:
     """What each rank hears when all is the same, and when a line, or all of a description, is another."""
-    check_same({"configuration": "lr: 1\nsteps: 2", "rows": "3"})
+    check_ranks_agree({"configuration": "lr: 1\nsteps: 2", "rows": "3"})
     heard = []
     for mine in ({"configuration": f"lr: 1\nsteps: {2 + rank}"}, {"rows": "3"} if rank == 0 else {}):
         try:
-            check_same(mine)
+            check_ranks_agree(mine)
         except ValueError as error:
             heard.append(str(error))
     return heard

@@ -21,11 +21,19 @@ from torch import Tensor, nn
 import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID
-from kd_lightning.distributed.dtensor import whole_state
-from kd_lightning.models.lora import LoRA, with_lora
+from kd_lightning.distributed.dtensor import full_state_dict
+from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.strategies import FSDP2Strategy
 from kd_lightning.teachers.adapter_off import AdapterOffTeacher
-from kd_lightning.teachers.cache_format import Description, Shards, ShardWriter, places, row_keys, updated, write_head
+from kd_lightning.teachers.cache_format import (
+    CacheManifest,
+    CacheReader,
+    CacheWriter,
+    next_token_mask,
+    row_keys,
+    updated,
+    write_head,
+)
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher
@@ -93,7 +101,7 @@ def micro_batches() -> list[Batch]:
 
 def adapted(student: nn.Module) -> nn.Module:
     """The student with adapters that have learnt something."""
-    return stirred(with_lora(student, LoRA(r=3)))
+    return stirred(add_adapters(student, LoRA(r=3)))
 
 
 def cached(teacher: nn.Module) -> CachedTeacher:
@@ -101,16 +109,16 @@ def cached(teacher: nn.Module) -> CachedTeacher:
     folder, live = Path(tempfile.mkdtemp()), HFTeacher(teacher)
     live.load()
     assert live.head is not None
-    whose = Description("tiny", live.fingerprint(), "-", "-", 0, "hidden", "float32", None, live.head.vocabulary)
+    whose = CacheManifest("tiny", live.fingerprint(), "-", "-", 0, "hidden", "float32", None, live.head.vocabulary)
     write_head(folder, live.head.weight, live.head.bias)
-    writer = ShardWriter(folder, whose.digest)
+    writer = CacheWriter(folder, whose.digest)
     for batch in micro_batches():
-        counted = places(batch["labels"])
+        counted = next_token_mask(batch["labels"])
         some = counted.any(1)
         hidden = live.hidden(batch)[:, :-1][counted]
         writer.add(row_keys(batch)[some], counted.sum(1)[some], {"hidden": hidden})
     writer.flush()
-    updated(whose, {}, Shards(folder, whose.digest).tokens).write(folder)
+    updated(whose, {}, CacheReader(folder, whose.digest).tokens).write(folder)
     return CachedTeacher(str(folder))
 
 
@@ -132,7 +140,7 @@ def train(setting: Setting, batches: list[Batch], models: str = "plain", **kwarg
     start = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
     fit(module, batches, precision=setting.precision, **kwargs)
     (schedule,) = module.schedules().values()
-    state = whole_state(student)
+    state = full_state_dict(student)
     return {
         "student": state,
         "change": torch.cat([(state[name] - start[name]).flatten() for name in start]),

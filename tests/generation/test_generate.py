@@ -19,7 +19,7 @@ from kd_lightning.cli.program import main
 from kd_lightning.data.collate import left_pad
 from kd_lightning.data.prompt import parse_question
 from kd_lightning.data.tokenization import TextTokenizer, load_tokenizer
-from kd_lightning.generation.batch_generator import WINDOW, Writer, batches, numbered
+from kd_lightning.generation.batch_generator import WINDOW, BatchGenerator, batches_of_rank, length_batches
 from kd_lightning.generation.response_file import OtherResponsesError, Response, ResponseFile
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.loading import load_causal_lm
@@ -232,12 +232,12 @@ def test_two_at_a_time_on_one_file_are_refused(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- parts
 def test_batches_hold_every_row_once_within_their_window() -> None:
     lengths = [(37 * n) % 101 for n in range(500)]
-    found = batches(lengths, 7)
+    found = length_batches(lengths, 7)
     assert sorted(row for rows in found for row in rows) == list(range(500))
     for number, rows in enumerate(found):
         assert {row // (7 * WINDOW) for row in rows} == {number // WINDOW}
         assert [lengths[row] for row in rows] == sorted((lengths[row] for row in rows), reverse=True)
-    ours = [list(numbered(found, rank=rank, ranks=3)) for rank in range(3)]
+    ours = [list(batches_of_rank(found, rank=rank, ranks=3)) for rank in range(3)]
     assert sorted(pair[0] for rank in ours for pair in rank) == list(range(len(found)))
 
 
@@ -273,7 +273,7 @@ def test_ends_and_reasons() -> None:
     word = tokenizer("cat").input_ids[0]
     # only an end; a word and either end; padding after it; no end at all
     tokens = [[1, 0, 0], [word, 1, 0], [word, 7, word], [word, word, word]]
-    writer = Writer(Parrot(tokens, [1, 7]), tokenizer, Sampling(3))
+    writer = BatchGenerator(Parrot(tokens, [1, 7]), tokenizer, Sampling(3))
     found = dict(writer.answers([[5]] * 4, [(0, [0, 1, 2, 3])]))
     assert [found[n].finish_reason for n in range(4)] == ["eos", "eos", "eos", "length"]
     assert [found[n].tokens for n in range(4)] == [1, 2, 2, 3]
@@ -283,7 +283,7 @@ def test_ends_and_reasons() -> None:
 
 def test_prompts_go_where_the_model_computes_not_where_its_parameters_wait() -> None:
     model = Parrot([[5, 1]], 1).to("meta")  # in a run: shards in host memory, computed with on a card
-    writer = Writer(model, load_tokenizer("asset:student"), Sampling(2), device=torch.device("cpu"))
+    writer = BatchGenerator(model, load_tokenizer("asset:student"), Sampling(2), device=torch.device("cpu"))
     assert [response.tokens for _, response in writer.answers([[5]], [(0, [0])])] == [2]
 
 
@@ -291,7 +291,7 @@ def test_dropout_is_off_and_the_mode_comes_back() -> None:
     model: Any = load_causal_lm("asset:student", kwargs={"attention_dropout": 0.9})
     tokenizer = load_tokenizer("asset:student")
     prompts = [tokenizer("Define the noun below.\ncat").input_ids]
-    writer = Writer(model.train(), tokenizer, Sampling(8, 0.0))
+    writer = BatchGenerator(model.train(), tokenizer, Sampling(8, 0.0))
     first = dict(writer.answers(prompts, [(0, [0])]))
     assert model.training
     assert first == dict(writer.answers(prompts, [(0, [0])]))

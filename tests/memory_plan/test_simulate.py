@@ -20,8 +20,8 @@ from architectures import tiny
 from kd_lightning import DistillationModule
 from kd_lightning.cli.plan import main, size
 from kd_lightning.cli.program import main as program
-from kd_lightning.distributed.dtensor import local
-from kd_lightning.engine.chunked import padded
+from kd_lightning.distributed.dtensor import local_shard
+from kd_lightning.engine.chunked import padded_width
 from kd_lightning.memory_plan.tracker import Tracker
 from kd_lightning.strategies import FSDP2Strategy
 from test_strategies import joined
@@ -67,7 +67,7 @@ class Watch(L.Callback):
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.tracker = Tracker(widths={padded(VOCABULARY): "tiles"})
+        self.tracker = Tracker(widths={padded_width(VOCABULARY): "tiles"})
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         if batch_idx == self.window:
@@ -90,7 +90,7 @@ def moments(trainer: L.Trainer) -> list[Tensor]:
 
 def held(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the numbers on this rank."""
-    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return sum(local_shard(tensor).numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 class KeepsGradients(DistillationModule):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from kd_lightning.memory_plan.tracker import ELSEWHERE, Tracker, in_words, nbytes
+from kd_lightning.memory_plan.tracker import ELSEWHERE, Tracker, format_bytes, nbytes
 
 
 @pytest.mark.parametrize("fake", [False, True])
@@ -59,4 +59,4 @@ def test_integers_stay_what_they_are_beside_shapes() -> None:
     [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (80 << 30, "80 GiB"), (333 << 20, "333 MiB")],
 )
 def test_bytes_in_words(size: int, words: str) -> None:
-    assert in_words(size) == words
+    assert format_bytes(size) == words

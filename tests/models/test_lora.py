@@ -22,9 +22,9 @@ from architectures import VOCABULARY, tiny
 from kd_lightning import TAID, DistillationModule, ForwardKL, distillation_loss
 from kd_lightning.callbacks.export import save_student
 from kd_lightning.cli.program import main, run
-from kd_lightning.engine.logit_source import Projected
-from kd_lightning.models.backbone import body_and_head, evaluating, hidden_states, logits
-from kd_lightning.models.lora import LoRA, adapters_off, merged_state, with_lora
+from kd_lightning.engine.logit_source import ProjectedLogits
+from kd_lightning.models.backbone import body_and_head, eval_mode, hidden_states, logits
+from kd_lightning.models.lora import LoRA, adapters_disabled, add_adapters, merged_state_dict
 from test_module import fit, rows, split
 
 SGD = functools.partial(torch.optim.SGD, lr=1.0)
@@ -70,7 +70,9 @@ def test_a_fresh_student_says_what_it_said(dora: bool) -> None:
     model, ids = tiny("llama"), tokens()
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        torch.testing.assert_close(with_lora(model, LoRA(dora=dora))(input_ids=ids).logits, before, atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            add_adapters(model, LoRA(dora=dora))(input_ids=ids).logits, before, atol=2e-5, rtol=0
+        )
 
 
 def whole_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -93,7 +95,7 @@ def whole_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor])
 )
 def test_a_step_is_that_of_the_whole_logits(lora: LoRA) -> None:
     teacher, batch = tiny("gpt2").eval(), rows(vocabulary=VOCABULARY)
-    student = stirred(with_lora(tiny("llama", **UNTIED), lora))
+    student = stirred(add_adapters(tiny("llama", **UNTIED), lora))
     twin = copy.deepcopy(student)
     before = copy.deepcopy(student.state_dict())
     module = fit(DistillationModule(student, teacher, optimizer=SGD), [batch])
@@ -108,13 +110,13 @@ def test_a_step_is_that_of_the_whole_logits(lora: LoRA) -> None:
 
 def test_a_frozen_head_costs_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[bool]] = []
-    take = Projected.take
+    take = ProjectedLogits.take
 
-    def spy(self: Projected, dz: Tensor, gradients: Any, a: int, b: int) -> None:
+    def spy(self: ProjectedLogits, dz: Tensor, gradients: Any, a: int, b: int) -> None:
         seen.append([gradient is not None for gradient in gradients])
         take(self, dz, gradients, a, b)
 
-    monkeypatch.setattr(Projected, "take", spy)
+    monkeypatch.setattr(ProjectedLogits, "take", spy)
     for lora in (LoRA(r=2), None):
         fit(DistillationModule(tiny("llama"), tiny("llama"), lora=lora), [rows(vocabulary=VOCABULARY)])
     assert seen == [[True, False, False], [True, True, False]]
@@ -122,14 +124,14 @@ def test_a_frozen_head_costs_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "cohere", "gptj", "qwen2"])
 def test_a_student_with_adapters_is_cut_like_a_plain_one(model_type: str) -> None:
-    student = stirred(with_lora(tiny(model_type), LoRA(r=2))).eval()
+    student = stirred(add_adapters(tiny(model_type), LoRA(r=2))).eval()
     body, head = body_and_head(student)
     assert not head.weight.requires_grad
     assert_same(student, body, head)  # type: ignore[arg-type]
 
 
 def test_an_adapter_on_the_head_is_seen() -> None:
-    student = with_lora(tiny("llama", **UNTIED), LoRA(targets=["lm_head"]))
+    student = add_adapters(tiny("llama", **UNTIED), LoRA(targets=["lm_head"]))
     with pytest.raises(ValueError, match="an adapter sits on its head"):
         body_and_head(student)
 
@@ -149,7 +151,7 @@ def test_the_export_is_plain_and_says_the_same(model_type: str, lora: LoRA, tmp_
     model = tiny(model_type, **(UNTIED if "lm_head" in lora.targets else {}))
     pristine = copy.deepcopy(model)
     names = set(pristine.state_dict())
-    student = stirred(with_lora(model, lora)).eval()
+    student = stirred(add_adapters(model, lora)).eval()
     before, ids = copy.deepcopy(student.state_dict()), tokens()
     save_student(student, None, tmp_path / "student")  # type: ignore[arg-type]
 
@@ -167,16 +169,16 @@ def test_the_export_is_plain_and_says_the_same(model_type: str, lora: LoRA, tmp_
     ]
     with torch.no_grad():
         expected = student(input_ids=ids).logits
-        with adapters_off(student):
+        with adapters_disabled(student):
             assert (student(input_ids=ids).logits - expected).abs().max() > 0.05
         torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=2e-5, rtol=2e-5)
         assert torch.equal(again(input_ids=ids).logits, expected)
 
 
 def test_merging_takes_the_tensors_it_is_given() -> None:
-    student = stirred(with_lora(tiny("llama"), LoRA(r=2)))
+    student = stirred(add_adapters(tiny("llama"), LoRA(r=2)))
     state = {name: tensor.double() for name, tensor in student.state_dict().items()}
-    merged = merged_state(student, state)
+    merged = merged_state_dict(student, state)
     name = "model.layers.1.mlp.up_proj"
     inside = f"base_model.model.{name}"
     low = state[f"{inside}.lora_B.default.weight"] @ state[f"{inside}.lora_A.default.weight"]
@@ -242,20 +244,20 @@ def test_a_bad_argument(case: tuple[list[str], list[str]], tmp_path: Path, capfd
 
 def test_adapters_on_adapters_are_refused() -> None:
     with pytest.raises(ValueError, match="has adapters already"):
-        with_lora(with_lora(tiny("llama"), LoRA()), LoRA())
+        add_adapters(add_adapters(tiny("llama"), LoRA()), LoRA())
 
 
 def test_a_layer_is_named_by_the_end_of_its_name() -> None:
-    student = with_lora(tiny("llama"), LoRA(targets="1.self_attn.v_proj"))
+    student = add_adapters(tiny("llama"), LoRA(targets="1.self_attn.v_proj"))
     inside = "base_model.model.model.layers.1.self_attn.v_proj"
     assert learning(student) == {f"{inside}.lora_A.default.weight", f"{inside}.lora_B.default.weight"}
 
 
 def test_modes_come_back() -> None:
-    student = with_lora(tiny("gpt2"), LoRA()).train()
+    student = add_adapters(tiny("gpt2"), LoRA()).train()
     student.base_model.model.transformer.h[0].eval()
     before = [module.training for module in student.modules()]
-    with evaluating(student), torch.no_grad():
+    with eval_mode(student), torch.no_grad():
         hidden_states(student.base_model.model.transformer, tokens())
         assert not any(module.training for module in student.modules())
     assert [module.training for module in student.modules()] == before

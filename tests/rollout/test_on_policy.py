@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from architectures import tiny
 from kd_lightning import DistillationLoss, ForwardKL, InstructionDataModule
-from kd_lightning.models.generate import Mixture, Sampling, Within, end_ids, generate
+from kd_lightning.models.generate import RestrictVocabulary, Sampling, TeacherMixture, eos_token_ids, generate
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import gather_rows, prompts
@@ -215,11 +215,11 @@ def test_a_mixture_is_the_sum_of_both(kind: str) -> None:
     ids = torch.randint(3, 80, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    whole = generate(student, ids, mask, 8, processors=[Mixture(teacher, 1.0, 1.0, mask)])
+    whole = generate(student, ids, mask, 8, processors=[TeacherMixture(teacher, 1.0, 1.0, mask)])
     assert torch.equal(whole, generate(teacher, ids, mask, 8))
     assert not torch.equal(whole, generate(student, ids, mask, 8))
 
-    processor = Mixture(teacher, 0.3, 2.0, mask)
+    processor = TeacherMixture(teacher, 0.3, 2.0, mask)
     scores = torch.randn(3, 80)
     with torch.no_grad():
         for width in (6, 7, 9):  # the teacher reads on from what it has read
@@ -232,7 +232,7 @@ def test_a_mixture_is_the_sum_of_both(kind: str) -> None:
 
 
 def test_tokens_that_the_teacher_does_not_know_are_not_written() -> None:
-    assert Within(3)(torch.zeros(1, 1), torch.zeros(1, 5)).isinf().tolist() == [[False] * 3 + [True] * 2]
+    assert RestrictVocabulary(3)(torch.zeros(1, 1), torch.zeros(1, 5)).isinf().tolist() == [[False] * 3 + [True] * 2]
     student, teacher = tiny("llama", vocab_size=90), HFTeacher(tiny("llama"))  # type: ignore[arg-type]
     teacher.load()
     with torch.no_grad():
@@ -327,7 +327,7 @@ def test_arguments(settings: dict[str, Any], words: list[str]) -> None:
 
 
 def test_models_that_cannot_write() -> None:
-    assert end_ids(Script([[1]], ends=[2, 3])) == [2, 3]
+    assert eos_token_ids(Script([[1]], ends=[2, 3])) == [2, 3]
     for ends in (None, []):
         with pytest.raises(ValueError, match="eos_token_id"):
             OnPolicy().check(Script([[1]], ends=ends), None, None)

@@ -13,7 +13,7 @@ import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID, DistillationModule
 from kd_lightning.distributed.checkpoint_io import open_checkpoint
-from kd_lightning.distributed.dtensor import whole_state
+from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.models.lora import LoRA
 from kd_lightning.strategies import FSDP2Strategy
 from test_module import rows, split
@@ -52,7 +52,7 @@ def on_two_ranks(rank: int, folder: str) -> list[dict[str, Tensor]]:
         whole, again = Path(folder) / str(kind), Path(folder) / f"{kind} again"
         for place, start in ((whole, None), (again, whole / "epoch=1.ckpt")):
             module = run(place, f"{folder}/start", start, rank, 2, save_distributed_checkpoint=kind)
-            found.append(whole_state(module.student))
+            found.append(full_state_dict(module.student))
     return found
 
 

@@ -18,7 +18,7 @@ import runs
 from kd_lightning import DistillationModule
 from kd_lightning.cli.program import main
 from kd_lightning.data import InstructionDataModule
-from kd_lightning.teachers.cache_format import Description, Shards
+from kd_lightning.teachers.cache_format import CacheManifest, CacheReader
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from test_bad_input import refused
@@ -41,7 +41,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
     def counting(self: HFTeacher, batch: dict[str, Tensor]) -> Tensor:
         path = tmp_path / "root" / "teacher_cache"
-        asked.append(2 * (Description.read(path).tokens is not None) if path.exists() else -1)
+        asked.append(2 * (CacheManifest.read(path).tokens is not None) if path.exists() else -1)
         return hidden(self, batch)
 
     monkeypatch.setattr(HFTeacher, "hidden", counting)
@@ -55,7 +55,7 @@ def test_the_teacher_is_asked_once_about_every_row(tmp_path: Path, forwards: lis
     forwards.clear()
     assert main(words(tmp_path / "root", data)) == 0  # a pass and a half, with validation
     assert forwards.count(0) == 5 and 2 not in forwards
-    kept = Description.read(tmp_path / "root" / "teacher_cache")
+    kept = CacheManifest.read(tmp_path / "root" / "teacher_cache")
     assert list(kept.data) == ["train", "val"]
     assert kept.data["train"] == kept.data["val"]
     assert kept.dtype == "float32"
@@ -70,7 +70,7 @@ def test_the_closing_table_is_the_live_ones(tmp_path: Path, forwards: list[int])
         few = ["--trainer.limit_test_batches", "2", "--results.max_new_tokens", "3"]
         assert main(words(tmp_path / name, data, *few, cached=name == "root", steps=2)) == 0
         found[name] = runs.results(tmp_path / name)
-    assert list(Description.read(tmp_path / "root" / "teacher_cache").data) == ["train", "val", "test"]
+    assert list(CacheManifest.read(tmp_path / "root" / "teacher_cache").data) == ["train", "val", "test"]
     for row in ("teacher", "student_before", "student_after"):
         for key, value in found["live"][row].items():
             assert found["root"][row][key] == pytest.approx(value, abs=1e-4)
@@ -151,7 +151,7 @@ def test_two_ranks_share_the_writing_and_train_as_one(tmp_path: Path) -> None:
     found = processes.run(on_a_rank, str(tmp_path / "two"), str(data))
     for student in found:
         assert_same_student(student, alone, atol=5e-5)
-    one, two = (Description.read(tmp_path / name / "teacher_cache") for name in ("one", "two"))
+    one, two = (CacheManifest.read(tmp_path / name / "teacher_cache") for name in ("one", "two"))
     assert one.data == two.data and one.digest == two.digest
-    shards = Shards(tmp_path / "two" / "teacher_cache", two.digest)
+    shards = CacheReader(tmp_path / "two" / "teacher_cache", two.digest)
     assert len(shards.tables) == 2 and shards.tokens == two.tokens == one.tokens

@@ -9,7 +9,7 @@ from typing import Any
 from kd_lightning.cli.program import main
 from kd_lightning.teachers import cache_format as teacher_cache
 
-add = teacher_cache.ShardWriter.add
+add = teacher_cache.CacheWriter.add
 
 
 def add_and_write(self: Any, *args: Any) -> None:
@@ -19,5 +19,5 @@ def add_and_write(self: Any, *args: Any) -> None:
 
 
 if __name__ == "__main__":
-    teacher_cache.ShardWriter.add = add_and_write  # type: ignore[method-assign]
+    teacher_cache.CacheWriter.add = add_and_write  # type: ignore[method-assign]
     sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ import runs
 from kd_lightning import DistillationLoss, DistillationModule, ForwardKL
 from kd_lightning.cli.program import main
 from kd_lightning.data import InstructionDataModule
-from kd_lightning.teachers.cache_format import Description, Shards, places, row_keys
+from kd_lightning.teachers.cache_format import CacheManifest, CacheReader, next_token_mask, row_keys
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
@@ -82,7 +82,7 @@ def test_hidden_states_are_those_of_the_teacher_in_any_order(kept: dict[str, Pat
     assert torch.equal(cached.head.weight, live.head.weight)
     seen = 0
     for batch in batches(kept["data"]):
-        counted = places(batch["labels"])
+        counted = next_token_mask(batch["labels"])
         found, expected = cached.hidden(batch), live.hidden(batch)
         assert found.shape == expected.shape and found.dtype == torch.float32
         assert torch.equal(found[:, :-1][~counted], torch.zeros_like(found[:, :-1][~counted]))
@@ -127,7 +127,7 @@ def test_the_top_k_are_the_teachers(kept: dict[str, Path]) -> None:
     cached, hidden = opened(kept["top_k"]), opened(kept["hidden"])
     assert cached.head is None
     for batch in batches(kept["data"]):
-        counted, labels = places(batch["labels"]), batch["labels"][:, 1:]
+        counted, labels = next_token_mask(batch["labels"]), batch["labels"][:, 1:]
         known = cached.logits(batch)[:, :-1][counted]
         log_p = hidden.logits(batch)[:, :-1][counted].log_softmax(-1)
         ids = known.ids.long()
@@ -215,7 +215,7 @@ def test_more_data_is_added(tmp_path: Path, kept: dict[str, Path]) -> None:
     before = {path.name for path in folder.iterdir()}
     assert main(words(more, folder, "--dtype", "float32")) == 0
     (new,) = {path.name for path in folder.iterdir()} - before
-    assert Description.read(folder).data["train"].startswith("60 rows")
+    assert CacheManifest.read(folder).data["train"].startswith("60 rows")
     assert len(load_file(folder / new)["lengths"]) == 20
     for data in (more, kept["data"]):
         for batch in batches(data):
@@ -229,7 +229,7 @@ def test_killed_and_repeated_equals_untouched(extra: list[str], tmp_path: Path) 
     cut = words(data, tmp_path / "cut", *extra)
     small = str(SUPPORT / "small_shards.py")
     runs.kill_when(cut, tmp_path / "cut" / "shard-00000-000003.safetensors", program=(small,))
-    assert Description.read(tmp_path / "cut").tokens is None
+    assert CacheManifest.read(tmp_path / "cut").tokens is None
     assert runs.finish(cut)[0] == 0
     assert main(words(data, tmp_path / "whole", *extra)) == 0
     one, other = (opened(tmp_path / name) for name in ("whole", "cut"))
@@ -393,6 +393,6 @@ def test_a_broken_cache(
 
 
 def test_shards_are_mapped_not_read(kept: dict[str, Path]) -> None:
-    shards = Shards(kept["hidden"], Description.read(kept["hidden"]).digest)
+    shards = CacheReader(kept["hidden"], CacheManifest.read(kept["hidden"]).digest)
     assert len(shards.tables) == 1
     assert str(kept["hidden"] / "shard-00000-000000.safetensors") in Path("/proc/self/maps").read_text()

@@ -19,8 +19,8 @@ import runs
 from architectures import VOCABULARY, tiny
 from kd_lightning import DistillationModule
 from kd_lightning.cli.program import main
-from kd_lightning.distributed.fsdp2 import layers
-from kd_lightning.models.lora import LoRA, with_lora
+from kd_lightning.distributed.fsdp2 import transformer_layers
+from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.teachers.adapter_off import AdapterOffTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher
@@ -37,7 +37,7 @@ def with_itself(student: nn.Module, **kwargs: Any) -> DistillationModule:
 def test_adapter_off_is_the_model_as_it_was() -> None:
     plain = tiny("gpt2").train()  # with dropout, which a teacher has not
     original = copy.deepcopy(plain).eval()
-    module = with_itself(stirred(with_lora(plain, LoRA(r=2, dropout=0.5))))
+    module = with_itself(stirred(add_adapters(plain, LoRA(r=2, dropout=0.5))))
     module.configure_model()
     teacher, tokens = module.teacher, batch()
     assert teacher is not None and teacher.head is not None
@@ -62,7 +62,7 @@ def test_it_is_no_second_copy() -> None:
 
 
 def test_a_step_beside_itself_is_one_beside_a_copy() -> None:
-    student = stirred(with_lora(tiny("llama"), LoRA(r=2)))
+    student = stirred(add_adapters(tiny("llama"), LoRA(r=2)))
     original = tiny("llama")
     original.load_state_dict(
         {
@@ -80,7 +80,7 @@ def test_a_step_beside_itself_is_one_beside_a_copy() -> None:
 
 
 def test_its_fingerprint_is_the_frozen_models() -> None:
-    module = with_itself(with_lora(tiny("llama"), LoRA(r=2)))
+    module = with_itself(add_adapters(tiny("llama"), LoRA(r=2)))
     module.configure_model()
     assert module.teacher is not None
     first = module.teacher.fingerprint()
@@ -139,7 +139,7 @@ def test_layers_visit_the_device_one_at_a_time() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     teacher = OffloadedTeacher(model)  # type: ignore[arg-type]
     teacher.load("meta")  # a device like any other, but for its numbers
-    parts, there = layers(model), []
+    parts, there = transformer_layers(model), []
 
     def look(*_: Any) -> None:
         there.append([{p.device.type for p in part.parameters()} for part in parts])

@@ -19,7 +19,13 @@ from kd_lightning.functional import forward_kl, head_mask, log_softmax
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.objectives import AMiD, Contrastive, SkewKL, SkewReverseKL
 from kd_lightning.schedules import Linear, ResponseGap
-from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss, component_sums, parts
+from kd_lightning.training.loss_components import (
+    PREFIX,
+    PartialKL,
+    component_loss,
+    component_sums,
+    objective_components,
+)
 from test_module import rows, split
 
 
@@ -60,15 +66,15 @@ def test_a_head_of_more_tokens_than_are_looked_at_first(mu: float) -> None:
 
 def test_parts_by_name() -> None:
     both = ["forward_kl", "reverse_kl"]
-    assert list(parts(SymmetricKL())) == list(parts(AdaptiveKL())) == both
-    assert list(parts(AMiD(SymmetricKL(), 0.0, 0.5))) == both
-    assert list(parts(WeightedSum([ForwardKL(), SkewKL()], [1.0, 2.0]))) == ["forward_kl", "skew_kl"]
+    assert list(objective_components(SymmetricKL())) == list(objective_components(AdaptiveKL())) == both
+    assert list(objective_components(AMiD(SymmetricKL(), 0.0, 0.5))) == both
+    assert list(objective_components(WeightedSum([ForwardKL(), SkewKL()], [1.0, 2.0]))) == ["forward_kl", "skew_kl"]
     twice = WeightedSum([ForwardKL(), SymmetricKL(), ForwardKL()], [1.0, 1.0, 1.0])
-    assert list(parts(twice)) == [
+    assert list(objective_components(twice)) == [
         "forward_kl_0", "symmetric_kl", "symmetric_kl_forward_kl", "symmetric_kl_reverse_kl", "forward_kl_2"
     ]  # fmt: skip
-    assert list(parts(Contrastive())) == ["teacher_responses", "student_responses"]
-    assert parts(ForwardKL()) == parts(SkewKL()) == {}
+    assert list(objective_components(Contrastive())) == ["teacher_responses", "student_responses"]
+    assert objective_components(ForwardKL()) == objective_components(SkewKL()) == {}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,7 @@ def test_parts_by_name() -> None:
 )
 def test_weighted_parts_add_up_to_the_objective(whole: Divergence, weights: tuple[float, ...]) -> None:
     log_p, log_q = problem()
-    found = [evaluate(part, log_p, log_q) for part in parts(whole).values()]
+    found = [evaluate(part, log_p, log_q) for part in objective_components(whole).values()]
     total = sum(w * part for w, part in zip(weights, found, strict=True))
     torch.testing.assert_close(total, evaluate(whole, log_p, log_q), rtol=1e-12, atol=1e-13)
 
