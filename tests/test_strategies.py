@@ -11,33 +11,25 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import processes
 import runs
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID
-from kd_lightning.callbacks.export import HFExport
 from kd_lightning.cli.program import main
 from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from kd_lightning.distributed.dtensor import full_state_dict, local_shard
 from kd_lightning.distributed.fsdp2 import transformer_layers
 from kd_lightning.models.generate import generate
 from kd_lightning.strategies import FSDP2Strategy
-from test_module import Batch, Run, assert_same_student, rows, split
+from sharded_fits import joined, train
+from tiny_fits import Batch, Run, assert_same_student, rows, split
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # resumed runs write elsewhere
 
 EPOCHS = 2
 SHARES = {1: [8], 2: [5, 3], 4: [2, 2, 2, 2]}  # rows of each rank that reads
-
-
-def joined(rank: int, ranks: int) -> None:
-    """Tell Lightning which of the processes this is."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def run(
@@ -53,24 +45,6 @@ def run(
     strategy = FSDP2Strategy(**sizes) if ranks > 1 else "auto"
     train(module, batch, folder, ckpt, devices=ranks, strategy=strategy, max_epochs=EPOCHS, gradient_clip_val=0.05)
     return module
-
-
-def train(module: Any, batch: Batch, folder: Path, start: Path | None, **settings: Any) -> None:
-    """Train on one batch an epoch, from a checkpoint or from nothing, with a checkpoint of each and the export."""
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1), HFExport()],
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        **settings,
-    )
-    loader = DataLoader([batch], batch_size=None)
-    trainer.fit(module, loader, loader, ckpt_path=start, weights_only=True)
 
 
 def held(model: nn.Module) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_generate_in_run import contrastive, seqkd
 
 import runs
+from generated_runs import contrastive, seqkd
 from kd_lightning.callbacks.samples import Samples, written_rows
 from kd_lightning.cli.program import main
 from kd_lightning.data.tokenization import load_tokenizer

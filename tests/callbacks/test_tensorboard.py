@@ -131,7 +131,7 @@ class Service(Logger):
 
 def test_a_service_gets_every_number_and_is_asked_for_nothing_else(tmp_path: Path) -> None:
     Service.seen.clear()
-    data = ["--data.train", str(runs.little_data(tmp_path)), *VALIDATED, "--trainer.logger", "test_dashboard.Service"]
+    data = ["--data.train", str(runs.little_data(tmp_path)), *VALIDATED, "--trainer.logger", "test_tensorboard.Service"]
     words = ["--generation.every_n_validations", "1", "--generation.rows", "2", "--generation.max_new_tokens", "2"]
     assert main([*runs.little(tmp_path / "root", "taid"), *data, *words]) == 0
     for tag in ("train/loss", "train/kd", "train/grad_norm", "component/head_kl", "val/forward_kl", "val/rouge_l"):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import runs
 from kd_lightning.assets import resolve
 from kd_lightning.cli.program import main
+from refusals import refused
 
 ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "temperature 0": (["--model.temperature", "0"], ["temperature", "0", ">"]),
@@ -77,20 +78,6 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "trust_remote_code": (["--model.student_kwargs", '{"trust_remote_code": true}'], ["trust_remote_code"]),
     "unknown config": (["--config", "quikstart"], ["quikstart", "(did you mean quickstart?)"]),
 }
-
-
-def refused(words: list[str], said: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """Run, and hold the rule: status not 0, one line, no traceback, every word of `said` in it."""
-    capfd.readouterr()
-    code = main(words)
-    err = capfd.readouterr().err
-    assert code != 0, "the run went through"
-    assert "Traceback" not in err
-    line = next(line for line in err.splitlines() if line.startswith("kd-lightning: error: "))
-    assert err.rstrip().endswith(line)
-    for word in said:
-        assert word in line, f"{word!r} is not in: {line}"
-    return line
 
 
 @pytest.mark.parametrize("case", ARGUMENTS.values(), ids=ARGUMENTS.keys())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from chat_templates import FAMILIES
-from kd_lightning.data import IGNORE_INDEX, InstructionDataModule, left_pad, tokenizing
+from kd_lightning.data import IGNORE_INDEX, InstructionDataModule, left_pad, tokenization
 from tiny_tokenizers import tiny
 
 CHATML = FAMILIES["chatml"]
@@ -163,13 +163,13 @@ def test_a_chat_template_from_a_file(tmp_path: Path) -> None:
 def test_the_second_run_finds_the_rows_tokenised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", rows(10))
     calls: list[str] = []
-    original = tokenizing.TextTokenizer.tokenize
+    original = tokenization.TextTokenizer.tokenize
 
     def counting(self: Any, *args: Any) -> Any:
         calls.append("tokenize")
         return original(self, *args)
 
-    monkeypatch.setattr(tokenizing.TextTokenizer, "tokenize", counting)
+    monkeypatch.setattr(tokenization.TextTokenizer, "tokenize", counting)
     first = list(module(path, shuffle=False).train_dataloader())
     assert len(calls) == 10
     again = list(module(path, shuffle=False).train_dataloader())
@@ -184,7 +184,7 @@ def test_the_second_run_finds_the_rows_tokenised(tmp_path: Path, monkeypatch: py
 def test_rows_are_tokenised_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", rows(40))
     alone = list(module(path, shuffle=False, max_length=99).train_dataloader())
-    monkeypatch.setattr(tokenizing, "PARALLEL_ROWS", 20)
+    monkeypatch.setattr(tokenization, "PARALLEL_ROWS", 20)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     together = list(module(path, shuffle=False, max_length=98).train_dataloader())
     for one, other in zip(alone, together, strict=True):

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora import stirred
 from torch import Tensor, nn
 
 import processes
+from adapters import stirred
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID
 from kd_lightning.distributed.dtensor import full_state_dict
@@ -37,7 +37,7 @@ from kd_lightning.teachers.cache_format import (
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher
-from test_module import SGD, Batch, Run, fit, rows, split
+from tiny_fits import SGD, Batch, Run, fit, rows, split
 
 FP32 = 2e-5  # of any weight
 BF16 = 2  # times the error that one device makes in bf16-mixed, in the norm of the whole change

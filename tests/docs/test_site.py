@@ -93,10 +93,10 @@ def test_every_public_name_has_one_place() -> None:
 
 
 def test_every_command_and_every_callback_of_the_program_has_its_place() -> None:
-    assert {f"commands.{name}.main" for name in cli.COMMANDS} <= set(DOCUMENTED)
+    assert {f"cli.{name}.main" for name in cli.COMMANDS} <= set(DOCUMENTED)
     for verb in cli.VERBS:
         assert f"`{verb}`" in TEXTS["reference/commands.md"], verb
-    source = Path(cli.__file__).read_text(encoding="utf-8")
+    source = Path(cli.program.__file__).read_text(encoding="utf-8")
     added = re.findall(r"add_lightning_class_args\((\w+), \"(\w+)\"\)", source)
     assert added
     for name, group in added:
@@ -178,7 +178,7 @@ def test_commands_and_options_on_the_pages_exist(tmp_path: Path) -> None:
         if verb not in OWN:
             lines.append([verb, *words])
             continue
-        source = (ROOT / "kd_lightning" / "commands" / f"{verb}.py").read_text(encoding="utf-8")
+        source = (ROOT / "kd_lightning" / "cli" / f"{verb}.py").read_text(encoding="utf-8")
         own = {*re.findall(r'"(--\w+)"', source), *(f"--{name}" for name in re.findall(r"^    (\w+): ", source, re.M))}
         rest = [word for word in words if word.startswith("--") and word not in own]
         if verb in ("generate", "compare"):

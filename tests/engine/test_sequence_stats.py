@@ -18,7 +18,7 @@ from kd_lightning.engine.top_k import TopK, top_k
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.schedules import Complement
 from slow_reference import error
-from test_module import Batch, Run, assert_same_student, fit, rows, split, weights
+from tiny_fits import Batch, Run, assert_same_student, fit, rows, split, weights
 
 ignore_torch = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 

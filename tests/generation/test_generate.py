@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_bad_input import refused
 
 import runs
+from json_lines import Row, read
 from kd_lightning.assets import resolve
 from kd_lightning.cli.program import main
 from kd_lightning.data.collate import left_pad
@@ -23,18 +23,14 @@ from kd_lightning.generation.batch_generator import WINDOW, BatchGenerator, batc
 from kd_lightning.generation.response_file import OtherResponsesError, Response, ResponseFile
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.loading import load_causal_lm
+from refusals import refused
 
-Row = dict[str, Any]
 ROWS = 40
 
 
 def words(data: Path, output: Path, *more: str, model: str = "asset:student") -> list[str]:
     start = ["generate", "--model", model, "--data", str(data), "--output", str(output), "--batch_size", "4"]
     return [*start, "--max_new_tokens", "8", "--temperature", "0.9", "--seed", "5", "--progress", "false", *more]
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bad_input import refused
-from test_generate import read
 
 import runs
 from fake_server import Answer, FakeServer, chat
+from json_lines import read
 from kd_lightning.assets import resolve
-from kd_lightning.cli.command_parser import server as client
+from kd_lightning.generation import server as client
 from kd_lightning.cli.program import main
+from refusals import refused
 
 ROWS = 12
 

@@ -7,9 +7,9 @@ import resource
 from pathlib import Path
 
 import pytest
-from test_plan import planned, shapes
 
 import runs
+from plans import planned, shapes
 
 LLAMA = {
     "model_type": "llama",

@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import processes
-import runs
 from architectures import tiny
 from kd_lightning import DistillationModule
-from kd_lightning.cli.plan import main, size
+from kd_lightning.cli.plan import size
 from kd_lightning.cli.program import main as program
 from kd_lightning.distributed.dtensor import local_shard
 from kd_lightning.engine.chunked import padded_width
 from kd_lightning.memory_plan.tracker import Tracker
 from kd_lightning.strategies import FSDP2Strategy
-from test_strategies import joined
+from plans import planned, shapes
+from sharded_fits import joined
 
 ROWS, LENGTH, VOCABULARY = 4, 64, 2048
 WIDE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
@@ -43,23 +43,6 @@ def models(folder: Path) -> tuple[str, str]:
     tiny("llama", **WIDE, tie_word_embeddings=True).save_pretrained(folder / "student")
     tiny("llama", **WIDE | {"hidden_size": 128}).save_pretrained(folder / "teacher")
     return str(folder / "student"), str(folder / "teacher")
-
-
-def shapes(folder: Path, **configs: dict[str, Any]) -> list[str]:
-    """Words that name folders with nothing but a configuration in them."""
-    words = []
-    for role, config in configs.items():
-        (folder / role).mkdir(parents=True)
-        (folder / role / "config.json").write_text(json.dumps(config))
-        words += [f"--model.{role}", str(folder / role)]
-    return words
-
-
-def planned(folder: Path, *words: str) -> dict[str, Any]:
-    """What the command says about a run with these words."""
-    usual = ["--config", str(runs.CONFIGS / "quickstart.yaml"), "--trainer.default_root_dir", str(folder / "root")]
-    assert main([*usual, "--trainer.accelerator", "cpu", "--json", str(folder / "plan.json"), *words]) == 0
-    return json.loads((folder / "plan.json").read_text())
 
 
 class Watch(L.Callback):

@@ -6,7 +6,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_metrics import case
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -14,6 +13,7 @@ import processes
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.metrics.bucketed import Bucketed, ByPosition, BySource
 from kd_lightning.metrics.per_token import NLL, Agreement, BeatsTeacher, CalibrationError, DivergenceMetric, Entropy
+from metric_cases import case
 
 
 def places(labels: Tensor) -> list[list[int]]:

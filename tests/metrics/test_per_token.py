@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 
 import processes
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
-from kd_lightning.functional import calibration_error, log_softmax
+from kd_lightning.functional import calibration_error
 from kd_lightning.metrics.per_token import (
     NLL,
     Agreement,
@@ -22,20 +22,12 @@ from kd_lightning.metrics.per_token import (
     Entropy,
     TokenMean,
 )
+from metric_cases import V, case
 
-V = 7
 NAMES = (
     *("forward_kl", "reverse_kl", "jsd", "total_variation", "teacher_nll", "agreement", "top_3_agreement", "entropy"),
     *("beats_teacher", "calibration_error"),
 )
-
-
-def case(batch: int = 3, length: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    log_p, log_q = (log_softmax(2 * torch.randn(batch, length, V, generator=generator)) for _ in range(2))
-    labels = torch.randint(V, (batch, length), generator=generator)
-    labels[torch.rand(batch, length, generator=generator) < 0.4] = -100
-    return log_p, log_q, labels
 
 
 def metrics() -> dict[str, Metric]:

@@ -12,12 +12,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_bad_input import refused
-from test_teachers import assert_same
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import runs
+from adapters import stirred
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID, DistillationModule, ForwardKL, distillation_loss
 from kd_lightning.callbacks.export import save_student
@@ -25,19 +24,12 @@ from kd_lightning.cli.program import main, run
 from kd_lightning.engine.logit_source import ProjectedLogits
 from kd_lightning.models.backbone import body_and_head, eval_mode, hidden_states, logits
 from kd_lightning.models.lora import LoRA, adapters_disabled, add_adapters, merged_state_dict
-from test_module import fit, rows, split
+from refusals import refused
+from teacher_batches import assert_same
+from tiny_fits import fit, rows, split
 
 SGD = functools.partial(torch.optim.SGD, lr=1.0)
 UNTIED = {"tie_word_embeddings": False}
-
-
-def stirred(student: nn.Module, std: float = 0.1) -> nn.Module:
-    """The same student as if it had learnt: B is no longer zero, DoRA's lengths are others."""
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1.1) if "magnitude" in name else parameter.normal_(std=std)
-    return student
 
 
 def tokens(rows: int = 2, length: int = 9) -> Tensor:

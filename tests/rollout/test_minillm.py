@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_minillm_golden import RECORDS, counted, tensors
-from test_rollout import Script, author, batch
 from torch import Tensor
 
 from architectures import tiny
@@ -17,6 +15,8 @@ from kd_lightning.rollout.base import RolloutContext
 from kd_lightning.rollout.minillm import MiniLLM
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.training.student import StudentWithLoss
+from minillm_golden import RECORDS, counted, tensors
+from rollouts import Script, author, batch
 
 
 def label(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_rollout import Script, assert_same, author, batch
 from torch import Tensor
 
 from kd_lightning.rollout.replay import AdaptiveReplay, ReplayBuffer
 from kd_lightning.schedules import Linear
 from locations import GOLDEN
+from rollouts import Script, assert_same, author, batch
 
 with np.load(GOLDEN / "official_schedules.npz", allow_pickle=False) as file:
     GOLDEN = {name: torch.from_numpy(file[name]) for name in file.files if name.startswith("sgo_")}

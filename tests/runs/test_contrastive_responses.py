@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kd_lightning.data import IGNORE_INDEX, ContrastiveDataModule
-from test_contrastive_data import halves, module, pairs, tokenizer, write
+from pair_data import halves, module, pairs, tokenizer, write
 
 PAIRS, BATCH = 14, 3
 PASS = -(-PAIRS // BATCH)

@@ -21,8 +21,8 @@ from kd_lightning.data import InstructionDataModule
 from kd_lightning.teachers.cache_format import CacheManifest, CacheReader
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
-from test_bad_input import refused
-from test_module import assert_same_student, rows, split, weights
+from refusals import refused
+from tiny_fits import assert_same_student, rows, split, weights
 
 FP32 = ["--model.teacher_kwargs", '{"dtype": "float32"}']
 SGD = functools.partial(torch.optim.SGD, lr=0.5)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_bad_input import refused
 from torch import Tensor
 
 import runs
@@ -23,6 +22,7 @@ from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from locations import SUPPORT
+from refusals import refused
 
 FP32 = {"dtype": "float32"}
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora import stirred
-from test_teachers import batch
 from torch import Tensor, nn
 
 import processes
 import runs
+from adapters import stirred
 from architectures import VOCABULARY, tiny
 from kd_lightning import DistillationModule
 from kd_lightning.cli.program import main
@@ -24,7 +23,8 @@ from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.teachers.adapter_off import AdapterOffTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher
-from test_module import assert_same_student, bundled, fit, of_rank, rows, split
+from teacher_batches import batch
+from tiny_fits import assert_same_student, bundled, fit, of_rank, rows, split
 
 SGD = functools.partial(torch.optim.SGD, lr=1.0)
 

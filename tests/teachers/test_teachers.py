@@ -11,39 +11,12 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from architectures import BIASED, CUT, SCALE, SOFTCAP, UNCUT, VOCABULARY, tiny
 from kd_lightning import ReverseKL, distillation_loss, fused_distillation_loss
-from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import body_and_head, hidden_states
 from kd_lightning.teachers import hf as teachers
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher
-
-
-def batch(rows: int = 2, length: int = 9) -> dict[str, Tensor]:
-    """Tokens, the last row padded at its end."""
-    ids = torch.randint(3, VOCABULARY, (rows, length))
-    mask = torch.ones_like(ids)
-    mask[-1, length - 3 :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def said(head: Head, hidden: Tensor) -> Tensor:
-    """Logits by the head's definition."""
-    z = hidden @ head.weight.T
-    if head.bias is not None:
-        z = z + head.bias
-    z = head.scale * z
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-
-def assert_same(model: PreTrainedModel, body: nn.Module, head: Head, atol: float = 1e-4) -> None:
-    tokens = batch()
-    counted = tokens["attention_mask"].bool()
-    with torch.no_grad():
-        expected = teachers.logits(model, **tokens)[counted]
-        found = said(head, hidden_states(body, **tokens))[counted]
-    assert expected.std() > 0.05
-    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+from teacher_batches import assert_same, batch, said
 
 
 # ------------------------------------------------------------------------------------------------------ body and head

@@ -26,7 +26,7 @@ from kd_lightning.training.loss_components import (
     component_sums,
     objective_components,
 )
-from test_module import rows, split
+from tiny_fits import rows, split
 
 
 def problem() -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ def _fit_on_two_ranks(folder: str) -> None:
 @pytest.mark.slow
 def test_two_ranks_share_the_rows_whatever_lightning_does_to_samplers(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", 41)
-    code = f"import test_resume as t; t._fit_on_two_ranks({str(tmp_path)!r})"
+    code = f"import test_sampler_resume as t; t._fit_on_two_ranks({str(tmp_path)!r})"
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, SUPPORT, SUPPORT.parent, ROOT))),

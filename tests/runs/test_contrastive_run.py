@@ -13,7 +13,7 @@ import torch
 import runs
 from kd_lightning.assets import resolve
 from kd_lightning.cli.program import main
-from test_bad_input import refused
+from refusals import refused
 
 
 def rows(count: int) -> list[dict[str, Any]]:

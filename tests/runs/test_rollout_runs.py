@@ -24,7 +24,7 @@ from kd_lightning.rollout.on_policy import OnPolicy
 from kd_lightning.rollout.replay import AdaptiveReplay
 from kd_lightning.schedules import Linear
 from leaves import RESPONSES
-from test_module import STILL, Run, assert_same_student, bundled, fit, rows, split, weights
+from tiny_fits import STILL, Run, assert_same_student, bundled, fit, rows, split, weights
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0}
 SOURCES: dict[str, Callable[[], ResponseSource]] = {
