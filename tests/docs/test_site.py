@@ -96,7 +96,7 @@ def test_every_command_and_every_callback_of_the_program_has_its_place() -> None
     assert {f"cli.{name}.main" for name in cli.COMMANDS} <= set(DOCUMENTED)
     for verb in cli.VERBS:
         assert f"`{verb}`" in TEXTS["reference/commands.md"], verb
-    source = Path(cli.program.__file__).read_text(encoding="utf-8")
+    source = Path(cli.__file__).read_text(encoding="utf-8")
     added = re.findall(r"add_lightning_class_args\((\w+), \"(\w+)\"\)", source)
     assert added
     for name, group in added:
