@@ -1,11 +1,11 @@
-"""When compiling pays: CPU seconds of a compilation, and what a compiled entry (row × vocabulary) saves.
+"""When compiling pays: CPU seconds of a compilation, and the time saved per compiled entry (token × vocabulary).
 
     python benchmarks/break_even.py --threads 2 --output build/break_even
     python benchmarks/break_even.py --quick
 
-Every line is two fresh processes with a disk cache of their own: the first finds it empty (cold), the second filled
-(warm). A compilation is won back after its cost / (what an entry saves) entries; below the size where that takes more
-steps than a run has, it does not pay.
+Every line comes from two new processes with a separate disk cache: it is empty for the first (cold) and filled for the
+second (warm). A compilation is amortized after (cost) / (time saved per entry) entries. Where this takes more steps
+than a run has, compiling does not pay.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from subjects import OBJECTIVES, inputs
 import kd_lightning as kd
 
 LOSSES = ("forward_kl", "jsd", "amid")
-SIZES = ((4099, 16, 24, 256), (4099, 16, 24, 2560), (4099, 16, 24, 25600))  # 1e6, 1e7, 1e8 entries a call
+SIZES = ((4099, 16, 24, 256), (4099, 16, 24, 2560), (4099, 16, 24, 25600))  # 1e6, 1e7, 1e8 entries per call
 
 
 def seconds() -> float:
-    """CPU seconds of this process and of those it has waited for."""
+    """CPU seconds of this process and of its finished child processes."""
     return sum(os.times()[:4])
 
 
 def runner(loss: kd.DistillationLoss, shape: tuple[int, ...]) -> Callable[[], Any]:
-    """One call with its gradient; the products are small beside the loss."""
+    """One call with its gradient; the matmuls are small compared with the loss."""
     x = inputs(shape)
 
     def run() -> Any:
@@ -45,7 +45,7 @@ def runner(loss: kd.DistillationLoss, shape: tuple[int, ...]) -> Callable[[], An
 
 
 def measure(name: str, sizes: list[tuple[int, ...]], compile: bool) -> dict[str, Any]:
-    """Seconds of the first compiled call above an eager one, and nanoseconds per entry at each size."""
+    """Extra seconds of the first compiled call over an eager one, and nanoseconds per entry at each size."""
     eager, compiled = (kd.DistillationLoss(OBJECTIVES[name](), compile=c) for c in (False, compile))
     runner(eager, sizes[0])()  # imports, thread pool
     started = seconds()
@@ -63,8 +63,8 @@ def measure(name: str, sizes: list[tuple[int, ...]], compile: bool) -> dict[str,
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Cost, saving and break-even of every loss."""
-    lines = ["| loss | entries a call | eager, ns | compiled, ns | cold: s, won back after | warm: s, won back after |"]
+    """Cost, time saved and break-even of every loss."""
+    lines = ["| loss | entries | eager, ns | compiled, ns | cold: s, amortized after | warm: s, amortized after |"]
     lines += ["|---" * 6 + "|"]
     for name, runs in results.items():
         for i, at in enumerate(runs["cold"]["sizes"]):
@@ -85,8 +85,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--losses", default=",".join(LOSSES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("build/break_even"))
-    parser.add_argument("--quick", action="store_true", help="tiny, in this process, nothing compiled")
-    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many of the sizes")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, in this process, without compilation")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="number of sizes to measure")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)

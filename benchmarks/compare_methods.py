@@ -1,15 +1,15 @@
-"""Every method beside its controls, on the bundled rows: equal steps, then equal time.
+"""Compare every method with baselines on the bundled rows, at equal steps and then at equal time.
 
-Every run is a process of its own on the shipped config; methods start from the bundled supervised student, the controls
-(labels only) from a random start, and from that student, which is also given a quarter of the rows: what labels on
-four times as many are beside distillation. With `--same_time` each method whose mean CPU time differs from forward KL's
-by over a fifth runs again, with as many steps as that time allows. What is written before or between the steps is part
-of a run and of its time. Measured on the test rows as `on_policy.py` does.
+Every run is a separate process with the shipped config. Methods start from the bundled supervised student. The
+baselines (labels only) start from random weights and from that student, which is also trained on a quarter of the rows,
+to compare distillation with labels on four times as many rows. With `--same_time`, each method whose mean CPU time
+differs from forward KL's by more than a fifth runs again with as many steps as fit into forward KL's time. Generation
+before or between the steps is part of a run and of its time. Evaluated on the test rows as in `on_policy.py`.
 
     python benchmarks/compare_methods.py --steps 400 --seeds 0 1 2 3 4 --same_time --jobs 2 --output build/methods
 
-writes build/methods/results.json after each run (a repeated call goes on; other numbers of steps want another folder),
-build/methods/report.md and build/methods/chart.svg.
+writes build/methods/results.json after each run (a repeated call resumes; another number of steps needs another
+folder), build/methods/report.md and build/methods/chart.svg.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from kd_lightning.assets import resolve
 SOURCES = ("seqkd", "gkd", "distillm", "distillm2", "minillm")
 OBJECTIVES = ("reverse_kl", "jsd", "akl", "alpha", "abkd", "skew_kl", "skew_reverse_kl", "taid", "amid")
 LABELS = ("--model.objective", "ForwardKL", "--model.ce_weight", "1")
-QUARTER = "every fourth row"  # stands for the path of a file with these
+QUARTER = "every fourth row"  # placeholder for the path of a file with these rows
 METHODS: dict[str, tuple[str, ...]] = {
     "forward_kl": ("quickstart",),
     **{name: (name,) for name in OBJECTIVES},
@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "total_variation": ("quickstart", "--model.objective", "TotalVariation"),
     **{name: (name,) for name in SOURCES},
 }
-CONTROLS: dict[str, tuple[str, ...]] = {
+BASELINES: dict[str, tuple[str, ...]] = {
     "labels, random start, last step": ("sft",),
     "labels, random start, best step": ("sft", "--export.which", "best"),
     "labels, same start, last step": ("quickstart", *LABELS),
@@ -55,31 +55,31 @@ CONTROLS: dict[str, tuple[str, ...]] = {
     "forward_kl, 1,000 rows": ("quickstart", "--data.train", QUARTER),
     "forward_kl, rate 2e-3": ("quickstart", "--model.optimizer.lr", "2e-3"),
 }
-RUNS = {**METHODS, **CONTROLS}
+RUNS = {**METHODS, **BASELINES}
 COLUMNS = {"forward_kl": 3, "reverse_kl": 3, "nll": 3, "exact_match": 3, "sample_nll": 2}
 NOTES = """
-Mean ± standard deviation over seeds. \\*: further from forward KL than twice the spread of the difference. †: worse
-than the student before.
+Mean ± standard deviation over seeds. \\*: the difference from forward KL exceeds twice its standard deviation. †:
+worse than the student before.
 
-- *Equal time*: the methods whose mean CPU time is further than a fifth from forward KL's, their steps scaled by the
-  ratio of the times; of the others the first table is equal time already. What is written before the first step takes
-  what it takes: distillm2 (and, by little, minillm) still needs more time than forward KL.
-- This is low-data transfer: a teacher that saw 206,465 related rows, a student that is given 4,000.
-- Seeds vary the order of the rows, the responses drawn and the random start of a control, not data, teacher or
-  tokenizer: the spreads understate what is uncertain.
-- Learning rates are the configs': 8e-3, but 2e-3 for seqkd, gkd, distillm and minillm,
-  and 3e-3 from a random start. They were chosen by hand, not searched for each method, so **the order among the
-  methods is no finding**, least of all within the spread. *Rate 2e-3* is forward KL at the lower one. Forward
-  KL is also what a column measures.
-- Measured on 500 of the 2,000 test rows, every fourth one.
-- *Labels* is the control, at its last step and where its validation loss is lowest. *1,000 rows* are every fourth one:
-  beside distillation on them the other controls are labels on four times as many rows.
+- *Equal time*: the methods whose mean CPU time differs from forward KL's by more than a fifth, their steps scaled by
+  the ratio of the times; for the others, the first table already is equal time. The time of generation before the first
+  step is not scaled: distillm2 (and, by a little, minillm) still needs more time than forward KL.
+- This is low-data transfer: the teacher was trained on 206,465 related rows, the student on 4,000.
+- Seeds vary the order of the rows, the sampled responses and the random start of a baseline, not data, teacher or
+  tokenizer: the standard deviations understate the uncertainty.
+- Learning rates are those of the configs: 8e-3, but 2e-3 for seqkd, gkd, distillm and minillm, which train on sampled
+  responses, and 3e-3 from a random start. They were chosen by hand, not searched for each method, so **the ranking of
+  the methods is not significant**, least of all within the spread. *Rate 2e-3* is forward KL at the lower learning
+  rate. Forward KL is also the metric of one column.
+- Evaluated on 500 of the 2,000 test rows, every fourth one.
+- *Labels* is the baseline, at its last step and where its validation loss is lowest. *1,000 rows* are every fourth row:
+  compared with distillation on them, the other baselines use labels on four times as many rows.
 """
 
 
 def one(run: str, seed: int, steps: int, root: Path) -> dict[str, float]:
-    """Train and measure in this process and a child of it; CPU seconds are the child's."""
-    shutil.rmtree(root, ignore_errors=True)  # of one that was interrupted
+    """Train in a child process and evaluate in this one; CPU seconds are those of the child."""
+    shutil.rmtree(root, ignore_errors=True)  # left by an interrupted run
     config, *extra = RUNS[run]
     if QUARTER in extra:
         some = root.with_suffix(".jsonl")
@@ -89,17 +89,17 @@ def one(run: str, seed: int, steps: int, root: Path) -> dict[str, float]:
     words = command(root, config, steps, seed, max(1, min(100, steps // 4)))
     done = subprocess.Popen([*words, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert done.stderr is not None
-    said = done.stderr.read()
+    errors = done.stderr.read()
     _, status, used = os.wait4(done.pid, 0)
     if status:
-        raise SystemExit(f"{run}: {said.strip().splitlines()[-1]}")
+        raise SystemExit(f"{run}: {errors.strip().splitlines()[-1]}")
     found = Bench(500).measure(str(root / "student"))
     shutil.rmtree(root)
     return {"seconds": used.ru_utime + used.ru_stime, **found}
 
 
 def groups(results: list[dict[str, Any]], part: str) -> dict[str, list[dict[str, Any]]]:
-    """The results of one part by run, in the order of the methods."""
+    """The results of one part, grouped by run, in the order of the methods."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name in ("student before", "teacher", *RUNS):
         if rows := [r for r in results if r["part"] == part and r["run"] == name]:
@@ -108,7 +108,7 @@ def groups(results: list[dict[str, Any]], part: str) -> dict[str, list[dict[str,
 
 
 def cell(rows: list[dict[str, Any]], base: list[dict[str, Any]], start: float, column: str, digits: int) -> str:
-    """Mean, spread; a star where further from the base than twice their spread, a dagger where worse than the start."""
+    """Mean ± spread; a star if further from the base than twice their spread, a dagger if worse than the start."""
     values, others = ([r[column] for r in part] for part in (rows, base))
     mean = statistics.mean(values)
     worse = "†" if (mean < start if column == "exact_match" else mean > start) else ""
@@ -123,15 +123,15 @@ def cell(rows: list[dict[str, Any]], base: list[dict[str, Any]], start: float, c
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """Two tables and what they do not say."""
-    text = f"# Methods beside their controls\n\n{machine(1)}.\n"
+    """Two tables, and notes on what they do not show."""
+    text = f"# Methods and baselines\n\n{machine(1)}.\n"
     for part in ("equal steps", "equal time"):
         if not (found := groups(results, part)):
             continue
         base = groups(results, "equal steps").get("forward_kl", [])
         before = groups(results, "equal steps").get("student before", [])
         starts = {column: before[0][column] if before else math.nan for column in COLUMNS}
-        names = "forward KL | reverse KL | NLL | exact match | teacher's NLL of its words"
+        names = "forward KL | reverse KL | NLL | exact match | teacher's NLL of samples"
         text += f"\n## {part.capitalize()}\n\n| run | steps | seeds | CPU s | {names} |\n|{'---|' * 9}\n"
         for name, rows in found.items():
             start = [name, str(round(statistics.mean(r["steps"] for r in rows))), str(len(rows))]
@@ -151,20 +151,20 @@ def chart(results: list[dict[str, Any]], path: Path) -> None:
         for i, (name, rows) in enumerate(found.items()):
             values = [r[column] for r in rows]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            colour = "C0" if name in METHODS else "C7"
-            axis.errorbar(statistics.mean(values), i, xerr=spread, fmt="o", color=colour, capsize=3)
+            color = "C0" if name in METHODS else "C7"
+            axis.errorbar(statistics.mean(values), i, xerr=spread, fmt="o", color=color, capsize=3)
         axis.set(yticks=range(len(found)), yticklabels=list(found), xlabel=label)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
     for rows in groups(results, "equal steps").get("teacher", []):
-        axes[1].axvline(rows["exact_match"], color="grey", linestyle=":", label="teacher")
+        axes[1].axvline(rows["exact_match"], color="gray", linestyle=":", label="teacher")
         axes[1].legend(loc="lower right")
     figure.savefig(path)
     plt.close(figure)
 
 
 class Comparison:
-    """All runs of a folder, those that are there already left alone."""
+    """All runs of a folder. Runs that are already there are not repeated."""
 
     def __init__(self, output: Path, jobs: int, threads: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
@@ -173,30 +173,30 @@ class Comparison:
         self.results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
 
     def keep(self, result: dict[str, Any]) -> None:
-        """One more result: everything is written anew."""
+        """Add one result and rewrite all files."""
         self.results.append(result)
         self.write()
 
     def write(self) -> None:
-        """Everything but single runs, anew."""
+        """Rewrite results, report and chart."""
         (self.output / "results.json").write_text(json.dumps(self.results, indent=1))
         (self.output / "report.md").write_text(report(self.results))
         chart(self.results, self.output / "chart.svg")
 
     def same_time(self, runs: list[str], steps: int) -> dict[str, int]:
-        """Of the methods whose mean CPU time is further than a fifth from forward KL's: steps in as much time."""
+        """Steps that fit into forward KL's time, for methods whose mean CPU time differs from it by over a fifth."""
         found = groups(self.results, "equal steps")
         seconds = {run: statistics.mean(r["seconds"] for r in found[run]) for run in runs if run in METHODS}
         ratios = {run: seconds["forward_kl"] / mean for run, mean in seconds.items()}
         return {run: max(1, round(steps * ratio)) for run, ratio in ratios.items() if abs(ratio - 1) > 0.2}
 
     def missing(self, wanted: list[tuple[str, str, int, int]]) -> list[tuple[str, str, int, int]]:
-        """Those of (part, run, seed, steps) that are not there yet."""
+        """The wanted (part, run, seed, steps) that have no result yet."""
         there = {(r["part"], r["run"], r["seed"]) for r in self.results}
         return [key for key in wanted if key[:3] not in there]
 
     def do(self, wanted: list[tuple[str, str, int, int]]) -> None:
-        """Run what is missing, some side by side."""
+        """Run what is missing, several runs in parallel."""
         left, started = self.missing(wanted), time.perf_counter()
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(self.threads)
 
@@ -219,9 +219,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--same_time", action="store_true", help="also with as many steps as forward KL's time allows")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--same_time", action="store_true", help="also run each method for forward KL's time")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--output", type=Path, default=Path("build/methods"))
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -230,7 +230,7 @@ def main(words: list[str] | None = None) -> None:
         print(json.dumps(one(run, int(seed), int(steps), Path(root))))
         return
     if args.same_time and "forward_kl" not in args.runs:
-        parser.error("--same_time is the time of forward_kl, which --runs leaves out")
+        parser.error("--same_time needs the time of forward_kl: add forward_kl to --runs")
     comparison = Comparison(args.output, args.jobs, args.threads)
     for name, student in (("student before", "asset:student"), ("teacher", "asset:teacher")):
         if comparison.missing([("equal steps", name, 0, 0)]):

@@ -1,12 +1,12 @@
-"""Cost of what is seen on a logged step, beside the steps that are not logged.
+"""Extra cost of a logged step, compared with steps that are not logged.
 
-    logged / not logged     every second step is logged, so that the two kinds alternate; medians. What a logged step
-                            has more: the components of the loss, the gradient's norm, and the logger's own work
-    a step at every N       what that adds to a step on average where every N-th is logged, in percent
+    logged / not logged     every second step is logged, so that the two kinds alternate; medians. A logged step also
+                            computes the components of the loss and the gradient norm, and runs the logger
+    a step at every N       average extra cost per step if every N-th step is logged, in percent
 
-on the bundled models and data with the quickstart's settings, by a Trainer with TensorBoard; and, of a large
-vocabulary, the components beside the loss alone: whatever else is in a step makes their share of it smaller. CPU
-seconds; the rounds go through all objectives in turn.
+on the bundled models and data with the quickstart's settings, using a Trainer with TensorBoard. In addition, for a
+large vocabulary, the cost of the components relative to the loss alone: everything else in a step makes their share
+smaller. CPU seconds; the rounds are interleaved over all objectives.
 
     python benchmarks/components.py --steps 60 --rounds 3 --threads 2 --output build/components
     python benchmarks/components.py --quick
@@ -37,13 +37,13 @@ OBJECTIVES: dict[str, Callable[[], kd.Divergence]] = {
     "WeightedSum": lambda: kd.WeightedSum([kd.ForwardKL(), kd.GeneralizedJSD()], [0.5, 0.5]),
 }
 QUICK = ("ForwardKL",)
-LARGE = (50257, 512, 512, 1024)  # vocabulary, widths of student and teacher, tokens
+LARGE = (50257, 512, 512, 1024)  # vocabulary, hidden sizes of student and teacher, tokens
 
 
 def run(objective: str, steps: int, batch_size: int) -> dict[str, float]:
-    """Median CPU seconds of a logged step, and of one that is not."""
+    """Median CPU seconds of a logged step and of a step that is not logged."""
     marks = starts(*parts(batch_size, OBJECTIVES[objective]()), 2 * steps, every=2)
-    seconds = [b - a for a, b in itertools.pairwise(marks)]  # of step i + 1; the even are logged
+    seconds = [b - a for a, b in itertools.pairwise(marks)]  # of step i + 1; even steps are logged
     kinds: dict[str, list[float]] = {"logged": [], "plain": []}
     for i, taken in enumerate(seconds[WARM:], start=WARM):
         kinds["logged" if i % 2 else "plain"].append(taken)
@@ -51,18 +51,18 @@ def run(objective: str, steps: int, batch_size: int) -> dict[str, float]:
 
 
 def alone(objective: str, shape: tuple[int, ...]) -> dict[str, float]:
-    """CPU seconds of the training loss with its gradient, from hidden states, and with the components beside it."""
+    """CPU seconds of the training loss and its gradient from hidden states, without and with the components."""
     made = OBJECTIVES[objective]()
-    loss, beside, given = kd.DistillationLoss(made), component_loss(made), inputs(shape)
+    loss, components, given = kd.DistillationLoss(made), component_loss(made), inputs(shape)
     student = kd.Head(given["w"])
-    teacher = kd.Head(4 * given["wt"])  # a language model's entropy of 2 to 3 nats, not that of noise
+    teacher = kd.Head(4 * given["wt"])  # an entropy of 2 to 3 nats, as for a language model, instead of that of noise
 
     def train() -> None:
         loss.from_hidden(given["h"][None], student, given["ht"][None], teacher, given["labels"][None]).mean.backward()
 
     @torch.no_grad()
     def measure() -> None:
-        beside.from_hidden(given["h"][None], student, given["ht"][None], teacher, given["labels"][None])
+        components.from_hidden(given["h"][None], student, given["ht"][None], teacher, given["labels"][None])
 
     for call in (train, measure):
         call()
@@ -71,23 +71,23 @@ def alone(objective: str, shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Ratio, and share of a step."""
+    """Ratios and extra cost per step, as a Markdown table."""
     lines = [
-        f"| of | logged / not logged | a step at every {EVERY}, % more | limit | |",
+        f"| objective | logged / not logged | extra cost per step, logging every {EVERY}, % | limit | |",
         "|---|---|---|---|---|",
     ]
     for name, rounds in results.items():
         ratios = [found["logged"] / found["plain"] for found in rounds]
         more = [100 * (ratio - 1) / EVERY for ratio in ratios]
         met = "" if statistics.median(more) <= LIMIT else "missed"
-        limit = "| |" if "alone" in name else f"{LIMIT:.2f} | {met} |"  # which is of a step
+        limit = "| |" if "alone" in name else f"{LIMIT:.2f} | {met} |"  # the limit is for a full step
         lines.append(f"| {name} | {spread(ratios)} | {spread(more)} | {limit}")
     return "\n".join(lines) + "\n"
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of each kind")
+    parser.add_argument("--steps", type=int, default=60, help="number of steps of each kind")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
@@ -106,7 +106,7 @@ def main(words: list[str] | None = None) -> None:
             name = of.split(",")[0]
             rounds.append(run(name, args.steps, args.batch_size) if of == name else alone(name, shape))
     on = machine(args.threads)
-    heading = f"# What a logged step costs, on the bundled models, batches of {args.batch_size}\n\n"
+    heading = f"# Cost of a logged step on the bundled models, batches of {args.batch_size}\n\n"
     heading += f"Medians of {args.steps} steps of each kind; {args.rounds} rounds. {on}.\n\n"
     write(args.output, {"machine": on, "threads": args.threads, "results": results}, heading + table(results))
     print(args.output.with_suffix(".md").read_text())

@@ -1,7 +1,7 @@
-"""Cost of a loss beside the cost of its four matrix products: CPU time and peak memory, as ratios.
+"""Cost of a loss relative to its four unavoidable matmuls: CPU time and peak memory, as ratios.
 
-Every measurement is a fresh process: a warm-up call (which compiles), then timed calls. Rounds are interleaved, so that
-a machine that slows down slows all of them down. What does not run here (a peer that is not installed) is left out.
+Every measurement is a new process: a warm-up call (which compiles), then timed calls. Rounds are interleaved, so that a
+slowdown of the machine affects all cases alike. Cases that cannot run (a peer library is not installed) are skipped.
 
     python benchmarks/engine.py --shape 50257,576,960,1024 --rounds 3 --threads 2 --output build/V50257
     python benchmarks/engine.py --rounds 2 --cases own,taid --add ...   # two more rounds of these
@@ -9,9 +9,9 @@ a machine that slows down slows all of them down. What does not run here (a peer
 
 writes OUTPUT.json and OUTPUT.md; benchmarks/README.md says how to read them. Linux only. A case is LOSS[+EXTRA][:HOW]:
 
-    EXTRA  40% (of the rows counted), 4x (the tokens), ce (half the weight on the labels), t (temperature 2), monitors
-           (three of them), or the name of one
-    HOW    eager, naive, trl_kernel, trl_gkd; without it compiled
+    EXTRA  40% (of the tokens have a label), 4x (the tokens), ce (half of the weight on the labels), t (temperature 2),
+           monitors (three of them), or the name of one monitor
+    HOW    eager, naive, trl_kernel, trl_gkd; default: compiled
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Results = dict[str, list[dict[str, float]]]
 def prepared(
     case: str, shape: tuple[int, ...], chunk: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Callable[[], Any], Inputs]:
-    """The function that is measured, and what it works on."""
+    """The function to measure and its inputs."""
     rest, _, how = case.partition(":")
     name, _, extra = rest.partition("+")
     n = shape[3] * (4 if extra == "4x" else 1)
@@ -81,19 +81,19 @@ def prepared(
 
 
 def measure(case: str, shape: tuple[int, ...], chunk: int, threads: int) -> dict[str, float]:
-    """One case in this process."""
+    """Measure one case in this process."""
     torch.set_num_threads(threads)
     call, x = prepared(case, shape, chunk)
     result = timed(call)
-    counted = int((x["labels"] != -100).sum())
-    floor = 4 * (x["w"].numel() + x["h"].numel() + 2 * min(chunk, counted) * len(x["w"]))
+    labeled = int((x["labels"] != -100).sum())
+    floor = 4 * (x["w"].numel() + x["h"].numel() + 2 * min(chunk, labeled) * len(x["w"]))
     return {**result, "floor": float(floor)}
 
 
 def quantities(vocabulary: int) -> list[tuple[str, str, str, str, str, float]]:
-    """Rows of the table: what, of which case, over which case, of which figure, less which case, and its limit.
+    """Rows of the table: label, case, reference case, measured figure, case to subtract, and limit.
 
-    Where the rows of plain tiles lie well apart already, padding gains nothing, and compiled losses get 0.2 more.
+    Where plain tiles already have a good row stride, padding gains nothing, and compiled losses get 0.2 more.
     """
     well = 0.2 if vocabulary % 16 == 0 else 0.0
     limits = {"forward_kl": 1.0, "reverse_kl": 1.0, "taid": 1.0, "alpha_beta": 1.25, "amid": 1.25, "adaptive_kl": 1.3}
@@ -111,7 +111,7 @@ def quantities(vocabulary: int) -> list[tuple[str, str, str, str, str, float]]:
         time, peak = {"naive": (0.9, 0.2), "trl_kernel": (0.5, None), "trl_gkd": (0.4, 0.15)}[how]
         rows += [(f"{name}, time / {how}", name, f"{name}:{how}", "cpu", "", time)]
         rows += [(f"{name}, peak / {how}", name, f"{name}:{how}", "bytes", "", peak)] if peak else []
-    rows += [("jsd, 40 % of the rows counted, time / naive", "jsd+40%", "jsd+40%:naive", "cpu", "", 0.4)]
+    rows += [("jsd, 40 % of the tokens labeled, time / naive", "jsd+40%", "jsd+40%:naive", "cpu", "", 0.4)]
     rows += [
         (f"monitor {name}, added time / plain", f"forward_kl+{name}", "plain", "cpu", "forward_kl", 0.1)
         for name in MONITORS
@@ -120,7 +120,7 @@ def quantities(vocabulary: int) -> list[tuple[str, str, str, str, str, float]]:
 
 
 def table(results: Results, vocabulary: int) -> str:
-    """Every quantity that was measured: median and spread over the rounds, beside its limit."""
+    """Every measured quantity: median and spread over the rounds, and its limit."""
     lines = ["| quantity | median [least–most] | limit | |", "|---|---|---|---|"]
     for label, case, over, figure, less, limit in quantities(vocabulary):
         if not all(results.get(name) for name in (case, over)):
@@ -137,7 +137,7 @@ def table(results: Results, vocabulary: int) -> str:
 
 
 def everything(results: Results) -> str:
-    """Every case over plain, and what its first call took (it compiles)."""
+    """Every case relative to plain, and the time of its first call (which compiles)."""
     lines = ["| case | time / plain | time / best | peak / floor | first call, s |", "|---|---|---|---|---|"]
     unit = {name: statistics.median(r["cpu"] for r in results[name]) for name in ("plain", "best")}
     for name, rounds in results.items():
@@ -150,14 +150,16 @@ def everything(results: Results) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="50257,576,960,1024", help="vocabulary, student's width, teacher's, tokens")
+    parser.add_argument(
+        "--shape", default="50257,576,960,1024", help="vocabulary, student's and teacher's hidden size, tokens"
+    )
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("build/engine"))
-    parser.add_argument("--add", action="store_true", help="rounds to those that OUTPUT.json has")
-    parser.add_argument("--quick", action="store_true", help="tiny, once, in this process, nothing compiled")
+    parser.add_argument("--add", action="store_true", help="add rounds to those in OUTPUT.json")
+    parser.add_argument("--quick", action="store_true", help="tiny, one round, in this process, without compilation")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.quick:
@@ -190,28 +192,31 @@ def main(words: list[str] | None = None) -> None:
 
 
 def earlier(args: argparse.Namespace, shape: tuple[int, ...]) -> Results:
-    """What a file has of the same shape, chunk and machine.
+    """The results in OUTPUT.json, measured with the same shape, chunk and machine.
 
     Raises:
-        ValueError: it is of another.
+        ValueError: If the file was measured with other settings.
     """
     record = json.loads(args.output.with_suffix(".json").read_text())
     wanted = {"shape": list(shape), "chunk": args.chunk, "machine": machine(args.threads)}
     found = {name: record[name] for name in wanted}
     if found != wanted:
-        raise ValueError(f"{args.output}.json was measured with {found}, not with {wanted}")
+        raise ValueError(
+            f"cannot add to {args.output}.json: it was measured with {found}, this run has {wanted}; "
+            "choose another --output"
+        )
     results: Results = record["results"]
     return results
 
 
 def report(args: argparse.Namespace, shape: tuple[int, ...], results: Results, left_out: dict[str, str]) -> None:
-    """Write what is there so far."""
+    """Write the results so far."""
     on = machine(args.threads)
     counts = sorted({len(found) for found in results.values() if found})
     rounds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
     text = f"# V {shape[0]}, widths {shape[1]} and {shape[2]}, {shape[3]} tokens, fp32\n\n"
     text += f"Chunk {args.chunk}; medians of {rounds} interleaved rounds. {on}.\n\n{table(results, shape[0])}"
-    text += "".join(f"\nLeft out: {name} ({why}).\n" for name, why in left_out.items())
+    text += "".join(f"\nSkipped: {name} ({why}).\n" for name, why in left_out.items())
     if results["best"]:
         text += f"\n{everything(results)}"
     record = {"shape": shape, "chunk": args.chunk, "threads": args.threads, "machine": on, "left_out": left_out}

@@ -1,13 +1,14 @@
-"""How exact a loss is: relative L2 error of its values and gradients against float64 on the same inputs.
+"""Accuracy of a loss: relative L2 error of its values and gradients against float64 on the same inputs.
 
-Every loss, in fp32 and bf16, on two models far from each other and nearly equal. "hidden": from hidden states, gradient
-to hidden states and head; "logits": from logits that are there already (rounded to the dtype), gradient to them. Beside
-ours the same written the ordinary way, and the code of others where it covers the loss and is installed.
+Every loss is measured in fp32 and bf16, on two models that are far from each other and on two that are nearly equal.
+With "hidden", the inputs are hidden states and the gradient is taken with respect to them and the LM head. With
+"logits", the inputs are logits (rounded to the dtype) and the gradient is taken with respect to them. Compared with a
+straightforward implementation, and with other libraries where they support the loss and are installed.
 
     python benchmarks/exactness.py --output build/exactness
     python benchmarks/exactness.py --quick
 
-The float64 reference is this package's formula on whole logits, through plain autograd.
+The float64 reference is this package's formula on full logits, with plain autograd.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ import kd_lightning as kd
 from kd_lightning.divergences import evaluate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPE = (2048, 64, 128, 48)  # vocabulary, widths, tokens: what counts is the dtype
+SHAPE = (2048, 64, 128, 48)  # vocabulary, hidden sizes, tokens: the dtype matters, not the size
 Ways = dict[str, Callable[[Inputs], Tensor]]
 
 
 def two_models(dtype: torch.dtype, near: bool, shape: tuple[int, ...], device: str = "cpu") -> Inputs:
-    """Student and teacher; nearly equal: the teacher is the student with 5 % of noise on its head."""
+    """Student and teacher. If near, the teacher is the student with 5 % noise on its LM head."""
     g = torch.Generator().manual_seed(0)
     vocabulary, student, teacher, n = shape
     randn = lambda *size: torch.randn(*size, generator=g)  # noqa: E731
@@ -44,7 +45,7 @@ def two_models(dtype: torch.dtype, near: bool, shape: tuple[int, ...], device: s
 
 
 def reference(objective: kd.Divergence, student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss on whole logits."""
+    """The loss on full logits."""
     return evaluate(objective, torch.log_softmax(teacher, -1), torch.log_softmax(student, -1))
 
 
@@ -54,13 +55,13 @@ def error(mine: Tensor, wanted: Tensor) -> float:
 
 
 def errors(values: Tensor, leaves: tuple[Tensor, ...], wanted: Tensor, gradients: tuple[Tensor, ...]) -> list[float]:
-    """Error of the values, and the worst of the gradients of their sum."""
+    """Error of the values, and the largest error of the gradients of their sum."""
     mine = torch.autograd.grad(values.sum(), leaves)
     return [error(values.detach(), wanted), max(map(error, mine, gradients))]
 
 
 def from_hidden(name: str, compile: bool) -> Ways:
-    """Ways to the loss from hidden states."""
+    """Implementations of the loss from hidden states."""
     loss = kd.DistillationLoss(OBJECTIVES[name](), reduction="none", compile=compile)
     ways: Ways = {
         "ours": lambda x: loss.from_hidden(x["h"], x["w"], x["ht"], x["wt"], x["labels"]).loss,
@@ -75,7 +76,7 @@ def from_hidden(name: str, compile: bool) -> Ways:
 
 
 def from_logits(name: str, compile: bool) -> Ways:
-    """Ways to the loss from logits: h and ht, with heads that change nothing."""
+    """Implementations of the loss from logits (in h and ht)."""
     loss = kd.DistillationLoss(OBJECTIVES[name](), reduction="none", compile=compile)
     ways: Ways = {"ours": lambda x: loss.from_logits(x["h"], x["ht"], x["labels"]).loss}
     if name in BETA:
@@ -90,7 +91,7 @@ def from_logits(name: str, compile: bool) -> Ways:
 def measure(
     name: str, dtype: torch.dtype, near: bool, compile: bool, shape: tuple[int, ...], device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Errors of every way to one loss, by name: of the values, of the gradient."""
+    """Errors of every implementation of one loss, by name: of the values, of the gradient."""
     objective, found = OBJECTIVES[name](), {}
     for kind, ways in (("hidden", from_hidden(name, compile)), ("logits", from_logits(name, compile))):
         x = two_models(dtype, near, shape, device)
@@ -114,9 +115,9 @@ def measure(
 
 
 def table(results: dict[str, dict[str, dict[str, list[float]]]]) -> str:
-    """A row for each loss and way; value and gradient error in each dtype and distance."""
+    """One row per loss and implementation: value and gradient error for each dtype and distance."""
     columns = list(next(iter(results.values())))
-    lines = [f"| loss | way | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    lines = [f"| loss | implementation | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, by_column in results.items():
         for way in by_column[columns[0]]:
             cells = (" ; ".join(f"{x:.1e}" for x in by_column[column][way]) for column in columns)
@@ -127,7 +128,7 @@ def table(results: dict[str, dict[str, dict[str, list[float]]]]) -> str:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", default=",".join(OBJECTIVES))
-    parser.add_argument("--compile", action="store_true", help="the compiled step (a compilation for each loss)")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled loss (one compilation per loss)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("build/exactness"))
     parser.add_argument("--quick", action="store_true", help="two losses on few tokens")

@@ -1,8 +1,8 @@
-"""Speed of `kd-lightning generate`, as ratios: to bare `model.generate` on the same batches, and to one row at a time.
+"""Speed of `kd-lightning generate` relative to bare `model.generate` on the same batches and to one row at a time.
 
-CPU seconds per token; all ways write the same greedy responses, each up to its end or `--new` tokens; ours to a file.
-Every round is a process of its own, model and rows already loaded, in which the ways take turns, so that a machine that
-slows down slows all of them down.
+CPU seconds per token. All variants generate the same greedy responses, up to the end token or `--new` tokens; ours also
+writes them to a file. Every round is a separate process in which the variants take turns after model and rows are
+loaded, so that a slowdown of the machine affects all of them alike.
 
     python benchmarks/generate.py --rows 256 --rounds 5 --output build/generate
 
@@ -35,7 +35,7 @@ WAYS = ("ours", "bare", "one by one", "ours, file order")
 
 
 def calls(way: str, model_name: str, rows: int, batch_size: int, new: int) -> Callable[[], int]:
-    """What is measured: a function that answers all rows and returns the number of tokens."""
+    """The function to measure: it responds to all rows and returns the number of tokens."""
     found = list(read_rows("asset:train", "train"))[:rows]
     tokenizer = load_tokenizer(model_name)
     text = TextTokenizer(tokenizer)
@@ -65,7 +65,7 @@ def calls(way: str, model_name: str, rows: int, batch_size: int, new: int) -> Ca
 
 
 def measure(words: argparse.Namespace) -> None:
-    """One round: CPU seconds and tokens of every way, after a call that warms it up; ways of many rows take turns."""
+    """One round: CPU seconds and tokens of every variant, after a warm-up call; the variants take turns."""
     torch.set_num_threads(words.threads)
     ways = {way: calls(way, words.model, words.rows, words.batch_size, words.new) for way in WAYS}
     tokens = {way: call() for way, call in ways.items()}
@@ -79,8 +79,8 @@ def measure(words: argparse.Namespace) -> None:
 
 
 def table(rounds: list[dict[str, Any]]) -> str:
-    """Tokens per CPU second of every way, and ours beside it, turn by turn."""
-    lines = ["| way | tokens per CPU second | ours beside it |", "|---|---|---|"]
+    """Tokens per CPU second of every variant, and the speed of ours relative to it, turn by turn."""
+    lines = ["| variant | tokens per CPU second | ours / variant |", "|---|---|---|"]
     rates = {
         way: [one["tokens"][way] / seconds for one in rounds for seconds in one["seconds"][way]]
         for way in rounds[0]["tokens"]
@@ -98,10 +98,10 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=3, help="of every way in a round")
+    parser.add_argument("--turns", type=int, default=3, help="calls of every variant per round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("build/generate"))
-    parser.add_argument("--quick", action="store_true", help="see that it runs, on a few rows")
+    parser.add_argument("--quick", action="store_true", help="check that it runs, on a few rows")
     parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)
     words = parser.parse_args(args)
     if words.round:

@@ -1,4 +1,4 @@
-"""CPU seconds and peak memory of a call, each measurement in a process of its own; medians and spread."""
+"""CPU seconds and peak memory of a call, measured in separate processes; medians and spread."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from typing import Any
 
 import torch
 
-SECONDS = 0.5  # a call that takes less is repeated
+SECONDS = 0.5  # shorter calls are repeated
 
-# A thread that waits for another one sleeps: it would spin, and on a machine that is shared the spinning is several
-# times the work. Processes started from here inherit it.
+# Waiting threads sleep. By default they spin, and on a shared machine the spinning takes several times as long as the
+# work. Child processes inherit the setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def status(key: str) -> int:
-    """Bytes from the kernel's account of this process: "VmRSS", "VmHWM"."""
+    """Memory of this process in bytes, as reported by the kernel under `key`: "VmRSS" or "VmHWM"."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 def timed(call: Callable[[], Any]) -> dict[str, float]:
-    """CPU seconds, wall seconds and peak bytes of a call, after one that warms up (and compiles).
+    """CPU seconds, wall seconds and peak bytes of a call, after a warm-up call (which compiles).
 
-    The peak is the kernel's high-water mark above what was resident before, what the allocator hoards given back. What
-    the call returns is alive meanwhile.
+    The peak is the kernel's high-water mark above the resident memory before the call, after the allocator has returned
+    its cached memory. The return value of the call is kept alive during the measurement.
     """
     started = time.perf_counter()
     call()
@@ -55,7 +55,7 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def in_a_process(script: str, words: Sequence[str]) -> dict[str, Any] | str:
-    """What another run of a script prints in its last line, as JSON; its last words where it fails."""
+    """Run a script in a new process and parse its last output line as JSON; if it fails, return its last error line."""
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -64,13 +64,13 @@ def in_a_process(script: str, words: Sequence[str]) -> dict[str, Any] | str:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median, least and most."""
+    """Median [minimum–maximum]."""
     low, middle, high = (f"{x:.{digits}f}" for x in (min(values), statistics.median(values), max(values)))
     return f"{middle} [{low}–{high}]"
 
 
 def machine(threads: int) -> str:
-    """What it was measured on."""
+    """Description of the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
     kind = torch.backends.cpu.get_cpu_capability()
@@ -78,7 +78,7 @@ def machine(threads: int) -> str:
 
 
 def write(output: Path, record: dict[str, Any], text: str) -> None:
-    """OUTPUT.json and OUTPUT.md."""
+    """Write OUTPUT.json and OUTPUT.md."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     output.with_suffix(".md").write_text(text)

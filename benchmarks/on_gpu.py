@@ -1,11 +1,12 @@
-"""The first hour on GPUs, one command and one page: is it exact, fast, the same on all of them, and as planned?
+"""GPU validation script: checks exactness, speed, agreement across devices and the memory plan, in one page.
 
-    python benchmarks/on_gpu.py --output build/on_gpu              # one to eight GPUs, whatever there is
-    python benchmarks/on_gpu.py --device cpu --small --output …    # see that it runs
+    python benchmarks/on_gpu.py --output build/on_gpu              # one to eight GPUs
+    python benchmarks/on_gpu.py --device cpu --small --output …    # check that it runs
 
-writes OUTPUT.json and OUTPUT.md: exactness in bf16 and fp32 (logits projected to fp32 by the product itself), every
-loss beside its matrix products and beside peers where installed, a whole step, fsdp2 on all devices beside one, and
-`plan` beside the measured peak. A part that fails says why in its place, and the exit status is 1.
+writes OUTPUT.json and OUTPUT.md: exactness in bf16 and fp32 (the matmul itself projects to fp32 logits), every loss
+compared with its matmuls and with peer libraries where installed, a full step, fsdp2 on all devices compared with one
+device, and `plan` compared with the measured peak. If a part fails, its section contains the error, and the exit status
+is 1.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import engine
 import kd_lightning as kd
 
 SMALL = (1000, 32, 48, 256)
-LARGE = (128_256, 2048, 4096, 8192)  # vocabulary, the student's width, the teacher's, tokens: an 1B and an 8B model's
+LARGE = (128_256, 2048, 4096, 8192)  # vocabulary, both hidden sizes, tokens; as for a 1B student and an 8B teacher
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "taid", "alpha_beta", "amid", "adaptive_kl", "own")
 PEERS = ("forward_kl:naive", "jsd:naive", "forward_kl:trl_kernel", "jsd:trl_gkd")
 COMMON = ["--config", "quickstart", "--trainer.limit_val_batches", "0", "--trainer.limit_test_batches", "0"]
@@ -43,7 +44,7 @@ Part = Callable[[argparse.Namespace], tuple[Any, str]]
 
 
 def where(device: str) -> str:
-    """Cards, driver and versions, with the date."""
+    """GPUs, driver, versions and date."""
     on = machine(torch.get_num_threads())
     if device == "cuda":
         cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -54,7 +55,7 @@ def where(device: str) -> str:
 
 
 def clocked(call: Callable[[], Any], device: str, rounds: int) -> dict[str, Any]:
-    """Seconds of each round and peak bytes of a call, after one that warms up (and compiles)."""
+    """Seconds of each round and peak bytes of a call, after a warm-up call (which compiles)."""
     if device == "cpu":
         found = timed(call)
         return {"seconds": [found["cpu"]], "peak": found["peak"]}
@@ -89,7 +90,7 @@ def exact(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def losses(args: argparse.Namespace) -> tuple[Any, str]:
-    """Every loss beside the products."""
+    """Every loss compared with the matmuls."""
     shape = SMALL if args.small else LARGE
     dtype, chunk = torch.bfloat16 if args.device == "cuda" else torch.float32, 64 if args.small else 4096
     names = ("forward_kl:eager", "jsd:naive") if args.small else (*LOSSES, "forward_kl:eager", *PEERS)
@@ -106,13 +107,13 @@ def losses(args: argparse.Namespace) -> tuple[Any, str]:
     for name, found in results.items():
         ratios = [spread([s / unit for s in found["seconds"]]) for unit in (plain, best)]
         lines.append(f"| {name} | {' | '.join(ratios)} | {found['peak'] / found['floor']:.2f} |")
-    lines += [f"\nLeft out: {name} ({why})." for name, why in left_out.items()]
+    lines += [f"\nSkipped: {name} ({why})." for name, why in left_out.items()]
     head = f"V {shape[0]}, widths {shape[1]} and {shape[2]}, {shape[3]} tokens, {dtype}, chunk {chunk}.\n\n"
     return {"shape": shape, "results": results, "left_out": left_out}, head + "\n".join(lines) + "\n"
 
 
 def whole_step(args: argparse.Namespace) -> tuple[Any, str]:
-    """A distillation step beside a supervised one and the teacher's forward."""
+    """A distillation step compared with a supervised step and the teacher's forward pass."""
     module, data = step.loaded(4 if args.small else 256)
     assert module.model is not None
     teacher: Any = module.teacher
@@ -132,7 +133,7 @@ def whole_step(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def same_step(args: argparse.Namespace) -> tuple[Any, str]:
-    """Four steps sharded over all devices, and on one device with as many micro-batches a step."""
+    """Four steps sharded over all devices, and on one device with as many micro-batches per step."""
     ranks = 2 if args.device == "cpu" else torch.cuda.device_count()
     if ranks < 2:
         return None, "One device: nothing to compare.\n"
@@ -165,11 +166,12 @@ def same_step(args: argparse.Namespace) -> tuple[Any, str]:
             students[name] = load_file(f"{root}/{name}/student/model.safetensors")
     flat = {name: torch.cat([(s[k] - start[k]).flatten().double() for k in start]) for name, s in students.items()}
     error = float((flat["all"] - flat["one"]).norm() / flat["one"].norm())
-    return error, f"Relative difference of four steps' change, fsdp2 on {ranks} devices beside one: {error:.1e}\n"
+    text = f"Relative difference of the update of four steps, fsdp2 on {ranks} devices compared with one: {error:.1e}\n"
+    return error, text
 
 
 def planned(args: argparse.Namespace) -> tuple[Any, str]:
-    """The plan of the quickstart beside what it takes."""
+    """The memory plan of the quickstart compared with the measured peak."""
     words = [*COMMON, "--trainer.max_steps", "3", "--data.batch_size", "4" if args.small else "256"]
     with tempfile.TemporaryDirectory() as root:
         words += [
@@ -186,12 +188,12 @@ def planned(args: argparse.Namespace) -> tuple[Any, str]:
     if isinstance(found, str):
         raise RuntimeError(found)
     text = f"plan {peak / 2**20:.0f} MiB, measured {found['peak'] / 2**20:.0f} MiB"
-    note = "" if args.device == "cuda" else " (growth of the process, which for a small model says little)"
+    note = "" if args.device == "cuda" else " (growth of the process; not meaningful for a small model)"
     return {"plan": peak, "measured": found["peak"]}, f"{text}{note}\n"
 
 
 def fit(device: str, words: list[str]) -> None:
-    """A run in this process; prints its peak."""
+    """Run `fit` in this process and print the peak memory."""
     from measuring import status
 
     from kd_lightning.cli.program import run
@@ -204,36 +206,36 @@ def fit(device: str, words: list[str]) -> None:
 
 PARTS: dict[str, Part] = {
     "Exactness": exact,
-    "Losses beside their products": losses,
-    "A whole step": whole_step,
-    "All devices beside one": same_step,
-    "Plan beside measurement": planned,
+    "Losses compared with their matmuls": losses,
+    "A full step": whole_step,
+    "All devices compared with one": same_step,
+    "Plan compared with measurement": planned,
 }
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny: shows that it runs")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: check that the script runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("build/on_gpu"))
     parser.add_argument("--fit", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is there; --device cpu --small shows that it runs")
+        parser.error("no GPU found; pass --device cpu --small to check that the script runs")
     if args.fit:
         fit(args.device, args.fit)
         return 0
     on, record, failed = where(args.device), {}, 0
-    text = f"# First hour on GPUs\n\n{on}.\n"
+    text = f"# GPU validation\n\n{on}.\n"
     for title, part in PARTS.items():
         started = time.perf_counter()
         try:
-            record[title], said = part(args)
-        except Exception as error:  # what is measured already must not be lost
+            record[title], section = part(args)
+        except Exception as error:  # keep what was already measured
             traceback.print_exc()
-            said, failed = f"Failed: {' '.join(str(error).split())[:500]}\n", 1
-        text += f"\n## {title}\n\n{said}"
+            section, failed = f"Failed: {' '.join(str(error).split())[:500]}\n", 1
+        text += f"\n## {title}\n\n{section}"
         print(f"{title}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         write(args.output, {"machine": on, "parts": record}, text)
     print(text)

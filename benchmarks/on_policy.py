@@ -1,19 +1,19 @@
-"""What responses of the models are good for: every source of them beside forward KL on the data, on the bundled rows.
+"""The benefit of generated responses: every source of responses compared with forward KL on the bundled rows.
 
-Every run is a process of its own on the shipped config, all with the same number of steps and the same start; then
-`forward_kl (same time)` gets as many steps as fit into the CPU time of the slowest of the others. What is written
-before or between the steps (seqkd, distillm2) is part of a run and of its time. Measured on the test rows, before and
-after: forward and reverse KL to the teacher and NLL on the data's answers, exact match of greedy responses
-(categories), and the teacher's NLL per token of what the student writes when sampled at temperature 1.
+Every run is a separate process with the shipped config, all with the same number of steps and the same start. Then
+`forward_kl (same time)` gets as many steps as fit into the CPU time of the slowest run. Generation before or between
+the steps (seqkd, distillm2) is part of a run and of its time. Evaluated on the test rows, before and after: forward and
+reverse KL to the teacher and NLL on the data's answers, exact match of greedy responses (categories), and the teacher's
+NLL per token of the student's samples at temperature 1.
 
     python benchmarks/on_policy.py --steps 1000 --seeds 0 1 2 --same_time --output build/on_policy
 
-writes build/on_policy/results.json after each run (a repeated call goes on; other numbers of steps want another folder)
-and build/on_policy/report.md.
+writes build/on_policy/results.json after each run (a repeated call resumes; another number of steps needs another
+folder) and build/on_policy/report.md.
 
     python benchmarks/on_policy.py --speed --output build/responses
 
-is responses.py, which writes what a step costs to OUTPUT.json and OUTPUT.md.
+runs responses.py, which writes the cost of a step to OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ COLUMNS = ("forward_kl", "reverse_kl", "nll", "exact_match", "sample_nll")
 
 
 def command(root: Path, config: str, steps: int, seed: int, validate: int) -> list[str]:
-    """A run of so many steps under `root`, validated every so many, without the closing table."""
+    """Command of a run under `root` that validates every `validate` steps, without the results table."""
     words = [sys.executable, "-m", "kd_lightning", "fit", "--config", config, "--trainer.default_root_dir", str(root)]
     words += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), "--trainer.limit_test_batches", "0"]
     words += ["--trainer.val_check_interval", str(validate), "--trainer.accelerator", "cpu"]
-    words += [] if config == "sft" else ["--model.lr_scheduler.total_iters", str(steps)]  # its rate is constant
+    words += [] if config == "sft" else ["--model.lr_scheduler.total_iters", str(steps)]  # constant learning rate
     return [*words, "--trainer.enable_progress_bar", "false"]
 
 
 def train(root: Path, config: str, steps: int, seed: int, extra: list[str]) -> float:
-    """A run under `root`, from nothing; its CPU seconds, start-up included."""
-    shutil.rmtree(root, ignore_errors=True)  # of one that was interrupted, whose responses would cost nothing now
+    """Run from scratch under `root` and return the CPU seconds, start-up included."""
+    shutil.rmtree(root, ignore_errors=True)  # responses cached by an interrupted run would not be timed
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command(root, config, steps, seed, 125), *extra], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -60,10 +60,10 @@ def train(root: Path, config: str, steps: int, seed: int, extra: list[str]) -> f
 
 
 class Bench:
-    """The test rows and the teacher, and what they say of a student.
+    """Evaluates a student with the test rows and the teacher.
 
     Args:
-        rows: how many test rows of each kind of measurement.
+        rows: Number of test rows per kind of measurement.
     """
 
     def __init__(self, rows: int) -> None:
@@ -74,7 +74,7 @@ class Bench:
 
     @torch.no_grad()
     def measure(self, student: str) -> dict[str, float]:
-        """All columns of a student's folder."""
+        """All columns for the student in a folder."""
         module = DistillationModule(student, self.teacher)
         module.configure_model()
         items = [self.data._rows["test"][n] for n in range(len(self.data._rows["test"]))]
@@ -94,7 +94,7 @@ class Bench:
         }
 
     def exact_match(self, student: Any, rows: list[dict[str, Any]]) -> float:
-        """Share of the greedy responses that are the answer."""
+        """Fraction of the greedy responses that equal the answer."""
         right = 0
         for part in (rows[n : n + 100] for n in range(0, len(rows), 100)):
             inputs = left_pad([row["prompt_ids"] for row in part], self.data.pad_id)
@@ -118,7 +118,7 @@ class Bench:
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """A table: mean over seeds, and spread where there are several."""
+    """A table with the mean over seeds, and the standard deviation if there are several."""
     lines = ["| run | steps | seeds | CPU s | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (4 + len(COLUMNS))]
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -135,21 +135,21 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run what is not there yet."""
+    """Run everything that has no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--rows", type=int, default=500, help="test rows measured")
+    parser.add_argument("--rows", type=int, default=500, help="number of test rows to evaluate")
     parser.add_argument("--same_time", action="store_true", help="also forward KL for the time of the slowest run")
-    parser.add_argument("--speed", action="store_true", help="only the cost of a step")
+    parser.add_argument("--speed", action="store_true", help="measure only the cost of a step")
     parser.add_argument("--output", type=Path, default=Path("build/on_policy"))
-    parser.add_argument("extra", nargs="*", help="after `--`: more words for every run's command line")
+    parser.add_argument("extra", nargs="*", help="after `--`: more arguments for every run")
     args = parser.parse_args(words)
     if args.speed:
         return responses.main(["--output", str(args.output)])
     if args.same_time and "forward_kl" not in args.runs:
-        parser.error("--same_time is the time of forward_kl, which --runs leaves out")
+        parser.error("--same_time needs the time of forward_kl: add forward_kl to --runs")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
     results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []

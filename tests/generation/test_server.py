@@ -19,8 +19,8 @@ import runs
 from fake_server import Answer, FakeServer, chat
 from json_lines import read
 from kd_lightning.assets import resolve
-from kd_lightning.generation import server as client
 from kd_lightning.cli.program import main
+from kd_lightning.generation import server as client
 from refusals import refused
 
 ROWS = 12
