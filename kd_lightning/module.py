@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +27,7 @@ from kd_lightning.models.lora import LoRA, add_adapters, exclude_base_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.seeding import derive_seed, run_seed
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import cache_teacher
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
@@ -249,10 +248,8 @@ class DistillationModule(L.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Randomness of this micro-batch from (seed, counter, rank): stored generator states shift at a resume."""
         self._check_finite()
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         counter = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        digest = hashlib.sha256(f"{seed}/{counter}/{data_parallel_rank(self.trainer)[0]}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        torch.manual_seed(derive_seed(run_seed(), counter, data_parallel_rank(self.trainer)[0]))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Undivided loss of one micro-batch; `on_before_optimizer_step` divides."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,6 @@ from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.generation.batch_generator import (
     Answers,
     BatchGenerator,
-    batch_seed,
     length_batches,
     max_prompt_tokens,
     summary,
@@ -34,6 +32,7 @@ from kd_lightning.generation.batch_generator import (
 from kd_lightning.generation.response_file import Response, ResponseFile
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.generate import Sampling
+from kd_lightning.seeding import derive_seed, run_seed
 from kd_lightning.teachers.cached import CachedTeacher
 
 
@@ -214,7 +213,7 @@ class Regeneration(L.Callback):
         mine = plan[rank::ranks]
         mine += plan[:1] * (-(-len(plan) // ranks) - len(mine))  # a rank with a batch less asks for one once more
         order = list(dict.fromkeys(row for _, numbers in mine for row in numbers))
-        seed = batch_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")), SIDES[self.side], number)
+        seed = derive_seed(run_seed(), SIDES[self.side], number)
         writer = BatchGenerator(model, datamodule.tokenizer, self.sampling, seed, module.device)
         weights = tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
         path = self._path(folder, trainer, number)

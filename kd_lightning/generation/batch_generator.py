@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from kd_lightning.data.collate import left_pad
 from kd_lightning.generation.response_file import Response, ResponseFile
 from kd_lightning.models.generate import Sampling, generate, max_positions
+from kd_lightning.seeding import derive_seed
 
 WINDOW = 16
 """Batches whose rows are sorted by length together: what a kill costs at most."""
@@ -38,11 +38,6 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         rows = sorted(window, key=lambda row: -lengths[row])
         found += [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     return found
-
-
-def batch_seed(*what: int) -> int:
-    """A number in [0, 2⁵⁶) that follows from all of `what`."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:7], "big")
 
 
 def max_prompt_tokens(model: Any, max_new_tokens: int, max_length: int | None) -> int:
@@ -108,7 +103,7 @@ class BatchGenerator:
         for number, rows in numbered:
             inputs = left_pad([prompts[row] for row in rows], self.ends[0] if pad is None else pad)
             arguments = (self.model, *(inputs[name].to(device) for name in ("input_ids", "attention_mask")))
-            settings = {**asdict(self.sampling), "seed": batch_seed(self.seed, number)}
+            settings = {**asdict(self.sampling), "seed": derive_seed(self.seed, number)}
             yield from zip(rows, self.read(generate(*arguments, **settings)), strict=True)
 
     def read(self, tokens: Tensor) -> list[Response]:

@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kd_lightning.data.conversation import Conversation
-from kd_lightning.generation.batch_generator import batch_seed
 from kd_lightning.generation.response_file import Response
+from kd_lightning.seeding import derive_seed
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0
 FIRST_PATIENCE = 10.0
@@ -92,7 +92,7 @@ class Server:
             "max_tokens": self.sampling["max_new_tokens"],
             "temperature": self.sampling["temperature"],
             "top_p": self.sampling["top_p"],
-            "seed": batch_seed(self.sampling["seed"], number) % 2**31,
+            "seed": derive_seed(self.sampling["seed"], number) % 2**31,
         }
         if question.messages:
             path = "chat/completions"

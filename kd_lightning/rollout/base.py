@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,24 @@ from kd_lightning.models.generate import (
     max_positions,
 )
 from kd_lightning.rollout.batches import Batch, append, prompts
+from kd_lightning.seeding import derive_seed
 from kd_lightning.teachers.base import Teacher
-from kd_lightning.training.student import StudentWithLoss
+
+
+class StudentModel(Protocol):
+    """What this package needs of the student: `training.student.StudentWithLoss` provides it."""
+
+    student: nn.Module
+
+    @property
+    def body(self) -> nn.Module | None:
+        """The module that returns the student's hidden states; None if the model cannot be split there."""
+
+    def head(self) -> Head | None:
+        """The student's LM head with its current weights; None if the model cannot be split there."""
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, with sharded parameters gathered."""
 
 
 class ResponseSource(nn.Module, ABC):
@@ -99,7 +114,7 @@ class RolloutContext:
         seconds: spent writing.
     """
 
-    model: StudentWithLoss
+    model: StudentModel
     teacher: Teacher | None = None
     seed: int = 0
     step: int = 0
@@ -114,8 +129,7 @@ class RolloutContext:
 
     def number(self, *what: Any) -> int:
         """A number in [0, 2⁵⁶) that follows from the seed and `what`."""
-        words = "/".join(map(str, (self.seed, *what)))
-        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big")
+        return derive_seed(self.seed, *what)
 
     def coin(self) -> float:
         """A number in [0, 1): one per step, the same on all ranks and for all micro-batches of the step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -13,6 +12,7 @@ from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import Batch
+from kd_lightning.seeding import run_seed
 
 
 class RolloutRunner:
@@ -49,7 +49,7 @@ class RolloutRunner:
         author = RolloutContext(
             module.model,
             module.teacher,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
+            seed=run_seed(),
             step=self._step,
             batch=trainer.fit_loop.epoch_loop.total_batch_idx,
             micro=self._micro,
