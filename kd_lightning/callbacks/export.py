@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from kd_lightning.atomic_io import atomic_folder
 from kd_lightning.callbacks.checkpoint import checkpoint_folder, is_fast_dev_run
+from kd_lightning.data.base import tokenizer_of
 from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.models.lora import merged_state_dict, save_adapter
 
@@ -127,7 +128,7 @@ class HFExport(Checkpoint):
             rank_zero_warn("export.which is 'best', and there was no validation to go by: the last weights are kept")
         state = full_state_dict(pl_module.student, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            tokenizer = tokenizer_of(trainer)
             save_student(pl_module.student, tokenizer, Path(trainer.default_root_dir) / "student", state)
         trainer.strategy.barrier("export")
 

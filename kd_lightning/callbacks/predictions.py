@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.atomic_io import atomic_file
-from kd_lightning.callbacks.run_config import _datamodule
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import all_gather_objects
 
 
@@ -25,7 +25,7 @@ class Predictions(L.Callback):
         self, trainer: Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keep this batch's responses as text."""
-        texts = _datamodule(trainer).tokenizer.batch_decode(outputs["responses"], skip_special_tokens=True)
+        texts = _data(trainer).tokenizer.batch_decode(outputs["responses"], skip_special_tokens=True)
         self.responses |= dict(zip(outputs["row_ids"].tolist(), texts, strict=True))
 
     def on_predict_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
@@ -36,8 +36,15 @@ class Predictions(L.Callback):
         responses = {row_id: text for part in found for row_id, text in part.items()}
         path = Path(trainer.default_root_dir) / "predictions.jsonl"
         with atomic_file(path) as part, part.open("w", encoding="utf-8") as lines:
-            for row in _datamodule(trainer).generation_rows("test"):
+            for row in _data(trainer).generation_rows("test"):
                 if row["index"] in responses:
                     fields = {**row["row"], "response": responses[row["index"]].strip()}
                     lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
         rank_zero_info(f"responses written to {path}")
+
+
+def _data(trainer: Trainer) -> DistillationDataModule:
+    datamodule = datamodule_of(trainer)
+    if datamodule is None:
+        raise ValueError("Predictions needs a data module of this package, such as InstructionDataModule")
+    return datamodule
