@@ -26,7 +26,7 @@ from step import WARM, cpu, parts, starts
 from subjects import inputs
 
 import kd_lightning as kd
-from kd_lightning.components import component_loss
+from kd_lightning.training.loss_components import component_loss
 
 EVERY = 10  # the quickstart's log_every_n_steps
 LIMIT = 5.0  # percent of a step

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from measuring import in_a_process, machine, spread, write
 
-from kd_lightning.answering import Writer, batches, fill, numbered
-from kd_lightning.data.batch import left_pad
-from kd_lightning.data.prompts import parse_question
-from kd_lightning.data.reading import read_rows
-from kd_lightning.data.tokenizing import TextTokenizer, load_tokenizer
-from kd_lightning.models import load_causal_lm
-from kd_lightning.response_file import ResponseFile
-from kd_lightning.rollout import Sampling
+from kd_lightning.data.collate import left_pad
+from kd_lightning.data.prompt import parse_question
+from kd_lightning.data.sources import read_rows
+from kd_lightning.data.tokenization import TextTokenizer, load_tokenizer
+from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches, write_responses
+from kd_lightning.generation.response_file import ResponseFile
+from kd_lightning.models.generate import Sampling
+from kd_lightning.models.loading import load_causal_lm
 
 WAYS = ("ours", "bare", "one by one", "ours, file order")
 
@@ -42,7 +42,7 @@ def calls(way: str, model_name: str, rows: int, batch_size: int, new: int) -> Ca
     prompts = [text.prompt(parse_question(row, place))[1] for place, row in found]
     model: Any = load_causal_lm(model_name, kwargs={"dtype": "float32"}, role="model")
     pad = tokenizer.pad_token_id
-    plan = batches([len(prompt) for prompt in prompts], 1 if way == "one by one" else batch_size)
+    plan = length_batches([len(prompt) for prompt in prompts], 1 if way == "one by one" else batch_size)
     if way == "ours, file order":
         plan = [list(range(start, min(start + batch_size, rows))) for start in range(0, rows, batch_size)]
     inputs = [left_pad([prompts[row] for row in batch], pad) for batch in plan]
@@ -55,10 +55,10 @@ def calls(way: str, model_name: str, rows: int, batch_size: int, new: int) -> Ca
         return tokens
 
     def ours() -> int:
-        writer = Writer(model, tokenizer, Sampling(new, 0.0))
+        writer = BatchGenerator(model, tokenizer, Sampling(new, 0.0))
         with tempfile.TemporaryDirectory() as folder:
             with ResponseFile(Path(folder) / "out.jsonl", [row for _, row in found], "m", {}) as file:
-                fill(file, writer.answers(prompts, numbered(plan)), bar=False)
+                write_responses(file, writer.answers(prompts, batches_of_rank(plan)), bar=False)
                 return sum(response.tokens for response in file.responses)
 
     return bare if way == "bare" else ours

@@ -25,13 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import engine
 import exactness
 import step
 import torch
 from measuring import in_a_process, machine, spread, timed, write
 from safetensors.torch import load_file
 
+import engine
 import kd_lightning as kd
 
 SMALL = (1000, 32, 48, 256)
@@ -196,7 +196,7 @@ def fit(device: str, words: list[str]) -> None:
     """Run `fit` in this process and print the peak memory."""
     from measuring import status
 
-    from kd_lightning.cli import run
+    from kd_lightning.cli.program import run
 
     before = status("VmRSS")
     run(["fit", *words])

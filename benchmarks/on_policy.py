@@ -32,10 +32,10 @@ import responses
 import torch
 
 from kd_lightning import DistillationModule, InstructionDataModule
-from kd_lightning.data.batch import Collator, left_pad
-from kd_lightning.rollout import generate
-from kd_lightning.teachers import HFTeacher
-from kd_lightning.written import append
+from kd_lightning.data.collate import Collator, left_pad
+from kd_lightning.models.generate import generate
+from kd_lightning.rollout.batches import append
+from kd_lightning.teachers.hf import HFTeacher
 
 RUNS = {"forward_kl": "quickstart", **{name: name for name in ("seqkd", "gkd", "distillm", "distillm2", "minillm")}}
 COLUMNS = ("forward_kl", "reverse_kl", "nll", "exact_match", "sample_nll")

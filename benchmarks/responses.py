@@ -30,9 +30,10 @@ import torch
 from measuring import machine, spread, write
 
 import kd_lightning as kd
-from kd_lightning.data.reading import read_rows
-from kd_lightning.rollout import Author, Sampling
-from kd_lightning.written import prompts
+from kd_lightning.data.sources import read_rows
+from kd_lightning.models.generate import Sampling
+from kd_lightning.rollout.base import RolloutContext
+from kd_lightning.rollout.batches import prompts
 
 WARM = 3  # turns before the timed ones
 RATIOS = {
@@ -125,7 +126,7 @@ def measure(turns: int, size: int, new: int) -> list[dict[str, float]]:
 
     found = []
     for turn, batch, paired in zip(range(WARM + turns), on_policy_batches(size), paired_batches(size), strict=False):
-        author, seconds = Author(model, module.teacher, seed=turn), {}
+        author, seconds = RolloutContext(model, module.teacher, seed=turn), {}
         seconds["respond"], written = cpu(author.respond, batch, Sampling(new))
         seconds["generate"], _ = cpu(bare, *prompts(batch), author.number("write", 0, 0))
         batches = {"step": written, "contrastive": paired, "gap": paired}

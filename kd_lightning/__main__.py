@@ -2,6 +2,6 @@
 
 import sys
 
-from kd_lightning.cli import main
+from kd_lightning.cli.program import main
 
 sys.exit(main())

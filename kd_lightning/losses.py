@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.compiling import as_it_is
-from kd_lightning.counted import Counted, check_devices, check_head, check_rows, check_top_k
 from kd_lightning.divergences import Divergence, check_divergence
-from kd_lightning.engine import Given, Head, Model, Projected, Sweep
-from kd_lightning.gaps import Mean, gap, label_columns, response_means
+from kd_lightning.engine.chunked import ChunkedPass
+from kd_lightning.engine.compile import opaque_to_compile
+from kd_lightning.engine.head import Head
+from kd_lightning.engine.label_mask import LabelMask, check_devices, check_head, check_rows, check_top_k
+from kd_lightning.engine.logit_source import GivenLogits, Model, ProjectedLogits
+from kd_lightning.engine.sequence_stats import Mean, label_columns, response_gap, response_means
+from kd_lightning.engine.token_loss import TokenLoss
+from kd_lightning.engine.top_k import TopK, TopKLogits
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
-from kd_lightning.outcomes import Outcomes, TopK
 from kd_lightning.schedules import Weight, check_weight
-from kd_lightning.token_loss import TokenLoss
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
 RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap", "label_gradient")
@@ -129,7 +131,7 @@ class DistillationLoss(nn.Module):
         """Share of the label loss: the number or the schedule that was given."""
         return self.token_loss.ce_weight
 
-    @as_it_is
+    @opaque_to_compile
     def from_logits(
         self,
         student_logits: Tensor,
@@ -156,16 +158,16 @@ class DistillationLoss(nn.Module):
         elif teacher_logits is not None:
             check_rows("teacher_logits", teacher_logits, labels)
             vocabulary = min(vocabulary, teacher_logits.shape[-1])
-        counted = Counted(labels, vocabulary)
-        student = Given(_flat(student_logits), counted.index, vocabulary)
-        teacher: Given | Outcomes | None = None
+        counted = LabelMask(labels, vocabulary)
+        student = GivenLogits(_flat(student_logits), counted.index, vocabulary)
+        teacher: GivenLogits | TopKLogits | None = None
         if isinstance(teacher_logits, TopK):
             teacher = _outcomes(teacher_logits, counted.index)
         elif teacher_logits is not None:
-            teacher = Given(_flat(teacher_logits.detach()), counted.index, vocabulary)
+            teacher = GivenLogits(_flat(teacher_logits.detach()), counted.index, vocabulary)
         return self._parts(student, teacher, counted, rows)
 
-    @as_it_is
+    @opaque_to_compile
     def from_hidden(
         self,
         student_hidden: Tensor,
@@ -199,17 +201,17 @@ class DistillationLoss(nn.Module):
         elif teacher_hidden is not None:
             other = check_head("teacher", teacher_hidden, teacher_head, labels)
             vocabulary = min(vocabulary, other.vocabulary)
-        counted = Counted(labels, vocabulary)
-        student = Projected(_flat(student_hidden), own, counted.index, vocabulary)
-        teacher: Projected | Outcomes | None = None
+        counted = LabelMask(labels, vocabulary)
+        student = ProjectedLogits(_flat(student_hidden), own, counted.index, vocabulary)
+        teacher: ProjectedLogits | TopKLogits | None = None
         if isinstance(teacher_hidden, TopK):
             teacher = _outcomes(teacher_hidden, counted.index)
         elif teacher_hidden is not None and other is not None:
-            teacher = Projected(_flat(teacher_hidden.detach()), other, counted.index, vocabulary)
+            teacher = ProjectedLogits(_flat(teacher_hidden.detach()), other, counted.index, vocabulary)
         return self._parts(student, teacher, counted, rows)
 
     def _parts(
-        self, student: Model, teacher: Model | Outcomes | None, counted: Counted, rows: Mapping[str, Tensor] | None
+        self, student: Model, teacher: Model | TopKLogits | None, counted: LabelMask, rows: Mapping[str, Tensor] | None
     ) -> LossParts:
         """Sum the tokens' losses as the reduction says."""
         if teacher is None and self.ce_weight != 1:
@@ -224,7 +226,7 @@ class DistillationLoss(nn.Module):
         columns = {name: counted.column(name, column, dtype) for name, column in (rows or {}).items()}
         if teacher is not None:
             columns |= label_columns(self.token_loss, student, teacher, counted, columns, dtype, self.chunk)
-        sweep = Sweep(self.token_loss, student, teacher, columns | {"labels": counted.labels}, self.chunk)
+        sweep = ChunkedPass(self.token_loss, student, teacher, columns | {"labels": counted.labels}, self.chunk)
 
         ones = torch.ones(len(counted.index), dtype=dtype, device=counted.index.device)
         weights, divisor = ones, ones.new_ones(())
@@ -239,7 +241,7 @@ class DistillationLoss(nn.Module):
         else:
             loss = sweep.loss(weights)
         values = sweep.values
-        if (wide := gap(columns)) is not None:
+        if (wide := response_gap(columns)) is not None:
             values["gap"] = wide
         means = {} if teacher is None else response_means(self.token_loss, counted, columns)
         return LossParts(loss, divisor, weights, values, means)
@@ -254,7 +256,7 @@ def check_names(monitors: Mapping[str, Divergence]) -> None:
             raise ValueError(f"monitors must have names without a dot, and none that torch modules use, got {name!r}")
 
 
-@as_it_is
+@opaque_to_compile
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -292,7 +294,7 @@ def distillation_loss(
     return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows), reduction)
 
 
-@as_it_is
+@opaque_to_compile
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Head | Tensor,
@@ -354,8 +356,8 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _outcomes(known: TopK, index: Tensor) -> Outcomes:
+def _outcomes(known: TopK, index: Tensor) -> TopKLogits:
     """The counted tokens of what is known of a teacher."""
     ids, log_probs = (_flat(x).index_select(0, index) for x in (known.ids, known.log_probs))
     log_tail = known.log_tail.reshape(-1).index_select(0, index)
-    return Outcomes(TopK(ids, log_probs, log_tail, known.vocabulary), known.vocabulary)
+    return TopKLogits(TopK(ids, log_probs, log_tail, known.vocabulary), known.vocabulary)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,26 +11,29 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from kd_lightning.agreement import check_same
-from kd_lightning.caching import written_down
-from kd_lightning.components import PREFIX, PartialKL, component_loss
+from kd_lightning.console import enable_info_logging
+from kd_lightning.constants import moves_objective
+from kd_lightning.distributed.collectives import check_ranks_agree
+from kd_lightning.distributed.dtensor import is_sharded, local_shard, tensor_digest
+from kd_lightning.distributed.grad_norm import clip_norm, gradient_norm
+from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
-from kd_lightning.fits import check_fits
-from kd_lightning.gradient_norms import clip_norm, gradient_norm
 from kd_lightning.label_losses import LabelLoss
-from kd_lightning.lora import LoRA, leave_out_the_base, with_lora
 from kd_lightning.losses import DistillationLoss, LossParts, check_names
-from kd_lightning.metrics import TokenMean
-from kd_lightning.models import check_causal, check_finite, check_tokenizers, load_causal_lm
-from kd_lightning.progress import show_information
-from kd_lightning.rollout import AtWork, ResponseSource
-from kd_lightning.schedules import Schedule, Weight, moves_objective
-from kd_lightning.sharding import is_sharded, local
-from kd_lightning.strategies import data_ranks
-from kd_lightning.student import StudentWithLoss
-from kd_lightning.teacher_base import digest
-from kd_lightning.teachers import Teacher, as_teacher, sizes
-from kd_lightning.window import LossWatch, Window
+from kd_lightning.metrics.per_token import TokenMean
+from kd_lightning.models.compatibility import check_model_fits_data
+from kd_lightning.models.loading import check_causal, check_finite, check_tokenizers, load_causal_lm
+from kd_lightning.models.lora import LoRA, add_adapters, exclude_base_weights
+from kd_lightning.rollout.base import ResponseSource
+from kd_lightning.rollout.runner import RolloutRunner
+from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.seeding import derive_seed, run_seed
+from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.cache_writer import cache_teacher
+from kd_lightning.teachers.hf import as_teacher, parameter_counts
+from kd_lightning.training.accumulation import AccumulationWindow, NonFiniteLossCheck
+from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
+from kd_lightning.training.student import StudentWithLoss
 
 
 class DistillationModule(L.LightningModule):
@@ -140,10 +141,10 @@ class DistillationModule(L.LightningModule):
         self.model: StudentWithLoss | None = None
         self.evaluation = nn.ModuleDict()
         self.responses = responses
-        self._at_work = AtWork(responses)
-        self._window = Window(reduction)
+        self._at_work = RolloutRunner(responses)
+        self._window = AccumulationWindow(reduction)
         self._means: dict[str, Tensor] = {}
-        self._watch = LossWatch()
+        self._watch = NonFiniteLossCheck()
         self._rate = 0.0
         self._base: str | None = None  # digest of the weights under the adapters, where checkpoints leave them out
 
@@ -169,7 +170,7 @@ class DistillationModule(L.LightningModule):
             check_tokenizers(self.teacher.name, tokenizer)
         if stage == "fit" and self.trainer.world_size > 1:
             rows = datamodule.description() if hasattr(datamodule, "description") else {}
-            check_same({"loss": repr(self.evaluation_loss), **rows})
+            check_ranks_agree({"loss": repr(self.evaluation_loss), **rows})
 
     def configure_model(self) -> None:
         """Load student and teacher; Lightning calls this more than once."""
@@ -182,16 +183,16 @@ class DistillationModule(L.LightningModule):
                 student = load_causal_lm(student, init=self.student_init, kwargs=self.student_kwargs, role="student")
             if self.lora is not None:
                 if isinstance(self.student_source, str) and self.student_init == "pretrained":
-                    self._base = digest(student.named_parameters())
-                    leave_out_the_base(self)
-                student = with_lora(student, self.lora)
+                    self._base = tensor_digest(student.named_parameters())
+                    exclude_base_weights(self)
+                student = add_adapters(student, self.lora)
             self.model = StudentWithLoss(student.train(), self.loss)
             del self.loss  # it lives in the wrapped model, under one name
         if self.teacher is not None:
             self.teacher.meet(self)
             self.teacher.load()
         datamodule = getattr(self._trainer, "datamodule", None)
-        for text in check_fits(self.student, self.teacher, datamodule):
+        for text in check_model_fits_data(self.student, self.teacher, datamodule):
             rank_zero_warn(text)
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, getattr(datamodule, "max_length", None))
@@ -225,8 +226,8 @@ class DistillationModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Say who learns from whom."""
-        show_information()
-        rank_zero_info(sizes(self.student, self.teacher))
+        enable_info_logging()
+        rank_zero_info(parameter_counts(self.student, self.teacher))
 
     # ---------------------------------------------------------------------------------------------------- training
     def on_train_start(self) -> None:
@@ -241,16 +242,14 @@ class DistillationModule(L.LightningModule):
         if rate != self._rate:
             rank_zero_warn(f"the rate goes on from the checkpoint, {rate:g}: {self._rate:g}, as given now, is not used")
         if self.teacher_cache and self.teacher is not None and not getattr(self.trainer, "fast_dev_run", False):
-            self.teacher = written_down(self, self.trainer)
+            self.teacher = cache_teacher(self, self.trainer)
         self._at_work.start(self)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Randomness of this micro-batch from (seed, counter, rank): stored generator states shift at a resume."""
         self._check_finite()
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         counter = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        digest = hashlib.sha256(f"{seed}/{counter}/{data_ranks(self.trainer)[0]}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        torch.manual_seed(derive_seed(run_seed(), counter, data_parallel_rank(self.trainer)[0]))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Undivided loss of one micro-batch; `on_before_optimizer_step` divides."""
@@ -293,8 +292,8 @@ class DistillationModule(L.LightningModule):
         taken back here, and the divisor is what was really accumulated, also in a last, shorter window.
         """
         divisor, self._means = self._window.close(self._sum_over_ranks)
-        grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(grads, self.trainer.accumulate_grad_batches * data_ranks(self.trainer)[1] / divisor)
+        grads = [local_shard(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(grads, self.trainer.accumulate_grad_batches * data_parallel_rank(self.trainer)[1] / divisor)
         if self._is_logged():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._means["grad_norm"] = gradient_norm(parameters, self.device)
@@ -316,7 +315,9 @@ class DistillationModule(L.LightningModule):
         if self.trainer.world_size == 1:
             return totals
         summed: Tensor = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        return summed * data_ranks(self.trainer)[1] / self.trainer.world_size  # the same rows may be on several ranks
+        return (
+            summed * data_parallel_rank(self.trainer)[1] / self.trainer.world_size
+        )  # the same rows may be on several ranks
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the schedules: at the end of the batch the checkpoints are already written."""
@@ -436,7 +437,7 @@ class DistillationModule(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Greedy responses to left-padded prompts."""
-        from kd_lightning.rollout import generate
+        from kd_lightning.models.generate import generate
 
         responses = generate(self.student, batch["input_ids"], batch["attention_mask"])
         return {"row_ids": batch["row_ids"], "responses": responses}

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kd_lightning.assistants import AlphaMixture, ArithmeticMixture, Assistant, GeometricMixture
+from kd_lightning.constants import SOURCES
 from kd_lightning.divergences import Composite, Divergence, ForwardKL, check_divergence, evaluate
 from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_weight, column, value
 
-SOURCES = ("dataset", "teacher", "student")
 ROLES = ("teacher", "student", "assistant")
 
 

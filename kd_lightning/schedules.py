@@ -310,8 +310,3 @@ class Complement(Schedule):
 
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
         """Nothing: the other schedule is a part of the same module and is updated itself."""
-
-
-def moves_objective(path: str) -> bool:
-    """Whether a schedule at this dotted path changes what the objective measures, and not a weight beside it."""
-    return path != "ce_weight" and not path.startswith("responses.")

@@ -22,20 +22,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.optim import Optimizer
 
-from kd_lightning.agreement import gathered
-from kd_lightning.sharding import (
-    TENSOR,
-    checkpoint_activations,
-    local,
-    shard_of,
-    shard_student,
-    shard_teacher,
-    split_vocabulary,
-    whole,
-    whole_state,
-)
-from kd_lightning.shards import Pieces, walk, write_part
-from kd_lightning.storage import is_full, open_checkpoint, part_of, whole_folder
+from kd_lightning.atomic_io import atomic_folder, disk_is_full, partial_folder
+from kd_lightning.distributed.checkpoint_io import open_checkpoint
+from kd_lightning.distributed.collectives import all_gather_objects
+from kd_lightning.distributed.dtensor import TENSOR, full_state_dict, full_tensor, local_shard, shard_like
+from kd_lightning.distributed.fsdp2 import enable_activation_checkpointing, shard_student, shard_teacher
+from kd_lightning.distributed.sharded_checkpoint import ShardReader, map_tensors, write_rank_file
+from kd_lightning.distributed.vocab_parallel import split_vocabulary
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -83,7 +76,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.tensor_parallel_size = tensor_parallel_size
         self.activation_checkpointing = activation_checkpointing
         self.cpu_offload = cpu_offload
-        self._pieces: Pieces | None = None
+        self._pieces: ShardReader | None = None
 
     # ----------------------------------------------------------------------------------------------------------- ranks
     def _configure_launcher(self) -> None:
@@ -142,7 +135,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 self._check_cut("student", module.model.head())
                 split_vocabulary(module.model.student, self.device_mesh[TENSOR], "student")
             if self.activation_checkpointing:
-                checkpoint_activations(module.model.student)
+                enable_activation_checkpointing(module.model.student)
             shard_student(module.model, **self.policies())
         if module.teacher is not None:
             module.teacher.shard(self._shard_teacher)
@@ -204,7 +197,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.model is not None
         if self._save_distributed_checkpoint:
             return self.model.state_dict()
-        return whole_state(self.model, keep=self.is_global_zero)
+        return full_state_dict(self.model, keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of an optimizer, by the numbers of its parameters as on one device: shards, or whole on rank 0."""
@@ -214,10 +207,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             return state
 
         def gathered(_: str, tensor: Tensor) -> Tensor | None:
-            full = whole(tensor)
+            full = full_tensor(tensor)
             return full.cpu() if self.is_global_zero else None
 
-        return walk(state, gathered)  # type: ignore[no-any-return]
+        return map_tensors(state, gathered)  # type: ignore[no-any-return]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a file from rank 0, or a folder from all ranks; what lay there stays whole until the new one is."""
@@ -226,9 +219,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             ParallelStrategy.save_checkpoint(self, checkpoint, path, storage_options)
             return
         if not self.is_global_zero:
-            self._write_part(checkpoint, part_of(path))
+            self._write_part(checkpoint, partial_folder(path))
             return
-        with whole_folder(path) as part:
+        with atomic_folder(path) as part:
             self._write_part(checkpoint, part)
 
     def _write_part(self, checkpoint: dict[str, Any], folder: Path) -> None:
@@ -236,10 +229,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.barrier("the folder is there")
         failure: str | None = None
         try:
-            write_part(checkpoint, folder, self.global_rank)
+            write_rank_file(checkpoint, folder, self.global_rank)
         except (OSError, RuntimeError, SafetensorError) as error:
-            failure = os.strerror(errno.ENOSPC) if is_full(folder) else str(error)
-        for rank, reason in enumerate(gathered(failure, self.world_size)):
+            failure = os.strerror(errno.ENOSPC) if disk_is_full(folder) else str(error)
+        for rank, reason in enumerate(all_gather_objects(failure, self.world_size)):
             if reason is not None:
                 raise OSError(f"{folder} could not be written by rank {rank}: {reason}")
 
@@ -251,7 +244,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = open_checkpoint(path)
-        self._pieces = Pieces(path) if path.is_dir() else None
+        self._pieces = ShardReader(path) if path.is_dir() else None
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -278,7 +271,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         with torch.no_grad():
             for name in own.keys() & state.keys():
                 held, loaded = own[name], self._shard(state[name], own[name], f"/state_dict/{name}")
-                local(held).copy_(local(loaded))
+                local_shard(held).copy_(local_shard(loaded))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give every optimizer this rank's rows of its state."""
@@ -299,14 +292,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             return value
         if value.is_meta:
             assert self._pieces is not None
-            return shard_of(functools.partial(self._pieces.read, path), like)
-        return shard_of(lambda start, stop: value[start:stop], like)
+            return shard_like(functools.partial(self._pieces.read, path), like)
+        return shard_like(lambda start, stop: value[start:stop], like)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="student and teacher sharded by FSDP2")
-
-
-def data_ranks(trainer: Trainer) -> tuple[int, int]:
-    """This process among those that read different rows: its number, and how many there are."""
-    kwargs = trainer.distributed_sampler_kwargs or {}
-    return kwargs.get("rank", 0), kwargs.get("num_replicas", 1)

@@ -26,7 +26,10 @@ from kd_lightning.divergences import (
     WeightedSum,
 )
 from kd_lightning.objectives import TAID, AMiD, Contrastive, Objective, SkewKL, SkewReverseKL
-from kd_lightning.rollout import AdaptiveReplay, MiniLLM, OnPolicy, ResponseSource
+from kd_lightning.rollout.base import ResponseSource
+from kd_lightning.rollout.minillm import MiniLLM
+from kd_lightning.rollout.on_policy import OnPolicy
+from kd_lightning.rollout.replay import AdaptiveReplay
 from kd_lightning.schedules import Cosine, Linear, ResponseGap, Schedule, TAIDSchedule
 
 Row = Sequence[float]  # probabilities, all > 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,8 @@ from kd_lightning.divergences import (
 from kd_lightning.losses import distillation_loss, fused_distillation_loss
 from kd_lightning.objectives import TAID, AMiD, Contrastive, SkewKL, SkewReverseKL
 from kd_lightning.schedules import Linear, ResponseGap, TAIDSchedule
+from locations import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 RECORDS: dict[str, dict[str, Any]] = {
     record["id"]: record for record in json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["records"]
 }

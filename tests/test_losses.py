@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kd_lightning.engine import Head
+from kd_lightning.engine.head import Head
 from kd_lightning.losses import DistillationLoss, distillation_loss, fused_distillation_loss
 from slow_reference import (
     HT,

@@ -11,9 +11,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from kd_lightning.assistants import AlphaMixture, ArithmeticMixture, GeometricMixture
+from kd_lightning.constants import SOURCES
 from kd_lightning.divergences import AlphaBeta, Divergence, ForwardKL, GeneralizedJSD, ReverseKL, WeightedSum
 from kd_lightning.functional import log_softmax
-from kd_lightning.objectives import SOURCES, TAID, AMiD, Contrastive, Objective, SkewKL, SkewReverseKL
+from kd_lightning.objectives import TAID, AMiD, Contrastive, Objective, SkewKL, SkewReverseKL
 from kd_lightning.schedules import Linear, ResponseGap, Schedule, TAIDSchedule
 
 

@@ -11,32 +11,25 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import processes
 import runs
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID
-from kd_lightning.callbacks import HFExport
-from kd_lightning.cli import main
-from kd_lightning.rollout import generate
-from kd_lightning.sharding import layers, local, whole_state
-from kd_lightning.storage import WholeCheckpointIO
+from kd_lightning.cli.program import main
+from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
+from kd_lightning.distributed.dtensor import full_state_dict, local_shard
+from kd_lightning.distributed.fsdp2 import transformer_layers
+from kd_lightning.models.generate import generate
 from kd_lightning.strategies import FSDP2Strategy
-from test_module import Batch, Run, assert_same_student, rows, split
+from sharded_fits import joined, train
+from tiny_fits import Batch, Run, assert_same_student, rows, split
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # resumed runs write elsewhere
 
 EPOCHS = 2
 SHARES = {1: [8], 2: [5, 3], 4: [2, 2, 2, 2]}  # rows of each rank that reads
-
-
-def joined(rank: int, ranks: int) -> None:
-    """Tell Lightning which of the processes this is."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def run(
@@ -54,27 +47,9 @@ def run(
     return module
 
 
-def train(module: Any, batch: Batch, folder: Path, start: Path | None, **settings: Any) -> None:
-    """Train on one batch an epoch, from a checkpoint or from nothing, with a checkpoint of each and the export."""
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1), HFExport()],
-        plugins=[WholeCheckpointIO()],
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        **settings,
-    )
-    loader = DataLoader([batch], batch_size=None)
-    trainer.fit(module, loader, loader, ckpt_path=start, weights_only=True)
-
-
 def held(model: nn.Module) -> int:
     """Numbers that this rank holds."""
-    return sum(local(parameter).numel() for parameter in model.parameters())
+    return sum(local_shard(parameter).numel() for parameter in model.parameters())
 
 
 def prompts(rank: int) -> Batch:
@@ -91,17 +66,17 @@ def on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
     joined(rank, 2)
     module = run(Path(folder) / "file", rank, 2)
     found: dict[str, Any] = {
-        "student": whole_state(module.student),
+        "student": full_state_dict(module.student),
         "held": [held(module.student), held(module.teacher.model)],
-        "moments": sum(local(s["exp_avg"]).numel() for s in module.trainer.optimizers[0].state.values()),
+        "moments": sum(local_shard(s["exp_avg"]).numel() for s in module.trainer.optimizers[0].state.values()),
         "responses": [responses(module.student, rank), responses(module.teacher.model, rank)],
     }
     run(Path(folder) / "folder", rank, 2, save_distributed_checkpoint=True)
     for kind in ("file", "folder"):
         start = Path(folder) / kind / "epoch=0.ckpt"
-        found[f"resumed from a {kind}"] = whole_state(run(Path(folder) / f"{kind} again", rank, 2, start).student)
+        found[f"resumed from a {kind}"] = full_state_dict(run(Path(folder) / f"{kind} again", rank, 2, start).student)
     spared = run(Path(folder) / "spared", rank, 2, activation_checkpointing=True, cpu_offload=True)
-    found["spared"] = whole_state(spared.student)
+    found["spared"] = full_state_dict(spared.student)
     for name, student in (("uncut", tiny("bert")), ("odd", tiny("llama", vocab_size=VOCABULARY + 1))):
         with pytest.raises(ValueError) as refusal:
             run(Path(folder) / name, rank, 2, student=student, tensor_parallel_size=2)
@@ -127,8 +102,8 @@ Two = tuple[Path, list[dict[str, Any]]]
 
 def test_clipped_steps_are_one_devices(two: Two, one: Run) -> None:
     for found in two[1]:
-        assert_same_student(found["student"], whole_state(one.student))
-        assert_same_student(found["spared"], whole_state(one.student))
+        assert_same_student(found["student"], full_state_dict(one.student))
+        assert_same_student(found["spared"], full_state_dict(one.student))
 
 
 def test_every_rank_holds_its_part(two: Two, one: Run) -> None:
@@ -159,7 +134,7 @@ def test_one_device_goes_on_with_the_checkpoint_and_exports_the_same_bytes(
 ) -> None:
     folder = two[0]
     resumed = run(tmp_path / "again", ckpt=folder / kind / "epoch=0.ckpt")
-    assert_same_student(whole_state(resumed.student), whole_state(one.student))
+    assert_same_student(full_state_dict(resumed.student), full_state_dict(one.student))
     run(tmp_path / "over", ckpt=folder / kind / f"epoch={EPOCHS - 1}.ckpt")  # no step left but the export
     files = sorted(path.name for path in (folder / kind / "student").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "over" / "student").iterdir())
@@ -180,9 +155,9 @@ def test_a_checkpoint_with_a_missing_file_is_refused(two: Two, tmp_path: Path) -
     for path in whole.iterdir():
         if path.name != "rank-00001.safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    assert WholeCheckpointIO().load_checkpoint(whole)["global_step"] == 1
+    assert AtomicCheckpointIO().load_checkpoint(whole)["global_step"] == 1
     with pytest.raises(ValueError, match=r"the checkpoint is not whole: rows .* are in none of its files"):
-        WholeCheckpointIO().load_checkpoint(folder)
+        AtomicCheckpointIO().load_checkpoint(folder)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -200,7 +175,7 @@ def on_four_ranks(rank: int, folder: str, start: str) -> dict[str, Any]:
         module = run(Path(folder) / name, rank, 4, Path(start), **sizes)
         # ranks that share a vocabulary write the same
         said = responses(module.student, rank // sizes.get("tensor_parallel_size", 1) % 2)
-        found[name] = [whole_state(module.student), held(module.student), said]
+        found[name] = [full_state_dict(module.student), held(module.student), said]
     return found
 
 
@@ -209,22 +184,22 @@ def test_four_ranks_go_on_with_the_checkpoint_of_two_and_one_with_theirs(two: Tw
     ranks = processes.run(on_four_ranks, str(tmp_path), str(two[0] / "folder" / "epoch=0.ckpt"), world_size=4)
     for name, copies in zip(SIZES, (1, 2, 1, 2), strict=True):
         for rank, found in enumerate(ranks):
-            assert_same_student(found[name][0], whole_state(one.student))
+            assert_same_student(found[name][0], full_state_dict(one.student))
             reader = rank // SIZES[name].get("tensor_parallel_size", 1)
             assert torch.equal(found[name][2], responses(one.student, reader % 2)), name
         assert sum(found[name][1] for found in ranks) >= copies * held(one.student)
         resumed = run(tmp_path / f"{name}, on one", ckpt=tmp_path / name / "epoch=1.ckpt")
-        assert_same_student(whole_state(resumed.student), whole_state(one.student))
+        assert_same_student(full_state_dict(resumed.student), full_state_dict(one.student))
 
 
 # --------------------------------------------------------------------------------------------------------------- wiring
 def test_layers_are_the_outermost_lists_that_share_nothing() -> None:
     model = tiny("llama")
-    assert layers(model) == list(model.model.layers)
+    assert transformer_layers(model) == list(model.model.layers)
     model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
-    assert layers(model) == []
+    assert transformer_layers(model) == []
     mixture = tiny("mixtral")
-    assert layers(mixture) == list(mixture.model.layers)
+    assert transformer_layers(mixture) == list(mixture.model.layers)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +277,7 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(victim: int
     finally:
         if job.poll() is None or alive(job.pid):
             os.killpg(job.pid, signal.SIGKILL)
-    assert WholeCheckpointIO().load_checkpoint(last)["global_step"] >= 1
+    assert AtomicCheckpointIO().load_checkpoint(last)["global_step"] >= 1
 
 
 @pytest.mark.slow
@@ -313,7 +288,7 @@ def test_a_memory_that_has_grown_is_gone_on_with(tmp_path: Path) -> None:
     for steps, more in ((3, []), (6, ["--ckpt_path", "last"])):
         code, _, err = runs.finish([*runs.little(tmp_path / "root", "distillm", steps=steps), *data, *more])
         assert code == 0, err
-    last = WholeCheckpointIO().load_checkpoint(tmp_path / "root" / "checkpoints" / "last.ckpt")
+    last = AtomicCheckpointIO().load_checkpoint(tmp_path / "root" / "checkpoints" / "last.ckpt")
     assert last["global_step"] == 6
     assert len(last["state_dict"]["responses.memory.labels"]) == 12
 
@@ -343,6 +318,6 @@ def test_a_disk_that_fills_ends_all_ranks_and_keeps_every_checkpoint_that_is_the
         assert "Traceback" not in err
         kept = list((disk / "root" / "checkpoints").glob("*.ckpt"))
         assert len(kept) >= 2
-        steps = {path.name: WholeCheckpointIO().load_checkpoint(path)["global_step"] for path in kept}
+        steps = {path.name: AtomicCheckpointIO().load_checkpoint(path)["global_step"] for path in kept}
         assert max(steps.values()) >= 1
         assert not list((disk / "root" / "checkpoints").glob(".*.part"))

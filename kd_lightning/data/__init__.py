@@ -1,9 +1,10 @@
 """Data modules: files of instructions and conversations in, batches of tokens out."""
 
-from kd_lightning.data.batch import IGNORE_INDEX, Collator, PromptCollator, left_pad
+from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.data.collate import Collator, PromptCollator, left_pad
 from kd_lightning.data.contrastive import ContrastiveDataModule
 from kd_lightning.data.instruction import InstructionDataModule
-from kd_lightning.data.prompted import PromptDataModule
+from kd_lightning.data.prompt import PromptDataModule
 
 __all__ = [
     "IGNORE_INDEX",

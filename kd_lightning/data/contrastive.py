@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_lightning.data.batch import SIDES, PairRows
+from kd_lightning.atomic_io import atomic_file
+from kd_lightning.data.collate import SIDES, PairRows
+from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.instruction import InstructionDataModule, listed
-from kd_lightning.data.order import BatchOrder
 from kd_lightning.data.pairs import read_answers, read_pairs, with_answer
-from kd_lightning.data.rows import Conversation
-from kd_lightning.data.tokenizing import TextTokenizer, gather, tokenised
-from kd_lightning.storage import whole_file
+from kd_lightning.data.sampler import BatchOrder
+from kd_lightning.data.tokenization import TextTokenizer, gather, tokenize_rows
 
 REASONS = {
     "side_missing": "dropped with a side missing",
@@ -99,8 +99,8 @@ class ContrastiveDataModule(InstructionDataModule):
         rows = gather(read_pairs, split, files, ("row", "conversation", "student", "place", "dropped"), late=late)
         other = rows.select_columns(["student", "place", "row_id"]).rename_column("student", "conversation")
         self._halves = {
-            "teacher": tokenised(rows.remove_columns("student"), split, self.text_tokenizer),
-            "student": tokenised(other, split, self.text_tokenizer),
+            "teacher": tokenize_rows(rows.remove_columns("student"), split, self.text_tokenizer),
+            "student": tokenize_rows(other, split, self.text_tokenizer),
         }
         self._keep(("", "empty") if late else ("",))
         if self._files:
@@ -220,7 +220,7 @@ class ContrastiveDataModule(InstructionDataModule):
         name, content = f"{side}-{self._replacements:04d}.jsonl", self._content(side)
         self._files[side] = {"name": name, "sha256": hashlib.sha256(content).hexdigest()}
         if getattr(self.trainer, "is_global_zero", True):
-            with whole_file(self._folder / name) as part:
+            with atomic_file(self._folder / name) as part:
                 part.write_bytes(content)
 
     @property

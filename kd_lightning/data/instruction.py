@@ -9,11 +9,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_lightning.agreement import describe_rows
-from kd_lightning.data.batch import Collator, PromptCollator, TokenRows
-from kd_lightning.data.order import BatchOrder, ResumableLoader
-from kd_lightning.data.rows import Conversation
-from kd_lightning.data.tokenizing import Reader, TextTokenizer, load_tokenizer, prepare, with_template
+from kd_lightning.data.base import describe_rows
+from kd_lightning.data.collate import Collator, PromptCollator, TokenRows
+from kd_lightning.data.conversation import Conversation
+from kd_lightning.data.sampler import BatchOrder, ResumableLoader
+from kd_lightning.data.tokenization import Reader, TextTokenizer, load_tokenizer, prepare, with_template
+from kd_lightning.seeding import run_seed
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SHORTEST = 8
@@ -240,7 +241,7 @@ class InstructionDataModule(L.LightningDataModule):
             shuffle=shuffle,
             group_by_length=grouped,
             fill=fill,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
+            seed=run_seed() if self.seed is None else self.seed,
             rank=rank,
             world_size=world_size,
         )

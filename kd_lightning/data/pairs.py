@@ -8,8 +8,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kd_lightning.data.reading import read_rows
-from kd_lightning.data.rows import Conversation, Message, extras_of, messages_of, parse_row, typed
+from kd_lightning.data.conversation import Conversation, Message, extras_of, messages_of, parse_row, typed
+from kd_lightning.data.sources import read_rows
 
 FIELDS = (("teacher_response", "student_response"), ("chosen", "rejected"))
 FORMS = (

@@ -1,0 +1,67 @@
+"""The public names of the package and the modules that define them: for type checkers, and for `__init__.py`."""
+
+from kd_lightning.assistants import AlphaMixture as AlphaMixture
+from kd_lightning.assistants import ArithmeticMixture as ArithmeticMixture
+from kd_lightning.assistants import Assistant as Assistant
+from kd_lightning.assistants import GeometricMixture as GeometricMixture
+from kd_lightning.callbacks.regenerate import Regeneration as Regeneration
+from kd_lightning.data.contrastive import ContrastiveDataModule as ContrastiveDataModule
+from kd_lightning.data.instruction import InstructionDataModule as InstructionDataModule
+from kd_lightning.data.prompt import PromptDataModule as PromptDataModule
+from kd_lightning.divergences import AdaptiveKL as AdaptiveKL
+from kd_lightning.divergences import AlphaBeta as AlphaBeta
+from kd_lightning.divergences import AlphaDivergence as AlphaDivergence
+from kd_lightning.divergences import Composite as Composite
+from kd_lightning.divergences import Divergence as Divergence
+from kd_lightning.divergences import ForwardKL as ForwardKL
+from kd_lightning.divergences import GeneralizedJSD as GeneralizedJSD
+from kd_lightning.divergences import ReverseKL as ReverseKL
+from kd_lightning.divergences import SymmetricKL as SymmetricKL
+from kd_lightning.divergences import TotalVariation as TotalVariation
+from kd_lightning.divergences import WeightedSum as WeightedSum
+from kd_lightning.engine.head import Head as Head
+from kd_lightning.label_losses import ClippedPolicyGradient as ClippedPolicyGradient
+from kd_lightning.label_losses import CrossEntropy as CrossEntropy
+from kd_lightning.label_losses import LabelLoss as LabelLoss
+from kd_lightning.label_losses import SampledReverseKL as SampledReverseKL
+from kd_lightning.losses import DistillationLoss as DistillationLoss
+from kd_lightning.losses import LossParts as LossParts
+from kd_lightning.losses import distillation_loss as distillation_loss
+from kd_lightning.losses import fused_distillation_loss as fused_distillation_loss
+from kd_lightning.metrics.bucketed import ByPosition as ByPosition
+from kd_lightning.metrics.bucketed import BySource as BySource
+from kd_lightning.metrics.per_token import NLL as NLL
+from kd_lightning.metrics.per_token import Agreement as Agreement
+from kd_lightning.metrics.per_token import BeatsTeacher as BeatsTeacher
+from kd_lightning.metrics.per_token import CalibrationError as CalibrationError
+from kd_lightning.metrics.per_token import DivergenceMetric as DivergenceMetric
+from kd_lightning.metrics.per_token import Entropy as Entropy
+from kd_lightning.metrics.per_token import TokenMean as TokenMean
+from kd_lightning.models.backbone import body_and_head as body_and_head
+from kd_lightning.models.lora import LoRA as LoRA
+from kd_lightning.module import DistillationModule as DistillationModule
+from kd_lightning.objectives import TAID as TAID
+from kd_lightning.objectives import AMiD as AMiD
+from kd_lightning.objectives import Contrastive as Contrastive
+from kd_lightning.objectives import Objective as Objective
+from kd_lightning.objectives import SkewKL as SkewKL
+from kd_lightning.objectives import SkewReverseKL as SkewReverseKL
+from kd_lightning.rollout.base import ResponseSource as ResponseSource
+from kd_lightning.rollout.minillm import MiniLLM as MiniLLM
+from kd_lightning.rollout.on_policy import OnPolicy as OnPolicy
+from kd_lightning.rollout.replay import AdaptiveReplay as AdaptiveReplay
+from kd_lightning.schedules import Cosine as Cosine
+from kd_lightning.schedules import Linear as Linear
+from kd_lightning.schedules import ResponseGap as ResponseGap
+from kd_lightning.schedules import Schedule as Schedule
+from kd_lightning.schedules import TAIDSchedule as TAIDSchedule
+from kd_lightning.schedules import Weight as Weight
+from kd_lightning.strategies import FSDP2Strategy as FSDP2Strategy
+from kd_lightning.teachers.adapter_off import AdapterOffTeacher as AdapterOffTeacher
+from kd_lightning.teachers.base import Teacher as Teacher
+from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
+from kd_lightning.teachers.hf import HFTeacher as HFTeacher
+from kd_lightning.teachers.offloaded import OffloadedTeacher as OffloadedTeacher
+
+__version__: str
+__all__: list[str]

@@ -1,0 +1,97 @@
+"""What a run's curves are held against: the teacher, the student before, and the end of another run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+
+from kd_lightning.callbacks.checkpoint import is_fast_dev_run
+from kd_lightning.callbacks.run_config import split_digests
+from kd_lightning.reporting.run_dir import RunFolder, resolved_source
+from kd_lightning.training.evaluation import limited_batches, token_means
+
+SCALARS = {"nll": "val/ce", "forward_kl": "val/forward_kl", "agreement": "val/agreement"}
+
+
+class Baselines(L.Callback):
+    """Measure teacher and student on the validation rows before the first step, and log them as constant lines.
+
+    `baseline/teacher_nll`, `baseline/student_before_nll` (also `…_forward_kl`, `…_agreement`), and, of another run,
+    `baseline/run_nll` …: its last validation.
+
+    Args:
+        root: folder of another run on the same validation rows, a supervised one say; None: none.
+
+    Raises:
+        ValueError: `root` is no run's folder, holds no validation, or was measured on other rows (before step 0).
+    """
+
+    def __init__(self, root: str | None = None) -> None:
+        self.other = None if root is None else RunFolder.read(root)
+        self.levels: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The levels, for a run that goes on later."""
+        return {"levels": self.levels}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the levels back."""
+        self.levels = state_dict["levels"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """See that the other run was measured on the same rows."""
+        self.check(getattr(trainer, "datamodule", None), trainer.limit_val_batches)
+
+    def check(self, datamodule: Any, limit: int | float | None) -> None:
+        """See that the other run was measured on the same rows.
+
+        Args:
+            datamodule: with its validation rows loaded.
+            limit: `limit_val_batches`.
+        """
+        if self.other is None:
+            return
+        given = self.other.config.get("data.val")
+        files = [[given] if isinstance(given, str) else given, datamodule.sources["val"]]
+        told = [rows.get("val rows") for rows in (self.other.rows, split_digests(datamodule))]
+        if (resolved_source(files[0]) != resolved_source(files[1])) if None in told else told[0] != told[1]:
+            theirs, ours = (
+                ", ".join(map(str, [*(names or ()), text])) for names, text in zip(files, told, strict=True)
+            )
+            raise ValueError(f"--baseline {self.other.root} was validated on {theirs}, and this run is on {ours}")
+        limits = [self.other.config.get("trainer.limit_val_batches"), limit]
+        if len({1.0 if limit is None else limit for limit in limits}) > 1:
+            raise ValueError(
+                f"--baseline {self.other.root} was validated with limit_val_batches {limits[0]}, and this run has "
+                f"{limits[1]}"
+            )
+        if self.other.last("val/ce") is None:
+            raise ValueError(f"--baseline {self.other.root} holds no validation yet (no val/ce in its events)")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure, once in the life of a run."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if is_fast_dev_run(trainer) or getattr(datamodule, "val", None) is None or trainer.limit_val_batches == 0:
+            return
+        if not self.levels:
+            loader = datamodule.val_dataloader()
+            batches = limited_batches(loader, trainer.limit_val_batches)
+            means = token_means(trainer, pl_module, loader, batches, "Validation batches")
+            means["nll"] = means["student_nll"]
+            self.levels = {f"baseline/student_before_{name}": means[name] for name in SCALARS if name in means}
+            if "teacher_nll" in means:
+                self.levels["baseline/teacher_nll"] = means["teacher_nll"]
+        if self.other is not None:
+            found = {name: self.other.last(scalar) for name, scalar in SCALARS.items()}
+            self.levels |= {f"baseline/run_{name}": value for name, value in found.items() if value is not None}
+        self._log(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Carry the lines on to this step."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._log(trainer)
+
+    def _log(self, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(self.levels, step=trainer.global_step)

@@ -1,0 +1,5 @@
+"""The `kd-lightning` program."""
+
+from kd_lightning.cli.program import main
+
+__all__ = ["main"]

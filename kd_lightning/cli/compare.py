@@ -1,0 +1,216 @@
+"""Runs side by side: `kd-lightning compare ROOT… --output report.md`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kd_lightning.atomic_io import atomic_file
+from kd_lightning.cli.command_parser import CommandParser
+from kd_lightning.console import progress_bar
+from kd_lightning.reporting.figures import as_markdown, curves, markdown_table
+from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing, repetitions, resolved_source
+
+CURVES = {
+    "val/ce": "validation NLL per answer token",
+    "val/forward_kl": "validation forward KL to the teacher",
+    "val/agreement": "share of tokens where both put the same one first",
+}
+SHARED = {"teacher": "teacher", "student_before": "student before"}
+SAME = 1e-3  # relative: the same rows in batches of another size
+Cell = tuple[float, float] | None  # mean and, with repetitions, standard deviation (NaN for one run)
+
+
+def main(args: Sequence[str]) -> int:
+    """Compare finished or running folders.
+
+    Args:
+        args: folders, `--output FILE` for a Markdown page, `--different_data` to allow runs on different rows.
+
+    Raises:
+        ValueError: a folder is not that of a run; the runs were not measured on the same rows; the page exists.
+    """
+    parser = CommandParser(
+        prog="kd-lightning compare", description="Runs side by side; runs that differ in seeds alone are averaged."
+    )
+    parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of a run (--trainer.default_root_dir)")
+    parser.add_argument("--output", type=Path, help="write a Markdown page with curves to this file")
+    parser.add_argument("--different_data", action="store_true", help="allow runs on different rows, and say so")
+    given = parser.parse_args(list(args))
+    if given.output is not None and given.output.exists():
+        raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
+    roots = {Path(root).resolve(): root for root in reversed(given.roots)}  # one that is named twice is one
+    runs = [RunFolder.read(root) for root in progress_bar(list(reversed(roots.values())), "Runs")]
+    notes = same_rows(runs, given.different_data)
+    groups, repeated = other_seeds(repetitions(runs))
+    notes += repeated
+    names = titles(groups)
+    rows = table(groups, names)
+    _print(rows, notes)
+    if given.output is not None:
+        with atomic_file(given.output) as part:
+            part.write_text(page(groups, names, rows, notes), encoding="utf-8")
+    return 0
+
+
+def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
+    """Refuse to put figures on different rows side by side, or say that it is done.
+
+    Raises:
+        ValueError: they differ, and it is not allowed.
+    """
+    notes = []
+    for name in DATA:
+        split = f"{name.removeprefix('data.')} rows"
+        told = all(split in run.rows for run in runs)
+        found: dict[str, str] = {}
+        for run in runs:
+            digest = f" ({run.rows[split]})" if told else ""
+            found.setdefault(digest or str(resolved_source(run.config.get(name))), f"{run.config.get(name)}{digest}")
+        if len(found) > 1:
+            notes.append(f"{name} differs: {', '.join(sorted(found.values()))}")
+    teachers: dict[str, list[float]] = {}
+    for run in runs:
+        if run.results is not None and run.results["teacher"] is not None:
+            same = repr([run.config.get(name) for name in ("model.teacher", "model.teacher_kwargs")])
+            teachers.setdefault(same, []).append(run.results["teacher"]["nll"] or 0.0)
+    if any(max(nlls) - min(nlls) > SAME * max(nlls) for nlls in teachers.values()) and not notes:
+        notes.append("the same teacher, or the same files, have changed: its own row differs between the runs")
+    if notes and not allowed:
+        raise ValueError(
+            f"the runs are not on the same data ({'; '.join(notes)}): --different_data compares them anyway"
+        )
+    return [f"**Not the same data**: {note}" for note in notes]
+
+
+def other_seeds(groups: Sequence[Sequence[RunFolder]]) -> tuple[list[list[RunFolder]], list[str]]:
+    """Of runs with the same seeds, which are no repetitions, the first that has ended (or the first); the others."""
+    kept, notes = [], []
+    for group in groups:
+        first: dict[tuple[Any, Any], RunFolder] = {}
+        for run in sorted(group, key=lambda run: not run.ended):
+            if run is not first.setdefault(run.seeds, run):
+                notes.append(f"**Left out**: {run.root} has the seed of {first[run.seeds].root}, {run.seeds[0]}")
+        kept.append([run for run in group if first[run.seeds] is run])
+    return kept, notes
+
+
+def titles(groups: Sequence[Sequence[RunFolder]]) -> list[str]:
+    """A name for each group: the folders', or their common beginning."""
+    names = []
+    for group in groups:
+        folders = [run.root.name for run in group]
+        common = folders[0]
+        while not all(folder.startswith(common) for folder in folders):
+            common = common[:-1]
+        names.append(common.rstrip("_-.0123456789") or common or folders[0] if len(group) > 1 else folders[0])
+    names = [f"{name} (run)" if name in SHARED.values() else name for name in names]
+    return [
+        name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)
+    ]  # two groups of one name are told apart by their place
+
+
+def table(groups: Sequence[Sequence[RunFolder]], names: Sequence[str]) -> dict[str, dict[str, Cell]]:
+    """Mean and spread of the closing tables, by row and column; the shared rows first."""
+    rows: dict[str, dict[str, Cell]] = {}
+    everyone = [run for group in groups for run in group]
+    for key, title in SHARED.items():
+        kept = [run for run in everyone if run.results is not None and run.results.get(key) is not None]
+        if kept and (key == "teacher" or len({repr((run.results or {})[key]) for run in kept}) == 1):
+            rows[title] = _means(kept[:1], key)
+    for group, name in zip(groups, names, strict=True):
+        finished = [run for run in group if run.results is not None]
+        count = f" ({len(finished)} runs)" if len(finished) > 1 else ""
+        under_way = [run for run in group if not run.ended]
+        going = f", {len(under_way)} at step {max(run.step for run in under_way)}" if under_way else ""
+        going += ", no test rows" if not finished and not under_way else ""
+        rows[f"{name}{count}{going}"] = _means(finished, "student_after")
+    return rows
+
+
+def _means(runs: Sequence[RunFolder], key: str) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for column in HEADINGS:
+        values = [(run.results or {})[key] for run in runs]
+        found = [value[column] for value in values if value is not None]
+        numbers = [number for number in found if number is not None]
+        spread = statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
+        cells[column] = (statistics.mean(numbers), spread) if numbers else None
+    return cells
+
+
+def text_of(column: str, cell: Cell, best: Cell) -> str:
+    """A cell in words: mean ± spread, and a star where it is further from the best than the spread of both."""
+    if cell is None:
+        return "–"
+    scale, unit = (100, " %") if column == "exact_match" else (1, "")
+    mean, spread = cell
+    digits = 1 if unit else 3
+    known = spread == spread
+    text = f"{mean * scale:.{digits}f}" + (f" ± {spread * scale:.{digits}f}" if known else "") + unit
+    if best is None or best == cell or not known or best[1] != best[1]:
+        return text
+    apart = abs(mean - best[0]) > (spread**2 + best[1] ** 2) ** 0.5
+    return f"{text} *" if apart else text
+
+
+def _cells(rows: dict[str, dict[str, Cell]]) -> list[list[str]]:
+    best: dict[str, Cell] = {}
+    for column in HEADINGS:
+        students = [cells[column] for name, cells in rows.items() if name not in SHARED.values()]
+        found = [cell for cell in students if cell is not None]
+        key = (lambda cell: -cell[0]) if column == "exact_match" else (lambda cell: cell[0])
+        best[column] = min(found, key=key) if found else None
+    return [
+        [name, *(text_of(column, cells[column], best[column]) for column in HEADINGS)] for name, cells in rows.items()
+    ]
+
+
+EXPLAINED = (
+    "Mean ± standard deviation where a run was repeated with other seeds. A star: further from the best of its column "
+    "than the spread of both, √(s² + s²); without a star, or with one run a row, a difference is no finding."
+)
+
+
+def _print(rows: dict[str, dict[str, Cell]], notes: Sequence[str]) -> None:
+    shown = Table(title="test rows")
+    for heading in ("run", *HEADINGS.values()):
+        shown.add_column(heading, justify="left" if heading == "run" else "right")
+    for cells in _cells(rows):
+        shown.add_row(*cells)
+    console = Console()
+    console.print(shown)
+    for line in (*notes, EXPLAINED):
+        console.print(line.replace("**", ""), highlight=False)
+
+
+def page(
+    groups: Sequence[Sequence[RunFolder]],
+    names: Sequence[str],
+    rows: dict[str, dict[str, Cell]],
+    notes: Sequence[str],
+) -> str:
+    """The comparison as one Markdown page with its figures inside."""
+    out = ["# Runs side by side", *notes, markdown_table(["run", *HEADINGS.values()], _cells(rows)), EXPLAINED]
+    changed = differing([group[0] for group in groups])
+    if changed:
+        cells = [[f"`{name}`", *(f"`{group[0].method.get(name)}`" for group in groups)] for name in changed]
+        out += ["## What differs", markdown_table(["argument", *names], cells)]
+    out.append("## Curves")
+    for scalar, title in CURVES.items():
+        lines = {
+            name if len(group) == 1 else f"{name}, {run.root.name}": run.scalars.get(scalar, [])
+            for group, name in zip(groups, names, strict=True)
+            for run in group
+        }
+        if any(lines.values()):
+            out.append(as_markdown(curves(lines, title), title))
+    folders = [
+        f"- {name}: " + ", ".join(f"`{run.root}`" for run in group) for group, name in zip(groups, names, strict=True)
+    ]
+    return "\n\n".join([*out, "## Folders", "\n".join(folders)]) + "\n"

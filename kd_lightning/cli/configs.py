@@ -1,0 +1,64 @@
+"""Shipped configs and checkpoint paths by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd_lightning.cli.error_messages import did_you_mean
+
+CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # where the names after an option are looked up
+
+
+def config_folder() -> Path:
+    """Where the shipped configs lie: beside the modules in an installed package, one level up in the source tree."""
+    installed = Path(__file__).parents[1] / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def shipped_config(name: str, option: str = "--config") -> str:
+    """The path of the shipped config called `name`; a path, or values in braces, comes back unchanged.
+
+    Raises:
+        ValueError: no file and no shipped config has this name.
+    """
+    if name.startswith("{") or Path(name).is_file():
+        return name
+    folder = config_folder() / CONFIGS[option]
+    path = folder / f"{name}.yaml"
+    if path.is_file():
+        return str(path)
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    hint = did_you_mean(name, names)
+    raise ValueError(f"{option} {name}: no such file{hint}, and the shipped ones are {', '.join(names)}")
+
+
+def expand_configs(args: Sequence[str]) -> list[str]:
+    """Replace the names after `--config` and `--trainer` by paths of shipped configs."""
+    out: list[str] = []
+    for word in args:
+        flag, equals, value = word.partition("=")
+        before = out[-1] if out else ""
+        if equals and flag in CONFIGS:
+            word = f"{flag}={shipped_config(value, flag)}"
+        elif before in CONFIGS:
+            word = shipped_config(word, before)
+        out.append(word)
+    return out
+
+
+def checkpoint_path(name: str, root: str | Path) -> str:
+    """The file that `--ckpt_path` means: a path, or `last` under ROOT.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name != "last":
+        if not Path(name).exists():
+            raise ValueError(f"--ckpt_path {name}: there is no such checkpoint (or write 'last' to go on from ROOT)")
+        return name
+    folder = Path(root) / "checkpoints"
+    found = sorted(folder.glob("last*.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(f"--ckpt_path last: {folder} holds no last*.ckpt to go on from")
+    return str(found[-1])

@@ -1,0 +1,194 @@
+"""The order of rows: which row is in which batch of which rank, and how a loader goes on in the middle of it."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data.distributed import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+
+from kd_lightning.data.collate import FILLER
+
+WINDOW_ROWS = 1024
+WINDOW_BATCHES = 32
+
+
+class BatchOrder(DistributedSampler[list[int]]):
+    """Batches of row numbers of one rank, a function of (seed, epoch) alone.
+
+    All ranks cut the same order into global batches of `batch_size · world_size` rows; rank r of N takes the rows
+    r, r + N, … of each. Hence without shuffling rank r reads the rows r, r + N, … of the file, no row is on two ranks,
+    and every rank has equally many batches. It is a `DistributedSampler`, so Lightning leaves it in its place.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per batch and rank.
+        shuffle: a new order every epoch; False: file order.
+        group_by_length: rows of similar length share a batch. With `shuffle`: within windows of the shuffled order,
+            whose batches are then shuffled. Without: the whole file, longest first.
+        fill: what happens to a last global batch with fewer rows than ranks: True: ranks without a row get a batch in
+            which nothing counts; False: it is left out.
+        seed: of the shuffling.
+        rank: of this process.
+        world_size: number of processes that share the rows.
+
+    Attributes:
+        pass_length: batches that are read in a pass, where that is fewer than there are.
+
+    Raises:
+        ValueError: there are fewer rows than ranks, and `fill` is False.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        group_by_length: bool = False,
+        fill: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not fill and len(lengths) < world_size:
+            raise ValueError(f"the training data has {len(lengths)} rows, fewer than the {world_size} ranks")
+        super().__init__(lengths, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.lengths = torch.as_tensor(lengths, dtype=torch.long)
+        self.batch_size = batch_size
+        self.group_by_length = group_by_length
+        self.fill = fill
+        self.start = 0
+        self.pass_length: int | None = None
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
+        return whole + int(rest > 0 and (self.fill or rest >= self.num_replicas))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This epoch's batches; an iterator with `state_dict` and `load_state_dict`."""
+        return _BatchIterator(self, self.epoch, self.start)
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Let the next pass be that of `epoch`, from its batch number `batch` on."""
+        self.epoch, self.start = epoch, batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the loader counts the passes, for Lightning's epoch skips a number when a run is resumed."""
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """All batches of this rank in `epoch`."""
+        ours = [block[self.rank :: self.num_replicas].tolist() for block in self._global_batches(epoch)]
+        return [rows or [FILLER] for rows in ours]
+
+    def _global_batches(self, epoch: int) -> list[torch.Tensor]:
+        size = self.batch_size * self.num_replicas
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            order = torch.randperm(len(self.lengths), generator=generator)
+        else:
+            generator = None
+            order = torch.arange(len(self.lengths))
+        if not self.group_by_length or len(order) == 0:
+            blocks = list(torch.split(order, size))
+        elif generator is None:
+            blocks = list(torch.split(self._by_length(order), size))
+        else:
+            blocks = []
+            for window in torch.split(order, size * max(WINDOW_BATCHES, -(-WINDOW_ROWS // size))):
+                inside = torch.split(
+                    self._by_length(window).flip(0), size
+                )  # the short last batch holds the longest rows
+                blocks += [inside[place] for place in torch.randperm(len(inside), generator=generator).tolist()]
+        return [block for block in blocks if self.fill or len(block) >= self.num_replicas]
+
+    def _by_length(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[torch.argsort(self.lengths[rows], descending=True, stable=True)]
+
+
+class _BatchIterator(Iterator[list[int]]):
+    def __init__(self, order: BatchOrder, epoch: int, position: int) -> None:
+        self.order = order
+        self._move(epoch, position)
+
+    def _move(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
+        self.batches = self.order.batches(epoch)
+
+    def __next__(self) -> list[int]:
+        if self.position >= len(self.batches):
+            raise StopIteration
+        self.position += 1
+        return self.batches[self.position - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._move(state["epoch"], state["position"])
+
+
+class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
+    """A `StatefulDataLoader` that counts its passes, each in the order of its `BatchOrder` for that number.
+
+    A pass of which something was read is followed by the next one. The state holds pass and batch beside what torchdata
+    keeps, so that another number of workers can go on with it.
+
+    Attributes:
+        before_pass: called with the number of a pass before its order is made and its first row is read; it may change
+            rows and lengths. Lightning asks for a pass before `on_train_epoch_start` in the first epoch of a process,
+            so that hook would be too late.
+    """
+
+    @functools.wraps(StatefulDataLoader.__init__)  # type: ignore[misc]  # Lightning reads the signature
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call
+            super().__init__(*args, **kwargs)
+        self._first = 0  # the batch that the present iterator began with
+        self.before_pass: Callable[[int], None] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """The present pass if nothing of it was read yet, else the next one."""
+        order = self.sampler
+        if isinstance(order, BatchOrder) and self.next_iter_state is None:
+            if self._iterator is not None and self._iterator._num_yielded > 0:
+                order.start_at(self._iterator._sampler_iter.epoch + 1, 0)
+            self._first = order.start
+            if self.before_pass is not None:
+                self.before_pass(order.epoch)
+        return super().__iter__()  # type: ignore[no-any-return]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this loader stands: plain numbers, dicts and tensors."""
+        state = super().state_dict()
+        iterator = self._iterator
+        return {
+            "num_workers": self.num_workers,
+            "epoch": getattr(iterator._sampler_iter, "epoch", 0),
+            "first": self._first,
+            "batches": self._first + iterator._num_yielded,
+            "torchdata": state,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; where that pass was over, with the next one."""
+        order = self.sampler
+        if isinstance(order, BatchOrder) and state_dict["batches"] >= (order.pass_length or len(order)):
+            super().load_state_dict({})  # Lightning would read the rest of the old pass: an epoch without a batch
+            order.start_at(state_dict["epoch"] + 1, 0)
+        elif state_dict["num_workers"] == self.num_workers:
+            super().load_state_dict(state_dict["torchdata"])
+            self._first = state_dict["first"]
+        else:
+            super().load_state_dict({})
+            order.start_at(state_dict["epoch"], state_dict["batches"])
+
+
+def _mix(seed: int, epoch: int) -> int:
+    # neighbouring seeds and epochs share no order: seed + epoch would give (0, 1) and (1, 0) the same
+    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xC2B2AE3D27D4EB4F + 1) % 2**63

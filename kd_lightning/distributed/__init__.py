@@ -1,0 +1,1 @@
+"""Models and checkpoints over several ranks."""

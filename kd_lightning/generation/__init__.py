@@ -1,0 +1,1 @@
+"""Responses generated offline, by a model in this process or by a server, into a file."""

@@ -1,0 +1,1 @@
+"""Causal language models: loading, LM heads, adapters, generation."""

@@ -1,0 +1,47 @@
+"""Whether rows fit into a model: ids that it embeds, places that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from kd_lightning.models.generate import max_positions
+
+
+def check_model_fits_data(student: Any, teacher: Any, datamodule: Any) -> Iterator[str]:
+    """See that both models can read every row that is loaded; what is doubtful is yielded.
+
+    Args:
+        student: a Hugging Face causal LM.
+        teacher: a `Teacher`, looked at where it has a model in this process; None: there is none.
+        datamodule: an `InstructionDataModule` with its rows loaded; of any other nothing is known.
+
+    Raises:
+        ValueError: a token has no embedding, or a row is longer than the position embeddings.
+    """
+    if not hasattr(datamodule, "largest_id"):
+        return
+    for role, model in (("student", student), ("teacher", getattr(teacher, "model", None))):
+        if model is not None:
+            yield from _check(role, model, datamodule)
+
+
+def _check(role: str, model: Any, datamodule: Any) -> Iterator[str]:
+    embeddings: Any = model.get_input_embeddings()
+    known = getattr(embeddings, "num_embeddings", None)
+    if known is not None and len(datamodule.tokenizer) > known and (largest := datamodule.largest_id()) >= known:
+        token = datamodule.tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"token {largest} ({token!r}) of the rows has no place in the {role}'s {known} embeddings: "
+            "resize_token_embeddings gives it one, or leave out the tokens that were added"
+        )
+    places, longest = max_positions(model), datamodule.longest()
+    if places is None or longest <= places:
+        return
+    text = f"a row has {longest} tokens and the {role} max_position_embeddings of {places}: lower data.max_length"
+    learned = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not embeddings)
+    if any(places <= part.num_embeddings <= places + 2 for part in learned):
+        raise ValueError(text)
+    yield text

@@ -1,0 +1,182 @@
+"""Responses that are kept and trained on again: a memory, and DistiLLM's way of using it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.models.generate import Sampling
+from kd_lightning.rollout.base import ResponseSource, RolloutContext
+from kd_lightning.rollout.batches import Batch, gather_rows, pad_rows
+from kd_lightning.schedules import Linear, Weight, check_number, check_weight, value
+
+
+class ReplayBuffer(nn.Module):
+    """Rows of batches, first in, first out; its tensors are part of the `state_dict` and grow as they fill.
+
+    Args:
+        capacity: how many rows are kept, at least 1; None: all until `clear`.
+
+    Raises:
+        ValueError: the capacity is below 1.
+    """
+
+    pushed: Tensor
+
+    def __init__(self, capacity: int | None) -> None:
+        super().__init__()
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        self.capacity = capacity
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        return {name: buffer for name, buffer in self.named_buffers() if name != "pushed"}
+
+    @property
+    def filled(self) -> int:
+        """How many rows there are."""
+        return int(self.pushed) if self.capacity is None else min(int(self.pushed), self.capacity)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        for name in self.columns:
+            del self._buffers[name]
+        self.pushed.zero_()
+
+    def push(self, batch: Batch) -> None:
+        """Keep the rows that have a counted label."""
+        counted = batch["labels"][:, 1:].ne(IGNORE_INDEX).any(1)
+        rows = {name: column[counted] for name, column in batch.items()}
+        count, before = int(counted.sum()), int(self.pushed)
+        places = torch.arange(before, before + count, device=counted.device)
+        if self.capacity is not None:
+            rows, places = {n: c[-self.capacity :] for n, c in rows.items()}, places[-self.capacity :] % self.capacity
+        height = min(before + count, self.capacity or before + count)
+        for name, column in rows.items():
+            column = column.int() if column.dtype == torch.int64 else column
+            kept = self.columns.get(name, column.new_empty((0, *column.shape[1:])))
+            width = max(kept.shape[-1], column.shape[-1])
+            if len(kept) < height or (column.ndim == 2 and kept.shape[1] < width):
+                kept = pad_rows(kept, max(height, len(kept)), width, name)
+                self.register_buffer(name, kept)
+            kept[places] = pad_rows(column, len(column), kept.shape[-1], name)
+        self.pushed += count
+
+    def rows(self, index: Tensor) -> Batch:
+        """The rows at `index` as a batch, as wide as the longest of them."""
+        found = {name: column[index.to(column.device)] for name, column in self.columns.items()}
+        width = int(found["attention_mask"].sum(1).max())
+        found = {name: column[:, :width] if column.ndim == 2 else column for name, column in found.items()}
+        return {name: column.long() if column.dtype == torch.int32 else column for name, column in found.items()}
+
+    def fit_to(self, state: Mapping[str, Tensor]) -> None:
+        """Have columns of the names and shapes of a state that will be loaded."""
+        for name in self.columns:
+            del self._buffers[name]
+        for name, tensor in state.items():
+            if name != "pushed":
+                self.register_buffer(name, torch.empty_like(tensor, device=self.pushed.device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the shapes of what is loaded."""
+        self.fit_to({key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class AdaptiveReplay(ResponseSource):
+    r"""DistiLLM's schedule: the student's own responses the more, the worse validation gets; old ones again.
+
+    A coin u per step, the same on all ranks: below \(\phi\,s\) (or below φ while the memory is not full) the student
+    writes, and what it wrote is kept; below φ the step trains on random rows of the memory; otherwise on the data. φ
+    rises by `rise` whenever the cross entropy of validation is at least `tolerance` above that of the last rise (at
+    first: above the first validation); s, the share of fresh ones, falls with the run. A validation before step 0, as
+    the authors have it, is `trainer.num_sanity_val_steps=-1`. All ranks keep the rows of all ranks.
+
+    Args:
+        threshold: φ at the start, in [0, 1].
+        rise: added to φ, which stays at most 1; > 0.
+        tolerance: ≥ 0.
+        capacity: rows in the memory, at least 1.
+        fresh_share: s in [0, 1], or a schedule; None: `Linear(1, 0)`.
+        max_new_tokens: longest response, at least 1.
+        temperature: of sampling, ≥ 0.
+        top_p: of sampling, in (0, 1].
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Ko et al., arXiv 2402.03898.
+    """
+
+    sampling: Sampling
+    threshold: Tensor
+    previous: Tensor
+    heard: Tensor
+
+    def __init__(
+        self,
+        threshold: float = 0.0,
+        rise: float = 0.1,
+        tolerance: float = 0.1,
+        capacity: int = 1000,
+        fresh_share: Weight | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_number("threshold", threshold, 0, 1)
+        check_number("rise", rise, 0, 1, "(]")
+        check_number("tolerance", tolerance, 0)
+        self.fresh_share: Weight = Linear(1.0, 0.0) if fresh_share is None else fresh_share
+        check_weight("fresh_share", self.fresh_share, per_row=False)
+        self.rise, self.tolerance = rise, tolerance
+        self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        self.capacity, self.memory = capacity, ReplayBuffer(capacity)
+        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.register_buffer("previous", torch.tensor(torch.nan))  # no validation yet
+        self.register_buffer("heard", torch.tensor(-1))  # the step of the last validation
+        self._decided: tuple[int, str] = (-1, "data")
+
+    def forward(self, batch: Batch, author: RolloutContext) -> Batch:
+        """The data's batch, fresh responses, or old ones."""
+        if self._decided[0] != author.step:  # a memory that fills within a step changes nothing before the next
+            self._decided = (author.step, self.decide(author.coin()))
+        choice = self._decided[1]
+        if choice == "write":
+            batch = author.respond(batch, self.sampling)
+            self.memory.push(gather_rows(batch, author.ranks))
+        elif choice == "replay":
+            order = author.order(self.memory.filled, author.batch)
+            place = author.rank + author.ranks * torch.arange(len(batch["labels"]))
+            batch = self.memory.rows(order[place % len(order)])
+        author.note("replay_fill", self.memory.pushed.clamp_max(self.capacity) / self.capacity)
+        author.note("replay_threshold", self.threshold)
+        return batch
+
+    def decide(self, coin: float) -> Literal["data", "write", "replay"]:
+        """What a step trains on, by its coin."""
+        threshold, full = float(self.threshold), self.memory.filled == self.capacity
+        if coin >= threshold:
+            return "data"
+        return "write" if not full or coin < threshold * float(value(self.fresh_share)) else "replay"
+
+    def waits(self, step: int) -> bool:
+        """Whether no validation of this step has been heard."""
+        return int(self.heard) != step
+
+    def validated(self, loss: float, step: int = 0) -> None:
+        """Raise the threshold where the loss has risen."""
+        self.heard.fill_(step)
+        if self.previous.isnan():
+            self.previous.fill_(loss)
+        elif loss >= float(self.previous) + self.tolerance:
+            self.threshold.add_(self.rise).clamp_max_(1.0)
+            self.previous.fill_(loss)

@@ -1,0 +1,10 @@
+"""Where the teacher's distribution comes from."""
+
+from kd_lightning.models.backbone import body_and_head
+from kd_lightning.teachers.adapter_off import AdapterOffTeacher
+from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.cached import CachedTeacher
+from kd_lightning.teachers.hf import HFTeacher
+from kd_lightning.teachers.offloaded import OffloadedTeacher
+
+__all__ = ["AdapterOffTeacher", "CachedTeacher", "HFTeacher", "OffloadedTeacher", "Teacher", "body_and_head"]

@@ -1,0 +1,1 @@
+"""The training step: student with its loss, accumulation, evaluation."""

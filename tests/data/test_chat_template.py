@@ -1,0 +1,221 @@
+"""The tokens that count are the assistant's words and its end of turn, and nothing else, in every template."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from chat_templates import FAMILIES, Family
+from kd_lightning.data.conversation import Conversation, parse_row
+from kd_lightning.data.tokenization import TextTokenizer, encode, with_template
+from tiny_tokenizers import tiny
+
+USER, OTHER = "What is the answer?", "Tell me a story about the sea."
+WORDS = ("The answer is forty two.", "  a little town,\nwhere nobody said a word — ever 🙂", "sunny")
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def tokenizer_of(family: Family, kind: str | None = None) -> Any:
+    return tiny(family.specials, family.bos, family.eos, kind=kind or family.kind, template=family.template)
+
+
+def counted(tokenizer: Any, row: dict[str, Any], **kwargs: Any) -> list[str]:
+    """The runs of counted tokens, decoded, blanks at their ends taken off."""
+    found = TextTokenizer(tokenizer, max_length=10_000, **kwargs).tokenize(parse_row(row, "row"))
+    runs = itertools.groupby(zip(found["input_ids"], found["counted"], strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]).strip() for counts, run in runs if counts]
+
+
+def answers(family: Family, *words: str) -> list[str]:
+    return [(text.strip() + family.end).strip() for text in words]
+
+
+def squeezed(texts: list[str]) -> list[str]:
+    # a blank before a special token is lost when some tokenizers decode; it is no word
+    return ["".join(text.split()) for text in texts]
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES.keys())
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_one_turn(family: Family, kind: str) -> None:
+    row = {"instruction": USER, "input": "now", "output": WORDS[0]}
+    said = counted(tokenizer_of(family, kind), row)
+    if "phi" in next(name for name, other in FAMILIES.items() if other is family):
+        assert said == [WORDS[0] + "<|end|>\n<|endoftext|>"]  # this template ends its last turn twice
+    else:
+        assert squeezed(said) == squeezed(answers(family, WORDS[0]))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_every_answer_of_a_conversation_and_no_other_turn(family: Family, kind: str) -> None:
+    row = {
+        "messages": [
+            *([turn("system", "Be brief.")] if family.system else []),
+            turn("user", USER),
+            turn("assistant", WORDS[0]),
+            turn("user", OTHER),
+            turn("assistant", WORDS[1]),
+            turn("user", USER),
+        ]
+    }
+    assert squeezed(counted(tokenizer_of(family, kind), row)) == squeezed(answers(family, *WORDS[:2]))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "phi" not in name])
+def test_a_conversation_that_ends_with_an_answer(name: str) -> None:
+    family = FAMILIES[name]
+    messages = [turn("user", USER), turn("assistant", WORDS[0]), turn("user", OTHER), turn("assistant", WORDS[2])]
+    said = counted(tokenizer_of(family), {"messages": messages})
+    assert squeezed(said) == squeezed(answers(family, WORDS[0], WORDS[2]))
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.tools])
+def test_a_call_counts_and_a_tool_does_not(name: str) -> None:
+    family = FAMILIES[name]
+    messages = [turn("user", USER), CALL, turn("tool", "rain in Paris"), turn("assistant", WORDS[2]), turn("user", "a")]
+    tokenizer = tokenizer_of(family)
+    said = counted(tokenizer, {"messages": messages, "tools": TOOLS})
+    assert squeezed(said) == squeezed(answers(family, family.call, WORDS[2]))
+
+
+def test_tools_and_variables_reach_the_template() -> None:
+    tokenizer = tiny(template="{{ tools[0].name }} {{ mood }} {{ messages[0].content }}{{ messages[1].content }}</s>")
+    row = {"prompt": [turn("user", "hear:")], "completion": [turn("assistant", "yes")], "tools": '[{"name": "hammer"}]'}
+    conversation = parse_row({**row, "chat_template_kwargs": {"mood": "calm"}}, "row")
+    text = TextTokenizer(tokenizer, template_kwargs={"mood": "loud"}).chat.locate(conversation).text
+    assert text.startswith("hammer calm hear:yes")
+    text = TextTokenizer(tokenizer, template_kwargs={"mood": "loud"}).chat.locate(parse_row(row, "row")).text
+    assert text.startswith("hammer loud hear:yes")
+
+
+def test_thoughts_count_where_the_template_keeps_them() -> None:
+    tokenizer = tokenizer_of(FAMILIES["qwen3, drops thoughts"])
+    first, last = "<think>\nhm\n</think>\n\nforty", "<think>\nthe sea\n</think>\n\na town"
+    row = {"messages": [turn("user", USER), turn("assistant", first), turn("user", OTHER), turn("assistant", last)]}
+    assert counted(tokenizer, row) == ["forty<|im_end|>", last + "<|im_end|>"]
+
+
+def test_thoughts_count_after_a_prompt_that_asks_for_them() -> None:
+    tokenizer = tokenizer_of(FAMILIES["deepseek, asks for thoughts"])
+    row = {"messages": [turn("user", USER), turn("assistant", "hm</think>forty")]}
+    assert counted(tokenizer, row) == ["forty<|eos|>"]
+
+
+def test_only_the_completion_counts() -> None:
+    family = FAMILIES["chatml"]
+    row = {
+        "prompt": [turn("user", USER), turn("assistant", "hm"), turn("user", OTHER)],
+        "completion": [turn("assistant", "a town"), turn("user", "more"), turn("assistant", "the sea")],
+    }
+    said = ["a town<|im_end|>", "the sea<|im_end|>"]
+    assert counted(tokenizer_of(family), row) == said
+    assert counted(tokenizer_of(FAMILIES["marked"]), row) == said
+
+
+def test_what_cannot_be_located_is_not_counted_and_is_said() -> None:
+    twice = (
+        "{% for m in messages %}[{{ m.content }}|{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    conversation = parse_row({"instruction": USER, "output": "yes"}, "row")
+    found = TextTokenizer(tiny(template=twice)).tokenize(conversation)
+    assert found["unlocated"] == 1 and not any(found["counted"]) and found["first_counted"] == -1
+
+
+def test_words_the_template_leaves_out_are_not_located() -> None:
+    silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    found = TextTokenizer(tiny(template=silent)).tokenize(parse_row({"instruction": "a", "output": "b"}, "row"))
+    assert found["unlocated"] == 1 and not any(found["counted"])
+
+
+def test_an_empty_turn_among_others_does_not_count() -> None:
+    row = {"messages": [turn("user", USER), turn("assistant", " "), turn("user", OTHER), turn("assistant", "yes")]}
+    assert counted(tokenizer_of(FAMILIES["chatml"]), row) == ["yes<|im_end|>"]
+
+
+def test_a_template_that_refuses_a_row_is_quoted() -> None:
+    row = {"messages": [turn("system", "Be brief."), turn("user", "a"), turn("assistant", "b")]}
+    with pytest.raises(ValueError, match="refuses this row: no system role"):
+        TextTokenizer(tokenizer_of(FAMILIES["gemma"])).tokenize(parse_row(row, "row"))
+
+
+def test_the_first_token_is_never_doubled() -> None:
+    family = FAMILIES["llama3"]
+    tokenizer = tiny(family.specials, family.bos, family.eos, template=family.template, adds_bos=True)
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    for row in ({"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}):
+        conversation = parse_row(row, "row")
+        ids = TextTokenizer(tokenizer).tokenize(conversation)["input_ids"]
+        _, prompt = TextTokenizer(tokenizer).prompt(conversation)
+        assert ids.count(tokenizer.bos_token_id) == prompt.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == prompt[0] == tokenizer.bos_token_id
+
+
+def test_a_plain_prompt_and_completion() -> None:
+    tokenizer = tiny()
+    row = {"prompt": "What is the answer? ", "completion": "forty two"}
+    assert counted(tokenizer, row) == ["forty two</s>"]
+    assert counted(tokenizer, {**row, "completion": "forty two</s>"}) == ["forty two</s>"]
+    found = TextTokenizer(tokenizer).tokenize(parse_row(row, "row"))
+    assert found["input_ids"][-1] == tokenizer.eos_token_id and found["counted"][-1]
+
+
+def test_the_end_is_added_where_the_template_writes_none() -> None:
+    bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    row = {"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "a"), turn("assistant", "forty")]}
+    assert counted(tiny(template=bare), row) == ["b", "forty</s>"]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_tokenizer_without_a_template_gets_a_plain_one_and_says_so(adds_bos: bool) -> None:
+    tokenizer, notices = tiny(adds_bos=adds_bos), []
+    with_template(tokenizer, None, notices.append)
+    assert len(notices) == 1 and "chat_template" in notices[0]
+    row = {"messages": [turn("user", USER), turn("assistant", "yes"), turn("user", OTHER), turn("assistant", "no")]}
+    assert counted(tokenizer, row) == ["yes</s>", "no</s>"]
+    first = TextTokenizer(tokenizer).tokenize(parse_row(row, "row"))["input_ids"][0]
+    assert (first == tokenizer.bos_token_id) == adds_bos
+    with_template(tokenizer, None, notices.append)
+    assert len(notices) == 1
+
+
+def test_a_template_of_the_users_comes_first() -> None:
+    mine = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    assert counted(tokenizer_of(FAMILIES["chatml"]), {"instruction": "a", "output": "b"}, chat_template=mine) == ["b>"]
+
+
+def test_a_token_of_two_speakers_does_not_count() -> None:
+    tokenizer = tiny()
+    text = "the answer"
+    (inside,) = [token for token, counts in encode(tokenizer, text, [(4, 10)]) if counts]
+    assert tokenizer.decode(inside) == " answer"
+    assert not any(counts for _, counts in encode(tokenizer, text, [(6, 10)]))
+
+
+def test_a_tokenizer_without_offsets_is_cut_where_the_words_begin() -> None:
+    tokenizer = tiny()
+
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text: str, **kwargs: Any) -> Any:
+            return tokenizer(text, **kwargs)
+
+    pairs = list(encode(Slow(), "the answer is forty", [(10, 19)]))
+    assert tokenizer.decode([token for token, _ in pairs]) == "the answer is forty"
+    assert tokenizer.decode([token for token, counts in pairs if counts]) == " is forty"
+
+
+def test_a_conversation_survives_the_cache() -> None:
+    conversation = parse_row({"messages": [turn("user", "ä"), CALL, turn("tool", "b")], "tools": TOOLS}, "row")
+    assert Conversation.load(conversation.dump()) == conversation

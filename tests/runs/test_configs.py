@@ -1,0 +1,146 @@
+"""Every shipped config runs as it stands, but for its length, and leaves what a run leaves."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import runs
+from kd_lightning.cli.program import main
+
+CONFIGS = sorted(path.stem for path in runs.CONFIGS.glob("*.yaml"))
+VALIDATION = ("kd", "ce", "forward_kl", "reverse_kl", "jsd", "total_variation", "teacher_nll", "agreement")
+
+
+def scalars(root: Path) -> dict[str, list[float]]:
+    """All scalars of the run's event files."""
+    events = EventAccumulator(str(root / "tensorboard"))
+    events.Reload()
+    return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config(name: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    often = ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
+    train = ["--data.train", str(runs.little_data(tmp_path))]  # some let a model respond to all of it first
+    assert main([*runs.little(root, name, steps=3), *often, *train]) == 0
+    found = scalars(root)
+    logged = {f"val/{key}" for key in VALIDATION} | {"train/loss", "train/kd", "train/ce", "train/student_share"}
+    if name in ("sft", "seqkd"):
+        logged.remove("train/kd")  # with ce_weight 1 the teacher is not asked in training
+    if name == "taid":
+        logged.add("schedule/assistant.teacher_weight")
+    assert logged <= found.keys()
+    assert all(torch.tensor(values).isfinite().all() for key, values in found.items() if "/" in key)
+
+    student = AutoModelForCausalLM.from_pretrained(root / "student")
+    tokenizer = AutoTokenizer.from_pretrained(root / "student")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Define the noun below.\ncat"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    written = student.generate(**prompt, max_new_tokens=4)
+    assert written.shape[1] > prompt["input_ids"].shape[1]
+
+    assert len({file.stat().st_mode for file in (root / "student").iterdir()}) == 1  # whoever may read one may read all
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    parameters = sum(p.numel() for p in student.parameters())
+    state = {key: t for key, t in checkpoint["state_dict"].items() if "lora_" not in key}  # merged in the export
+    kept = sum(t.numel() for key, t in state.items() if key.startswith("model.") and t.numel() > 1)
+    assert kept <= parameters + student.lm_head.weight.numel()  # tied: written under both names; and no teacher
+
+
+def test_the_closing_table(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    words = runs.little(root, steps=2, test=True)
+    assert main([*words, "--trainer.limit_test_batches", "3"]) == 0
+    table = runs.results(root)
+    assert list(table) == ["teacher", "student_before", "student_after"]
+    for row in table.values():
+        assert set(row) == {"nll", "forward_kl", "exact_match"}
+    assert table["teacher"]["forward_kl"] == 0
+    assert table["teacher"]["nll"] < table["student_before"]["nll"]
+    assert table["student_after"]["nll"] != table["student_before"]["nll"]
+
+
+def test_config_yaml_repeats_the_run(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*runs.little(first, "amid", steps=3), "--model.optimizer.lr", "1e-3", "--seed_everything", "7"]) == 0
+    assert main(["fit", "--config", str(first / "config.yaml"), "--trainer.default_root_dir", str(second)]) == 0
+    a, b = runs.student(first), runs.student(second)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *words, "--print_config"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    text = printed("--config", "taid", "--model.temperature", "2.0")
+    (tmp_path / "printed.yaml").write_text(text)
+    assert yaml.safe_load(printed("--config", str(tmp_path / "printed.yaml"))) == yaml.safe_load(text)
+
+
+def test_the_best_student_is_exported(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    # teacher_nll stands still and the lower is kept, so the first validation is the best; forward_kl falls
+    words = [*runs.little(root, steps=6), "--export.which", "best", "--trainer.val_check_interval", "2"]
+    assert main([*words, "--export.monitor", "val/teacher_nll"]) == 0
+    best = torch.load(root / "checkpoints" / "best.ckpt", weights_only=True)
+    last = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert best["global_step"] < last["global_step"] == 6
+    for name, tensor in runs.student(root).items():
+        assert torch.equal(tensor, best["state_dict"][f"model.student.{name}"])
+        assert tensor.ndim == 1 or not torch.equal(tensor, last["state_dict"][f"model.student.{name}"])
+
+
+def test_validate_test_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "root"
+    assert main(runs.little(root, steps=2)) == 0
+    common = ["--config", "quickstart", "--trainer.default_root_dir", str(root), *runs.CPU, *runs.QUIET]
+    for verb in ("validate", "test"):
+        limit = {"validate": "val", "test": "test"}[verb]
+        words = [verb, *common, f"--trainer.limit_{limit}_batches", "1", "--ckpt_path", "last"]
+        assert main(words) == 0
+        assert f"{limit}/forward_kl" in capsys.readouterr().out
+    assert main(["predict", *common, "--trainer.limit_predict_batches", "2", "--ckpt_path", "last"]) == 0
+    lines = (root / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 64
+    first = yaml.safe_load(lines[0])
+    assert {"instruction", "input", "output", "response"} <= first.keys()
+
+
+def test_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = runs.little(Path("root"), steps=1)
+    words[words.index("--config") + 1] = "quickstart"
+    assert main(words) == 0
+    assert (tmp_path / "root" / "student" / "model.safetensors").exists()
+    shutil.rmtree(tmp_path / "root")
+
+
+def test_a_class_of_ones_own_lies_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "my_divergence.py").write_text(
+        "from kd_lightning import Divergence\n\n\n"
+        "class SquaredHellinger(Divergence):\n"
+        "    def forward(self, log_p, log_q):\n"
+        "        return 1 - ((log_p + log_q) / 2).exp().sum(-1)\n"
+    )
+    words = [*runs.little(tmp_path / "root", steps=1), "--model.objective", "my_divergence.SquaredHellinger"]
+    program = (
+        "-c",
+        "import sys; sys.path.remove(''); from kd_lightning.cli import main; sys.exit(main())",
+    )  # a script's
+    process = runs.start([*words, "--data.train", str(runs.little_data(tmp_path))], program, cwd=tmp_path)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err

@@ -1,0 +1,65 @@
+"""A file or folder is whole, or it is the one that was there before."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_lightning.atomic_io import atomic_file, atomic_folder
+from kd_lightning.distributed.checkpoint_io import NEEDED, AtomicCheckpointIO
+
+
+def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "file.txt"
+    with atomic_file(path) as part:
+        part.write_text("first")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), atomic_file(path) as part:
+        part.write_text("half of the sec")
+        raise RuntimeError
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    for text in ("first", "second"):
+        with atomic_folder(path) as part:
+            (part / "weights").write_text(text)
+    with pytest.raises(RuntimeError), atomic_folder(path) as part:
+        (part / "weights").write_text("third")
+        raise RuntimeError
+    assert (path / "weights").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+    (tmp_path / ".student.old").mkdir()
+    (tmp_path / ".student.old" / "weights").write_text("first")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "student") as part:
+        (part / "weights").write_text("second")
+        raise RuntimeError
+    assert (tmp_path / "student" / "weights").read_text() == "first"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({**dict.fromkeys(NEEDED), "weight": torch.ones(2)}, path)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        io.save_checkpoint({"weight": torch.zeros(2)}, path)
+    assert torch.equal(io.load_checkpoint(path)["weight"], torch.ones(2))
+
+
+def test_a_checkpoint_with_anything_but_tensors_and_plain_values_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.ckpt"
+    torch.save({"module": torch.nn.Linear(1, 1)}, path)
+    with pytest.raises(ValueError, match=r"foreign\.ckpt is no checkpoint that can be read safely"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
