@@ -127,8 +127,8 @@ def test_every_notebook_and_no_other_is_on_its_page() -> None:
 
 def test_the_picture_of_the_architecture_shows_every_layer_in_order() -> None:
     tree = ast.parse((ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8"))
-    found = {ast.unparse(node.target): node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.value}
-    layers = ast.literal_eval(found["LAYERS"])
+    values = {ast.unparse(node.target): node.value for node in tree.body if isinstance(node, ast.AnnAssign)}
+    layers = ast.literal_eval(values["LAYERS"] or "()")
     level = {name: number for number, names in enumerate(layers, start=1) for name in names}
     shown: dict[str, int] = {}
     number = 0
