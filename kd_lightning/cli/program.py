@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kd_lightning.cli.configs import checkpoint_path, expand_configs
+from kd_lightning.cli.configs import checkpoint_path, expand_configs, register_config_loader
 from kd_lightning.cli.error_messages import did_you_mean, expected, explain, unknown_argument
 from kd_lightning.console import silence_known_warnings, use_plain_progress_bars
 
@@ -159,6 +159,7 @@ def parser_words() -> dict[str, Any]:
     about += " `--data.help` and `--data.help ContrastiveDataModule` list those of the data."
     beside = "Commands beside these verbs: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()) + "."
     words = {"exit_on_error": False, "allow_abbrev": False, "prog": "kd-lightning"}
+    words["parser_mode"] = register_config_loader()
     every = f"kd-lightning {{{','.join([*VERBS, *COMMANDS])}}} ..."
     return {**words, "usage": every, "description": about, "epilog": beside, **verbs}
 
