@@ -47,7 +47,7 @@ def build_cli() -> type:
     import kd_lightning.strategies
     import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
     from kd_lightning.callbacks.baselines import Baselines
-    from kd_lightning.callbacks.checkpoint import RunCheckpoint, is_fast_dev_run
+    from kd_lightning.callbacks.checkpoint import RunCheckpoint
     from kd_lightning.callbacks.export import HFExport
     from kd_lightning.callbacks.generation_eval import GenerationQuality
     from kd_lightning.callbacks.predictions import Predictions
@@ -59,6 +59,7 @@ def build_cli() -> type:
     from kd_lightning.callbacks.samples import Samples
     from kd_lightning.callbacks.tensorboard import Dashboard
     from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
+    from kd_lightning.distributed.trainer import is_fast_dev_run
 
     class KDCLI(LightningCLI):
         """Defaults, groups of callbacks, and nothing else."""
