@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from kd_lightning.callbacks.checkpoint import is_fast_dev_run
 from kd_lightning.callbacks.run_config import split_digests
 from kd_lightning.data.base import DistillationDataModule, datamodule_of
+from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.reporting.run_dir import RunFolder, resolved_source
 from kd_lightning.training.evaluation import limited_batches, token_means
 

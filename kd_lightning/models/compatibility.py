@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.models.generate import max_positions
+from kd_lightning.models.hf_adapter import input_embeddings, max_positions, num_embeddings
 
 
 class LoadedRows(Protocol):
@@ -44,8 +44,8 @@ def check_model_fits_data(student: Any, teacher: Any, datamodule: LoadedRows | N
 
 
 def _check(role: str, model: Any, datamodule: LoadedRows) -> Iterator[str]:
-    embeddings: Any = model.get_input_embeddings()
-    known = getattr(embeddings, "num_embeddings", None)
+    embeddings = input_embeddings(model)
+    known = num_embeddings(embeddings)
     if known is not None and len(datamodule.tokenizer) > known and (largest := datamodule.largest_id()) >= known:
         token = datamodule.tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
