@@ -20,6 +20,7 @@ from kd_lightning.data.collate import left_pad
 from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.models.generate import generate
 from kd_lightning.reporting.run_dir import HEADINGS
+from kd_lightning.teachers.base import generating_model
 from kd_lightning.training.evaluation import limited_batches, token_means
 
 SAMPLES = 6
@@ -127,7 +128,7 @@ class ResultsTable(Checkpoint):
                 out["teacher"] = {
                     "nll": means["teacher_nll"],
                     "forward_kl": 0.0,
-                    "exact_match": self._exact_match(trainer, getattr(module.teacher, "model", None), rows, "teacher"),
+                    "exact_match": self._exact_match(trainer, generating_model(module.teacher), rows, "teacher"),
                 }
         return out
 
