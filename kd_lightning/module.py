@@ -22,7 +22,7 @@ from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts, check_names
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.models.compatibility import check_model_fits_data
-from kd_lightning.models.hf_adapter import name_or_path
+from kd_lightning.models.hf_adapter import base_model, eos_token_ids, name_or_path
 from kd_lightning.models.loading import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters, exclude_base_weights
 from kd_lightning.rollout.base import ResponseSource
@@ -147,6 +147,7 @@ class DistillationModule(L.LightningModule):
         self._means: dict[str, Tensor] = {}
         self._watch = NonFiniteLossCheck()
         self._rate = 0.0
+        self._max_new_tokens = 32
         self._base: str | None = None  # digest of the weights under the adapters, where checkpoints leave them out
 
     # ------------------------------------------------------------------------------------------------ construction
@@ -437,8 +438,24 @@ class DistillationModule(L.LightningModule):
         return values
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Greedy responses to left-padded prompts."""
+        """Greedy responses to left-padded prompts.
+
+        Returns:
+            `row_ids` [B]; `responses`, token ids [B, up to max_new_tokens]; `finished` [B], whether a response has
+            ended, or was cut.
+        """
         from kd_lightning.models.generate import generate
 
-        responses = generate(self.student, batch["input_ids"], batch["attention_mask"])
-        return {"row_ids": batch["row_ids"], "responses": responses}
+        responses = generate(self.student, batch["input_ids"], batch["attention_mask"], self._max_new_tokens)
+        ends = torch.tensor(eos_token_ids(base_model(self.student)), dtype=responses.dtype, device=responses.device)
+        return {"row_ids": batch["row_ids"], "responses": responses, "finished": torch.isin(responses, ends).any(1)}
+
+    def set_max_new_tokens(self, max_new_tokens: int) -> None:
+        """Set the longest response of `predict_step`, in tokens; it is 32 otherwise.
+
+        Raises:
+            ValueError: it is below 1.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self._max_new_tokens = max_new_tokens
