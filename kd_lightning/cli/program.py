@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kd_lightning.cli.configs import checkpoint_path, expand_configs
+from kd_lightning.cli.configs import checkpoint_path, expand_configs, register_config_loader
 from kd_lightning.cli.error_messages import did_you_mean, expected, explain, unknown_argument
 from kd_lightning.console import silence_known_warnings, use_plain_progress_bars
 
@@ -47,7 +47,7 @@ def build_cli() -> type:
     import kd_lightning.strategies
     import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
     from kd_lightning.callbacks.baselines import Baselines
-    from kd_lightning.callbacks.checkpoint import RunCheckpoint, is_fast_dev_run
+    from kd_lightning.callbacks.checkpoint import RunCheckpoint
     from kd_lightning.callbacks.export import HFExport
     from kd_lightning.callbacks.generation_eval import GenerationQuality
     from kd_lightning.callbacks.predictions import Predictions
@@ -59,17 +59,19 @@ def build_cli() -> type:
     from kd_lightning.callbacks.samples import Samples
     from kd_lightning.callbacks.tensorboard import Dashboard
     from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
+    from kd_lightning.distributed.trainer import is_fast_dev_run
 
     class KDCLI(LightningCLI):
         """Defaults, groups of callbacks, and nothing else."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            """Add `checkpoint`, `export`, `results`, `generation`, `samples` and `baseline`."""
+            """Add the groups `checkpoint` to `predictions`, and `baseline`."""
             parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
             parser.add_lightning_class_args(HFExport, "export")
             parser.add_lightning_class_args(ResultsTable, "results")
             parser.add_lightning_class_args(GenerationQuality, "generation")
             parser.add_lightning_class_args(Samples, "samples")
+            parser.add_lightning_class_args(Predictions, "predictions")
             text = "folder of another run, a supervised one say, drawn as a constant line beside this one"
             parser.add_argument("--baseline", type=str | None, default=None, help=text)
 
@@ -121,8 +123,6 @@ def build_cli() -> type:
                 parsed.ckpt_path = None
                 text = parser.dump(parsed, skip_none=False)
                 kwargs["callbacks"] += [RunConfig(text), Baselines(parsed.baseline), Dashboard(text), Report()]
-            if self.subcommand == "predict":
-                kwargs["callbacks"].append(Predictions())
             return super().instantiate_trainer(**kwargs)
 
         def _parse_ckpt_path(self) -> None:
@@ -159,6 +159,7 @@ def parser_words() -> dict[str, Any]:
     about += " `--data.help` and `--data.help ContrastiveDataModule` list those of the data."
     beside = "Commands beside these verbs: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()) + "."
     words = {"exit_on_error": False, "allow_abbrev": False, "prog": "kd-lightning"}
+    words["parser_mode"] = register_config_loader()
     every = f"kd-lightning {{{','.join([*VERBS, *COMMANDS])}}} ..."
     return {**words, "usage": every, "description": about, "epilog": beside, **verbs}
 

@@ -17,6 +17,7 @@ from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.backbone import head_settings, hidden_states, with_current_weights
 from kd_lightning.models.backbone import logits as logits
+from kd_lightning.models.hf_adapter import name_or_path
 from kd_lightning.models.loading import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
 from kd_lightning.subclasses import concrete_subclasses
 from kd_lightning.teachers.base import ConfigSource, Teacher
@@ -56,7 +57,7 @@ class CausalLMTeacher(Teacher, ABC):
     @property
     def name(self) -> str | None:
         """Folder or hub name; None for a loaded model without one."""
-        return self._source if isinstance(self._source, str) else getattr(self._source, "name_or_path", None) or None
+        return self._source if isinstance(self._source, str) else name_or_path(self._source)
 
     @property
     def config_source(self) -> ConfigSource | None:

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 from kd_lightning.cli.program import main
+from kd_lightning.reporting.run_dir import RunFolder
 
 CONFIGS = sorted(path.stem for path in runs.CONFIGS.glob("*.yaml"))
+SAVED = sorted((Path(__file__).parent / "saved_configs").glob("*.yaml"))  # `config.yaml` of runs of earlier versions
 VALIDATION = ("kd", "ce", "forward_kl", "reverse_kl", "jsd", "total_variation", "teacher_nll", "agreement")
 
 
@@ -78,6 +80,25 @@ def test_config_yaml_repeats_the_run(tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
+def test_a_config_that_an_earlier_version_saved_still_runs(path: Path, tmp_path: Path) -> None:
+    root, train = tmp_path / "root", runs.little_data(tmp_path)
+    words = ["fit", "--config", str(path), "--trainer.default_root_dir", str(root), "--data.train", str(train)]
+    assert main([*words, *runs.QUIET, "--trainer.max_steps", "2"]) == 0
+    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    saved, again = RunFolder.read(path_as_run(path, tmp_path)), RunFolder.read(root)
+    changed = {"data.train", "trainer.enable_progress_bar"}
+    assert {name for name in saved.method if saved.method[name] != again.method.get(name)} <= changed
+    assert "kd_lightning.replay." not in (root / "config.yaml").read_text()
+
+
+def path_as_run(config: Path, folder: Path) -> Path:
+    """A folder that holds this `config.yaml` alone."""
+    (folder / "earlier").mkdir()
+    shutil.copy(config, folder / "earlier" / "config.yaml")
+    return folder / "earlier"
+
+
 def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def printed(*words: str) -> str:
         capsys.readouterr()
@@ -118,6 +139,31 @@ def test_validate_test_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(lines) == 64
     first = yaml.safe_load(lines[0])
     assert {"instruction", "input", "output", "response"} <= first.keys()
+
+
+def test_the_length_of_predictions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    common = ["predict", "--config", "quickstart", "--trainer.default_root_dir", str(root), *runs.CPU, *runs.QUIET]
+    common += ["--trainer.limit_predict_batches", "1", "--data.batch_size", "8"]
+
+    def predictions(*more: str) -> list[str]:
+        caplog.clear()
+        assert main([*common, *more]) == 0
+        lines = (root / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [yaml.safe_load(line)["response"] for line in lines]
+
+    responses = predictions()
+    assert len(responses) == 8
+    assert "were cut" not in caplog.text
+    short = predictions("--predictions.max_new_tokens", "2")
+    assert "4 of 8 responses were cut at 2 tokens: raise --predictions.max_new_tokens" in caplog.text
+    assert all(response.startswith(begin) for response, begin in zip(responses, short, strict=True))
+    assert sum(response != begin for response, begin in zip(responses, short, strict=True)) == 4
+    assert predictions("--predictions.max_new_tokens", "64") == responses
+    assert main([*common, "--predictions.max_new_tokens", "0"]) == 1
+    assert "max_new_tokens must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
