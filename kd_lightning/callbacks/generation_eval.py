@@ -79,8 +79,8 @@ class GenerationQuality(L.Callback):
         """Go on counting."""
         self._validations = state_dict["validations"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that a response can end and has places."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that responses can end and fit the model, before anything is measured."""
         self.check(pl_module.student, _data(trainer))
 
     def check(self, student: Any, datamodule: Any) -> None:
