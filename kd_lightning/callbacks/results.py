@@ -8,24 +8,25 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
 from kd_lightning.atomic_io import atomic_file
+from kd_lightning.callbacks.base import on_training_device
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import left_pad
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.models.generate import generate
 from kd_lightning.reporting.run_dir import HEADINGS
+from kd_lightning.teachers.base import generating_model
 from kd_lightning.training.evaluation import limited_batches, token_means
 
 SAMPLES = 6
 
 
-class ResultsTable(Checkpoint):
+class ResultsTable(L.Callback):
     """Measure the test rows before and after training; print a small table and write `ROOT/results.json`.
 
     Keys `teacher`, `student_before`, `student_after`, each with `nll` (test NLL per answer token), `forward_kl` (to the
@@ -78,19 +79,13 @@ class ResultsTable(Checkpoint):
         before = self._measure(trainer, pl_module, datamodule, "student before")
         self.rows = {"teacher": before.pop("teacher"), "student_before": before["student"]}
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the trained student and close."""
-        self._close(trainer, pl_module)
-
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close where a resumed run had no step left to do."""
-        self._close(trainer, pl_module)
-
-    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the student as it was exported, also if a resumed run had no step left to train."""
         datamodule = self._test_data(trainer)
         if "student_after" in self.rows or "student_before" not in self.rows or datamodule is None:
             return
-        after = self._measure(trainer, pl_module, datamodule, "student after", teacher=False)
+        with on_training_device(trainer, pl_module):
+            after = self._measure(trainer, pl_module, datamodule, "student after", teacher=False)
         self.rows["student_after"] = after["student"]
         if trainer.is_global_zero:
             with atomic_file(Path(trainer.default_root_dir) / "results.json") as part:
@@ -124,7 +119,7 @@ class ResultsTable(Checkpoint):
         if teacher:
             out["teacher"] = None
             if module.teacher is not None:
-                model = getattr(module.teacher, "model", None)
+                model = generating_model(module.teacher)
                 out["teacher"] = {
                     "nll": means["teacher_nll"],
                     "forward_kl": 0.0,
