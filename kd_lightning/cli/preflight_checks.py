@@ -82,7 +82,7 @@ def tokenizers(setup: Setup) -> Iterator[tuple[Level, str]]:
     data = setup.datamodule
     talks = [talk for talk in data.conversations("train", LOOKED_AT) if talk.messages] if theirs.chat_template else []
     own, used = ChatTemplate(theirs, None, data.chat_template_kwargs), data.text_tokenizer.chat
-    if any(own.written(talk) != used.written(talk) for talk in talks):
+    if any(own.full_text(talk) != used.full_text(talk) for talk in talks):
         yield "error", "the rows are written in another chat template than the teacher's own: it reads unknown forms"
 
 

@@ -121,7 +121,7 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
 
 USER = {"role": "user", "content": "a"}
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({}, "a row needs 'instruction'.*'prompt' and 'completion'; or 'messages'; this one has no field at all"),
+    ({}, "a row needs 'instruction'.*'prompt' and 'completion'; or 'messages'; this one has no fields"),
     ({"question": "a", "answer": "b"}, "this one has 'question', 'answer'"),
     ({"instruction": "a"}, "this one has 'instruction'"),
     ({"instruction": "a", "output": None}, "this one has 'instruction'"),
