@@ -16,12 +16,13 @@ from kd_lightning.constants import moves_objective
 from kd_lightning.distributed.collectives import check_ranks_agree
 from kd_lightning.distributed.dtensor import is_sharded, local_shard, tensor_digest
 from kd_lightning.distributed.grad_norm import clip_norm, gradient_norm
-from kd_lightning.distributed.trainer import data_parallel_rank
+from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run, log_every_n_steps
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts, check_names
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.models.compatibility import check_model_fits_data
+from kd_lightning.models.hf_adapter import name_or_path
 from kd_lightning.models.loading import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters, exclude_base_weights
 from kd_lightning.rollout.base import ResponseSource
@@ -160,7 +161,7 @@ class DistillationModule(L.LightningModule):
     def tokenizer_name(self) -> str | None:
         """Where the student's tokenizer lies; None where the student came as an object without a folder."""
         source = self.student_source
-        return source if isinstance(source, str) else getattr(source, "name_or_path", None) or None
+        return source if isinstance(source, str) else name_or_path(source)
 
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
@@ -241,7 +242,7 @@ class DistillationModule(L.LightningModule):
         rate = float(group.get("initial_lr", group["lr"]))
         if rate != self._rate:
             rank_zero_warn(f"the rate goes on from the checkpoint, {rate:g}: {self._rate:g}, as given now, is not used")
-        if self.teacher_cache and self.teacher is not None and not getattr(self.trainer, "fast_dev_run", False):
+        if self.teacher_cache and self.teacher is not None and not is_fast_dev_run(self.trainer):
             self.teacher = cache_teacher(self, self.trainer)
         self._at_work.start(self)
 
@@ -265,7 +266,7 @@ class DistillationModule(L.LightningModule):
 
     def _is_logged(self) -> bool:
         """Whether a logger will see the step under way."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = log_every_n_steps(self.trainer)
         return bool(self.trainer.loggers) and every > 0 and (self.trainer.global_step + 1) % every == 0
 
     @property

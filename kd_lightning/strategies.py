@@ -26,9 +26,10 @@ from kd_lightning.atomic_io import atomic_folder, disk_is_full, partial_folder
 from kd_lightning.distributed.checkpoint_io import open_checkpoint
 from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.dtensor import TENSOR, full_state_dict, full_tensor, local_shard, shard_like
-from kd_lightning.distributed.fsdp2 import enable_activation_checkpointing, shard_student, shard_teacher
+from kd_lightning.distributed.fsdp2 import shard_student, shard_teacher
 from kd_lightning.distributed.sharded_checkpoint import ShardReader, map_tensors, write_rank_file
 from kd_lightning.distributed.vocab_parallel import split_vocabulary
+from kd_lightning.models.hf_adapter import enable_activation_checkpointing
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 

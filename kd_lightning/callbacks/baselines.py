@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from kd_lightning.callbacks.checkpoint import is_fast_dev_run
 from kd_lightning.callbacks.run_config import split_digests
+from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.reporting.run_dir import RunFolder, resolved_source
 from kd_lightning.training.evaluation import limited_batches, token_means
 

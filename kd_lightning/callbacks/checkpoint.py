@@ -12,6 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_lightning.distributed.trainer import is_fast_dev_run
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` with its folder at `ROOT/checkpoints`, and `last` always written, also at the end.
@@ -92,8 +94,3 @@ class RunCheckpoint(ModelCheckpoint):
 def checkpoint_folder(trainer: Trainer) -> Path:
     """`ROOT/checkpoints`."""
     return Path(trainer.default_root_dir).absolute() / "checkpoints"
-
-
-def is_fast_dev_run(trainer: Trainer) -> bool:
-    """Whether this is a `fast_dev_run`, which leaves nothing behind."""
-    return bool(getattr(trainer, "fast_dev_run", False))

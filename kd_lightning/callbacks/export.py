@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from kd_lightning.atomic_io import atomic_folder
-from kd_lightning.callbacks.checkpoint import checkpoint_folder, is_fast_dev_run
+from kd_lightning.callbacks.checkpoint import checkpoint_folder
 from kd_lightning.distributed.dtensor import full_state_dict
+from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.models.hf_adapter import is_peft_model
 from kd_lightning.models.lora import merged_state_dict, save_adapter
 
 
@@ -150,7 +152,7 @@ def save_student(
     """
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one file: a bar of one step
     model: Any = student
-    if hasattr(model, "get_base_model"):
+    if is_peft_model(model):
         state = model.state_dict() if state is None else state
         with atomic_folder(path.with_name("adapter")) as part:
             save_adapter(model, state, part)

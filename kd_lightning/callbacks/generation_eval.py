@@ -15,7 +15,8 @@ from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
 from kd_lightning.generation.response_file import Response
-from kd_lightning.models.generate import Sampling, max_positions
+from kd_lightning.models.generate import Sampling
+from kd_lightning.models.hf_adapter import max_positions
 from kd_lightning.reporting.figures import markdown_table
 
 SHOWN = 8

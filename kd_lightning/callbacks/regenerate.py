@@ -14,13 +14,12 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from kd_lightning.callbacks.checkpoint import is_fast_dev_run
 from kd_lightning.console import progress_bar_enabled
 from kd_lightning.data.collate import SIDES
 from kd_lightning.data.prompt import PromptDataModule
 from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.dtensor import tensor_digest
-from kd_lightning.distributed.trainer import data_parallel_rank
+from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.generation.batch_generator import (
     Answers,
     BatchGenerator,

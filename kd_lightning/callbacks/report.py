@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.atomic_io import atomic_file
-from kd_lightning.callbacks.checkpoint import is_fast_dev_run
 from kd_lightning.callbacks.results import ResultsTable
+from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.reporting.run_dir import RunFolder
 from kd_lightning.reporting.run_report import page
 

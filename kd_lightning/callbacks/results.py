@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_lightning.atomic_io import atomic_file
-from kd_lightning.callbacks.checkpoint import is_fast_dev_run
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.collate import left_pad
-from kd_lightning.distributed.trainer import data_parallel_rank
+from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.models.generate import generate
 from kd_lightning.reporting.run_dir import HEADINGS
 from kd_lightning.training.evaluation import limited_batches, token_means

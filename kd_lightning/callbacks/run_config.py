@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kd_lightning.atomic_io import atomic_file, first_unused_path
-from kd_lightning.callbacks.checkpoint import is_fast_dev_run
 from kd_lightning.distributed.collectives import check_ranks_agree
+from kd_lightning.distributed.trainer import is_fast_dev_run
 
 
 class RunConfig(L.Callback):

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.reporting import figures
 from kd_lightning.reporting.run_dir import flatten_config
 from kd_lightning.reporting.run_report import SET_UP
@@ -108,7 +109,7 @@ class Dashboard(L.Callback):
 
 def summary_writers(trainer: L.Trainer) -> list[Any]:
     """The SummaryWriters of this rank; empty where the logger is another or there is nothing to be left behind."""
-    if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+    if not trainer.is_global_zero or is_fast_dev_run(trainer):
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 

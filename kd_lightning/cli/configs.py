@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_lightning.cli.error_messages import did_you_mean
+from kd_lightning.reporting.moved_classes import update_class_paths
 
 CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # where the names after an option are looked up
+PARSER_MODE = "kd_lightning"  # jsonargparse's name of the loader registered below
 
 
 def config_folder() -> Path:
@@ -34,7 +36,7 @@ def shipped_config(name: str, option: str = "--config") -> str:
 
 
 def expand_configs(args: Sequence[str]) -> list[str]:
-    """Replace the names after `--config` and `--trainer` by paths of shipped configs."""
+    """Replace names after `--config` and `--trainer` by paths of shipped configs, and paths of classes that moved."""
     out: list[str] = []
     for word in args:
         flag, equals, value = word.partition("=")
@@ -43,8 +45,26 @@ def expand_configs(args: Sequence[str]) -> list[str]:
             word = f"{flag}={shipped_config(value, flag)}"
         elif before in CONFIGS:
             word = shipped_config(word, before)
-        out.append(word)
+        elif equals:
+            word = f"{flag}={update_class_paths(value)}"
+        out.append(update_class_paths(word))
     return out
+
+
+def register_config_loader() -> str:
+    """Register the loader of config files, and of values on the command line, with jsonargparse.
+
+    It reads YAML as jsonargparse does, and then replaces the paths of classes that moved.
+
+    Returns:
+        The parser mode that uses the loader.
+    """
+    from jsonargparse import get_loader, set_loader
+    from yaml import YAMLError
+
+    read_yaml = get_loader("yaml")
+    set_loader(PARSER_MODE, lambda text: update_class_paths(read_yaml(text)), exceptions=(YAMLError,))
+    return PARSER_MODE
 
 
 def checkpoint_path(name: str, root: str | Path) -> str:

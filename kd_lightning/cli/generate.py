@@ -27,9 +27,10 @@ from kd_lightning.generation.batch_generator import (
     write_responses,
 )
 from kd_lightning.generation.response_file import ResponseFile
-from kd_lightning.generation.server import Server
+from kd_lightning.generation.server_generator import ServerGenerator
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.loading import load_causal_lm
+from kd_lightning.models.openai_client import OpenAIClient
 
 
 def main(args: Sequence[str]) -> int:
@@ -130,9 +131,9 @@ def generate(
     rows, questions = [row for _, row in found], [parse_question(row, place) for place, row in found]
     sampling = {**asdict(how), "seed": seed}
     if server is not None:
-        client = Server(server, model, sampling, patience)
-        with ResponseFile(output, rows, f"{client.model} (server)", sampling) as file:
-            _finish(file, lambda: client.answers(questions, file.done, batch_size), progress)
+        served = ServerGenerator(OpenAIClient(server, patience), model, how, seed)
+        with ResponseFile(output, rows, f"{served.model} (server)", sampling) as file:
+            _finish(file, lambda: served.generate(questions, file.done, batch_size), progress)
         return
     place = _place(device)
     network: Any = load_causal_lm(str(model), kwargs={"dtype": dtype}, role="model")

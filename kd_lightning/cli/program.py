@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kd_lightning.cli.configs import checkpoint_path, expand_configs
+from kd_lightning.cli.configs import checkpoint_path, expand_configs, register_config_loader
 from kd_lightning.cli.error_messages import did_you_mean, expected, explain, unknown_argument
 from kd_lightning.console import silence_known_warnings, use_plain_progress_bars
 
@@ -47,7 +47,7 @@ def build_cli() -> type:
     import kd_lightning.strategies
     import kd_lightning.teachers  # noqa: F401 - imported so that class names can be written short in YAML
     from kd_lightning.callbacks.baselines import Baselines
-    from kd_lightning.callbacks.checkpoint import RunCheckpoint, is_fast_dev_run
+    from kd_lightning.callbacks.checkpoint import RunCheckpoint
     from kd_lightning.callbacks.export import HFExport
     from kd_lightning.callbacks.generation_eval import GenerationQuality
     from kd_lightning.callbacks.predictions import Predictions
@@ -59,6 +59,7 @@ def build_cli() -> type:
     from kd_lightning.callbacks.samples import Samples
     from kd_lightning.callbacks.tensorboard import Dashboard
     from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
+    from kd_lightning.distributed.trainer import is_fast_dev_run
 
     class KDCLI(LightningCLI):
         """Defaults, groups of callbacks, and nothing else."""
@@ -159,6 +160,7 @@ def parser_words() -> dict[str, Any]:
     about += " `--data.help` and `--data.help ContrastiveDataModule` list those of the data."
     beside = "Commands beside these verbs: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()) + "."
     words = {"exit_on_error": False, "allow_abbrev": False, "prog": "kd-lightning"}
+    words["parser_mode"] = register_config_loader()
     every = f"kd-lightning {{{','.join([*VERBS, *COMMANDS])}}} ..."
     return {**words, "usage": every, "description": about, "epilog": beside, **verbs}
 

@@ -131,14 +131,3 @@ def _reshard_unless_training(module: Any, args: Any, output: Any) -> None:
     """Without a backward nobody would: the whole parameters would outlive the next change of the shards."""
     if not torch.is_grad_enabled():
         module.reshard()
-
-
-def enable_activation_checkpointing(model: Any) -> None:
-    """Let a Hugging Face model compute its layers again in backward.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ValueError(f"activation_checkpointing: {type(model).__name__} cannot compute its layers again")
-    model.activation_checkpointing_enable({"use_reentrant": False})

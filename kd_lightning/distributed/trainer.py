@@ -1,11 +1,76 @@
-"""What this package reads from a Lightning Trainer."""
+"""The one adapter to Lightning's Trainer: what Lightning sets dynamically, or only while something is attached."""
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
 
 
-def data_parallel_rank(trainer: Trainer) -> tuple[int, int]:
-    """This process among those that read different rows: its number, and how many there are."""
-    kwargs = trainer.distributed_sampler_kwargs or {}
-    return kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """The Trainer that a module is attached to; None outside of a run.
+
+    Reads `_trainer`, because the public `module.trainer` raises when no Trainer is attached.
+    """
+    return module._trainer
+
+
+def data_parallel_rank(trainer: Trainer | None) -> tuple[int, int]:
+    """Rank and number of ranks among those that read different rows; (0, 1) without a Trainer.
+
+    A strategy that is not distributed has no `distributed_sampler_kwargs`. With tensor parallelism several processes
+    read the same rows, so these numbers can be smaller than `global_rank` and `world_size`.
+    """
+    kwargs = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (0, 1) if kwargs is None else (int(kwargs["rank"]), int(kwargs["num_replicas"]))
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which writes no files.
+
+    Lightning sets the attribute in a helper function, so its class does not declare it.
+    """
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_overfitting(trainer: Trainer | None) -> bool:
+    """Whether `overfit_batches` is set: Lightning then expects a plain loader in file order.
+
+    Lightning sets the attribute in a helper function, so its class does not declare it.
+    """
+    return bool(getattr(trainer, "overfit_batches", 0))
+
+
+def limit_batches(trainer: Trainer | None, split: str) -> int | float:
+    """`limit_SPLIT_batches`: a number of batches (int) or a share of them (float); 1.0 without a Trainer.
+
+    Args:
+        trainer: the Trainer that the data module is attached to.
+        split: `train`, `val`, `test` or `predict`.
+    """
+    limit: int | float = 1.0 if trainer is None else getattr(trainer, f"limit_{split}_batches")
+    return limit
+
+
+def log_every_n_steps(trainer: Trainer) -> int:
+    """Steps between two logged steps; 0: nothing is logged.
+
+    Lightning sets the attribute in its logger connector, so its class does not declare it.
+    """
+    return int(getattr(trainer, "log_every_n_steps", 0))
+
+
+def stage_of(trainer: Trainer | None) -> str:
+    """`fit`, `validate`, `test` or `predict`; `fit` without a Trainer or before it has started."""
+    return "fit" if trainer is None or trainer.state.fn is None else trainer.state.fn.value
+
+
+def completed_epochs(trainer: Trainer | None) -> int:
+    """Completed passes over the training data; 0 without a Trainer.
+
+    `current_epoch` of a checkpoint that was saved at the end of an epoch does not include that epoch yet.
+    """
+    if trainer is None:
+        return 0
+    progress: Any = trainer.fit_loop.epoch_progress.current  # Lightning declares a type without `processed`
+    return int(progress.processed)

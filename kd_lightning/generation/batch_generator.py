@@ -13,7 +13,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kd_lightning.data.collate import left_pad
 from kd_lightning.generation.response_file import Response, ResponseFile
-from kd_lightning.models.generate import Sampling, generate, max_positions
+from kd_lightning.models.generate import Sampling, generate
+from kd_lightning.models.hf_adapter import eos_token_ids, max_positions
 from kd_lightning.seeding import derive_seed
 
 WINDOW = 16
@@ -88,8 +89,7 @@ class BatchGenerator:
     @property
     def ends(self) -> list[int]:
         """Tokens that end a response."""
-        eos = self.model.generation_config.eos_token_id
-        return [] if eos is None else eos if isinstance(eos, list) else [eos]
+        return eos_token_ids(self.model)
 
     def answers(self, prompts: Sequence[Sequence[int]], numbered: Iterable[tuple[int, list[int]]]) -> Answers:
         """Responses to prompts, batch by batch.

@@ -13,6 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import SCALES, head_settings, logits
+from kd_lightning.models.hf_adapter import (
+    base_model,
+    config_numbers,
+    decoder,
+    output_embeddings,
+    text_config,
+    weight_and_bias,
+)
 from kd_lightning.models.loading import Role, causal_lm_from_config
 from kd_lightning.models.lora import add_adapters
 from kd_lightning.teachers.adapter_off import AdapterOffTeacher
@@ -36,10 +44,10 @@ def cut(model: Any) -> tuple[nn.Module, Head]:
     Raises:
         ValueError: there is more between body and head, or there are no such parts.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layer, body = base.get_output_embeddings(), base.get_decoder()
-    body = getattr(base, "model", base) if body is base else body
-    weight, config = getattr(layer, "weight", None), base.config.get_text_config(decoder=True)
+    base = base_model(model)
+    layer = output_embeddings(base)
+    body = decoder(base)
+    weight, bias = weight_and_bias(layer)
     entered: list[Tensor] = []
     given: list[Tensor] = []
     handles = [
@@ -55,13 +63,13 @@ def cut(model: Any) -> tuple[nn.Module, Head]:
     finally:
         for handle in handles:
             handle.remove()
-    if body is base or len(entered) != 1 or not given or not isinstance(weight, Tensor) or weight.ndim != 2:
+    if body is base or len(entered) != 1 or not given or weight is None or weight.ndim != 2:
         raise ValueError(f"{type(base).__name__} cannot be cut into body and head")
     same = entered[0].untyped_storage()._cdata == given[0].untyped_storage()._cdata
-    scaled = entered[0].shape == given[0].shape and any(getattr(config, name, None) for name in SCALES)
+    scaled = entered[0].shape == given[0].shape and bool(config_numbers(text_config(base), SCALES))
     if not (same or scaled):
         raise ValueError(f"{type(base).__name__} cannot be cut into body and head: there are layers between")
-    return body, Head(weight, getattr(layer, "bias", None))
+    return body, Head(weight, bias)
 
 
 class ShapedStudent(StudentWithLoss):

@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_lightning.engine.head import Head
+from kd_lightning.models.hf_adapter import (
+    base_model,
+    config_numbers,
+    decoder,
+    is_adapted,
+    output_embeddings,
+    text_config,
+    weight_and_bias,
+)
 
 # As configurations call them.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
@@ -38,18 +47,16 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
         ValueError: no reading of the model gives its logits (layers between body and head, an encoder, an adapter on
             the head, quantised head …); its whole logits can be used instead.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    layer = base.get_output_embeddings()
+    base = base_model(model)
+    layer = output_embeddings(base)
     weight, bias = _matrix(model, layer)
-    body: nn.Module = base.get_decoder()
-    if body is base:  # Llama 4, whose decoder goes by another name than it says
-        body = getattr(base, "model", base)
+    body = decoder(base)
     if base.config.is_encoder_decoder or body is base:
         raise _no_cut(model, "it has no body that can be called alone")
-    config = base.config.get_text_config(decoder=True)
-    numbers = _numbers(config, SCALES)
+    config = text_config(base)
+    numbers = config_numbers(config, SCALES)
     scales = list(dict.fromkeys([1.0, *numbers, *(1 / number for number in numbers)]))  # some multiply, some divide
-    caps = [None, *(cap for cap in _numbers(config, SOFTCAPS) if cap > 0)]
+    caps = [None, *(cap for cap in config_numbers(config, SOFTCAPS) if cap > 0)]
     hidden, entered, noise, found = _probe(model, body, layer, max(cap or 1.0 for cap in caps) * max(map(abs, scales)))
     before = next((scale for scale in scales if _agree(scale * hidden, entered, weight.dtype)), None)
     behind = next(
@@ -79,8 +86,9 @@ def logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = 
 
 def with_current_weights(model: nn.Module, reading: Head) -> Head:
     """The same reading with the parameters that the model holds now (a strategy may have put others in their place)."""
-    layer: Any = model.get_output_embeddings()  # type: ignore[operator]
-    return dataclasses.replace(reading, weight=layer.weight, bias=getattr(layer, "bias", None))
+    weight, bias = weight_and_bias(output_embeddings(model))
+    assert weight is not None  # `body_and_head` has checked it
+    return dataclasses.replace(reading, weight=weight, bias=bias)
 
 
 def head_settings(reading: Head) -> Head:
@@ -102,21 +110,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _matrix(model: nn.Module, layer: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the layer that makes the logits."""
-    if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
+    if is_adapted(layer):
         raise _no_cut(model, "an adapter sits on its head")
-    weight = getattr(layer, "weight", None)
+    weight, bias = weight_and_bias(layer)
     own = {name for name, _ in layer.named_parameters()} if isinstance(layer, nn.Module) else set()
     if own - {"weight", "bias"}:  # such as a factor that is learnt, and 1 at the start
         raise _no_cut(model, "its last layer has more parameters than weight and bias")
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise _no_cut(model, "its last layer is not a plain matrix")
-    return weight, getattr(layer, "bias", None)
-
-
-def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
-    """What a configuration says under these names, zeros and the unset left out."""
-    found = (getattr(config, name, None) for name in names)
-    return [float(value) for value in found if isinstance(value, (int, float)) and value]
+    return weight, bias
 
 
 def _probe(model: nn.Module, body: nn.Module, layer: nn.Module, size: float) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_lightning.models.generate import max_positions
+from kd_lightning.models.hf_adapter import input_embeddings, max_positions, num_embeddings
 
 
 def check_model_fits_data(student: Any, teacher: Any, datamodule: Any) -> Iterator[str]:
@@ -29,8 +29,8 @@ def check_model_fits_data(student: Any, teacher: Any, datamodule: Any) -> Iterat
 
 
 def _check(role: str, model: Any, datamodule: Any) -> Iterator[str]:
-    embeddings: Any = model.get_input_embeddings()
-    known = getattr(embeddings, "num_embeddings", None)
+    embeddings = input_embeddings(model)
+    known = num_embeddings(embeddings)
     if known is not None and len(datamodule.tokenizer) > known and (largest := datamodule.largest_id()) >= known:
         token = datamodule.tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(

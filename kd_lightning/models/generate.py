@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from kd_lightning.models.hf_adapter import eos_token_ids, max_positions
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -88,26 +90,19 @@ def generate(
     return tokens[:, input_ids.shape[1] :]
 
 
-def eos_token_ids(model: Any) -> list[int]:
+def require_eos_token_ids(model: PreTrainedModel) -> list[int]:
     """The tokens that end a response of this model.
 
     Raises:
         ValueError: it has none.
     """
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    found = [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
+    found = eos_token_ids(model)
     if not found:
         raise ValueError(
-            "the student's generation config names no eos_token_id, so that no response of it would ever end: set it "
-            "in generation_config.json"
+            "the student's generation config has no eos_token_id, so its responses would never end: set it in "
+            "generation_config.json"
         )
     return found
-
-
-def max_positions(model: Any) -> int | None:
-    """How many tokens the model has places for; None where it does not say."""
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ class Sampling:
         Raises:
             ValueError: it names what does not fit.
         """
-        eos_token_ids(student)
+        require_eos_token_ids(student)
         limits = {"data.max_length": max_length, "the student's max_position_embeddings": max_positions(student)}
         for name, limit in limits.items():
             if limit is not None and self.max_new_tokens >= limit:

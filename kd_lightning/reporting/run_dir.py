@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from kd_lightning.reporting.moved_classes import update_class_paths
+
 NOT_THE_METHOD = ("seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path", "export.overwrite")
 DATA = ("data.train", "data.val", "data.test", "data.max_length", "data.chat_template", "results.task")
 
@@ -50,7 +52,7 @@ class RunFolder:
         if not config.is_file():
             raise ValueError(f"{root} is not the folder of a run: it has no config.yaml")
         try:
-            read = yaml.safe_load(config.read_text(encoding="utf-8"))
+            read = update_class_paths(yaml.safe_load(config.read_text(encoding="utf-8")))
             table = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
             known = json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else {}
         except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:

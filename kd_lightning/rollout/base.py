@@ -23,10 +23,10 @@ from kd_lightning.models.generate import (
     RestrictVocabulary,
     Sampling,
     TeacherMixture,
-    eos_token_ids,
     generate,
-    max_positions,
+    require_eos_token_ids,
 )
+from kd_lightning.models.hf_adapter import max_positions, text_config
 from kd_lightning.rollout.batches import Batch, append, prompts
 from kd_lightning.seeding import derive_seed
 from kd_lightning.teachers.base import Teacher
@@ -175,7 +175,7 @@ class RolloutContext:
             processors=self._processors(mask, sampling, teacher_share),
             together=teacher_share > 0 and self.ranks > 1,
         )
-        ends = torch.tensor(eos_token_ids(student), device=tokens.device)
+        ends = torch.tensor(require_eos_token_ids(student), device=tokens.device)
         written = append(batch, (ids, mask), tokens, ends, counted, self.max_length)
         labels = written["labels"][counted]
         lengths = labels.ne(IGNORE_INDEX).sum(1)
@@ -196,7 +196,7 @@ class RolloutContext:
     def vocabulary(self) -> int:
         """How many tokens the student has a logit for."""
         student: Any = self.model.student
-        return int(student.config.get_text_config(decoder=True).vocab_size)
+        return int(text_config(student).vocab_size)
 
     def label_log_probs(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the counted labels under student and teacher, without dropout and gradient.

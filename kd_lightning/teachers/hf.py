@@ -16,6 +16,7 @@ from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.backbone import head_settings, hidden_states, with_current_weights
 from kd_lightning.models.backbone import logits as logits
+from kd_lightning.models.hf_adapter import name_or_path
 from kd_lightning.models.loading import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
 from kd_lightning.subclasses import concrete_subclasses
 from kd_lightning.teachers.base import Teacher as Teacher
@@ -46,7 +47,7 @@ class HFTeacher(Teacher):
     @property
     def name(self) -> str | None:
         """Folder or hub name; None for a loaded model that came from nowhere."""
-        return self._given if isinstance(self._given, str) else getattr(self._given, "name_or_path", None) or None
+        return self._given if isinstance(self._given, str) else name_or_path(self._given)
 
     @property
     def head(self) -> Head | None:

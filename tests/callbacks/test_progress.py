@@ -53,16 +53,16 @@ def test_the_bar_shows_the_step_among_all_steps() -> None:
 
 COUNTING = """
 import time
-from kd_lightning.console import plain_bars
-plain_bars()
-from kd_lightning.console import counted
+from kd_lightning.console import use_plain_progress_bars
+use_plain_progress_bars()
+from kd_lightning.console import progress_bar
 import datasets
 rows = datasets.Dataset.from_dict({"x": list(range(40))})
 rows.map(lambda row: time.sleep(0.03) or row, desc="Tokenising long")
 rows.select(range(3)).map(lambda row: row, desc="Tokenising short")
-for _ in counted(range(40), "Teacher long"):
+for _ in progress_bar(range(40), "Teacher long"):
     time.sleep(0.03)
-for _ in counted(range(3), "Teacher short"):
+for _ in progress_bar(range(3), "Teacher short"):
     pass
 """
 
@@ -103,7 +103,7 @@ def test_commands_say_how_far_they_are(
         found.append((desc, passed))
         assert total is None or passed == total
 
-    monkeypatch.setattr("kd_lightning.progress.tqdm", recorded)
+    monkeypatch.setattr("tqdm.tqdm", recorded)
     given = [*words(tmp_path)[1:], *(["--world_size", "1"] if command == "plan" else [])]
     if command == "compare":
         for name in ("a", "b"):

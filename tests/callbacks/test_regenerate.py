@@ -21,6 +21,11 @@ from refusals import refused
 
 
 @pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.little_data(tmp_path_factory.mktemp("data"), ROWS)
+
+
+@pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of SeqKD that nobody interrupts."""
     root = tmp_path_factory.mktemp("whole") / "root"

@@ -20,7 +20,10 @@ from fake_server import Answer, FakeServer, chat
 from json_lines import read
 from kd_lightning.assets import resolve
 from kd_lightning.cli.program import main
-from kd_lightning.generation import server as client
+from kd_lightning.data.conversation import Conversation
+from kd_lightning.generation.server_generator import ServerGenerator
+from kd_lightning.models import openai_client as client
+from kd_lightning.models.generate import Sampling
 from refusals import refused
 
 ROWS = 12
@@ -126,13 +129,13 @@ def test_trouble_that_passes(trouble: Answer, data: Path, tmp_path: Path, capfd:
         if body is None or body["messages"][-1]["content"] + "!" not in expected(data)[::3]:
             return None
         asked[body["seed"]] += 1
-        return trouble if asked[body["seed"]] < client.TRIES else None
+        return trouble if asked[body["seed"]] < client.MAX_INVALID else None
 
     with FakeServer(fault) as fake:
         assert main(words(data, tmp_path / "out.jsonl", fake.url)) == 0
     assert [row["response"] for row in read(tmp_path / "out.jsonl")] == expected(data)
-    assert list(asked.values()) == [client.TRIES] * 4
-    assert capfd.readouterr().err.count("asked again for up to 180 s") == 1
+    assert list(asked.values()) == [client.MAX_INVALID] * 4
+    assert capfd.readouterr().err.count("retrying for up to 180 s") == 1
 
 
 def test_an_outage_of_the_whole_server(data: Path, tmp_path: Path) -> None:
@@ -155,7 +158,7 @@ def test_an_outage_of_the_whole_server(data: Path, tmp_path: Path) -> None:
 def test_waits_grow_so_that_a_minute_costs_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with FakeServer() as fake:
-        server = client.Server(fake.url, None, {"max_new_tokens": 1, "temperature": 0, "top_p": 1, "seed": 0}, 100)
+        server = ServerGenerator(client.OpenAIClient(fake.url, 100), None, Sampling(1, 0.0))
     clock, waits = [0.0], []
 
     def wait(seconds: float) -> bool:
@@ -163,10 +166,10 @@ def test_waits_grow_so_that_a_minute_costs_a_few_tries(monkeypatch: pytest.Monke
         clock[0] += seconds
         return False
 
-    monkeypatch.setattr(server._stop, "wait", wait)
+    monkeypatch.setattr(server.client._closed, "wait", wait)
     monkeypatch.setattr(client.time, "monotonic", lambda: clock[0])
-    with pytest.raises(ValueError, match=r"is gone: no answer to row 1 for 100 s .*refused"):
-        server.respond(client.Conversation(prompt="a"), 0)
+    with pytest.raises(ValueError, match=r"does not answer: row 1 failed for 100 s .*refused"):
+        server.respond(Conversation(prompt="a"), 0)
     assert waits[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0]
     assert sum(waits) == 100
 
@@ -180,17 +183,17 @@ def test_nobody_there(data: Path, tmp_path: Path, capfd: Any) -> None:
     capfd.readouterr()
     assert main(words(data, tmp_path / "out.jsonl", line)) == 1
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"kd-lightning: error: server {line} is gone")
+    assert error.startswith(f"kd-lightning: error: server {line} does not answer")
     assert not (tmp_path / "out.jsonl").exists()
 
 
 ENDS: dict[str, tuple[Answer, list[str]]] = {
-    "refused": ((400, b'{"error": "too long"}'), ["refuses row", "HTTP 400", "too long"]),
-    "not let in": ((401, b""), ["refuses row", "HTTP 401"]),
-    "a page": ((200, b"<html>hello</html>"), ["nonsense", "<html>hello</html>"]),
-    "another answer": ((200, b'{"choices": [{"message": {"content": 3}}]}'), ["nonsense"]),
-    "not UTF-8": ((200, b"\xff\xfe"), ["nonsense"]),
-    "never again": ((503, b"closed"), ["is gone", "HTTP 503", "closed"]),
+    "refused": ((400, b'{"error": "too long"}'), ["refused row", "HTTP 400", "too long"]),
+    "not let in": ((401, b""), ["refused row", "HTTP 401"]),
+    "a page": ((200, b"<html>hello</html>"), ["invalid answer", "<html>hello</html>"]),
+    "another answer": ((200, b'{"choices": [{"message": {"content": 3}}]}'), ["invalid answer"]),
+    "not UTF-8": ((200, b"\xff\xfe"), ["invalid answer"]),
+    "never again": ((503, b"closed"), ["does not answer", "HTTP 503", "closed"]),
 }
 
 

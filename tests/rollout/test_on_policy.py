@@ -12,7 +12,7 @@ from torch import Tensor
 
 from architectures import tiny
 from kd_lightning import DistillationLoss, ForwardKL, InstructionDataModule
-from kd_lightning.models.generate import RestrictVocabulary, Sampling, TeacherMixture, eos_token_ids, generate
+from kd_lightning.models.generate import RestrictVocabulary, Sampling, TeacherMixture, generate, require_eos_token_ids
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import gather_rows, prompts
@@ -281,7 +281,7 @@ def test_arguments(settings: dict[str, Any], words: list[str]) -> None:
 
 
 def test_models_that_cannot_write() -> None:
-    assert eos_token_ids(Script([[1]], ends=[2, 3])) == [2, 3]
+    assert require_eos_token_ids(Script([[1]], ends=[2, 3])) == [2, 3]
     for ends in (None, []):
         with pytest.raises(ValueError, match="eos_token_id"):
             OnPolicy().check(Script([[1]], ends=ends), None, None)

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 from kd_lightning.cli.program import main
+from kd_lightning.reporting.run_dir import RunFolder
 
 CONFIGS = sorted(path.stem for path in runs.CONFIGS.glob("*.yaml"))
+SAVED = sorted((Path(__file__).parent / "saved_configs").glob("*.yaml"))  # `config.yaml` of runs of earlier versions
 VALIDATION = ("kd", "ce", "forward_kl", "reverse_kl", "jsd", "total_variation", "teacher_nll", "agreement")
 
 
@@ -76,6 +78,25 @@ def test_config_yaml_repeats_the_run(tmp_path: Path) -> None:
     assert main(["fit", "--config", str(first / "config.yaml"), "--trainer.default_root_dir", str(second)]) == 0
     a, b = runs.student(first), runs.student(second)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
+def test_a_config_that_an_earlier_version_saved_still_runs(path: Path, tmp_path: Path) -> None:
+    root, train = tmp_path / "root", runs.little_data(tmp_path)
+    words = ["fit", "--config", str(path), "--trainer.default_root_dir", str(root), "--data.train", str(train)]
+    assert main([*words, *runs.QUIET, "--trainer.max_steps", "2"]) == 0
+    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    saved, again = RunFolder.read(path_as_run(path, tmp_path)), RunFolder.read(root)
+    changed = {"data.train", "trainer.enable_progress_bar"}
+    assert {name for name in saved.method if saved.method[name] != again.method.get(name)} <= changed
+    assert "kd_lightning.replay." not in (root / "config.yaml").read_text()
+
+
+def path_as_run(config: Path, folder: Path) -> Path:
+    """A folder that holds this `config.yaml` alone."""
+    (folder / "earlier").mkdir()
+    shutil.copy(config, folder / "earlier" / "config.yaml")
+    return folder / "earlier"
 
 
 def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

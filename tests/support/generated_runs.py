@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 import runs
 
 ROWS = 48
@@ -22,7 +20,7 @@ def contrastive(root: Path, data: Path, *more: str, steps: int = 14) -> list[str
     config = root.parent / "contrastive.yaml"
     first = {"side": "teacher", "when": "once", "max_new_tokens": 8, "keep_unfinished": True}
     second = {"side": "student", "when": "every_pass", "max_new_tokens": 8, "keep_unfinished": True, "batch_size": 8}
-    name = "kd_lightning.regeneration.Regeneration"
+    name = "kd_lightning.callbacks.regenerate.Regeneration"
     callbacks = [{"class_path": name, "init_args": arguments} for arguments in (first, second)]
     text = {
         "model": {"objective": {"class_path": "kd_lightning.objectives.Contrastive"}, "reduction": "sequence_mean"},
@@ -36,8 +34,3 @@ def contrastive(root: Path, data: Path, *more: str, steps: int = 14) -> list[str
     words[place + 2 : place + 2] = ["--config", str(config)]
     words += ["--data.batch_size", "8", "--data.val", "asset:validation", "--trainer.limit_test_batches", "0"]
     return [*words, "--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k=-1", *more]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.little_data(tmp_path_factory.mktemp("data"), ROWS)

@@ -1,0 +1,122 @@
+"""The one adapter to Hugging Face objects: attributes that only some models, configurations and tokenizers have.
+
+`PreTrainedModel`, `PreTrainedConfig` and tokenizers declare few of the attributes that models of single families set,
+and PEFT's models wrap the model that has them. Each function below asks for one of them, with its reason.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+def name_or_path(model: object) -> str | None:
+    """Folder or hub name that an object was loaded from; None if it was built from a configuration.
+
+    Models keep an empty string when they were not loaded; a custom `nn.Module` has no such attribute.
+    """
+    found = getattr(model, "name_or_path", None)
+    return found if isinstance(found, str) and found else None
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether a model is wrapped by PEFT. Asked without an import of `peft`, which takes a second."""
+    return hasattr(model, "get_base_model")
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model itself: the one inside of PEFT's wrapper if there is one."""
+    found: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator,assignment]
+    return found
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The backbone of a causal LM; the model itself if it has none.
+
+    Llama 4 returns itself from `get_decoder`: its backbone is called `model`.
+    """
+    body: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return getattr(model, "model", model) if body is model else body
+
+
+def output_embeddings(model: nn.Module) -> nn.Module:
+    """The layer that makes the logits, also of a model wrapped by PEFT. `transformers` leaves the method untyped."""
+    found: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    return found
+
+
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """The layer that embeds the tokens, also of a model wrapped by PEFT. `transformers` leaves the method untyped."""
+    found: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return found
+
+
+def weight_and_bias(layer: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of an LM head, None for what it does not have: `get_output_embeddings` may return any module."""
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    return (weight if isinstance(weight, Tensor) else None), (bias if isinstance(bias, Tensor) else None)
+
+
+def is_adapted(layer: nn.Module | None) -> bool:
+    """Whether PEFT has wrapped a layer: by an adapter, or because it trains it in full (`modules_to_save`)."""
+    return hasattr(layer, "base_layer") or hasattr(layer, "original_module")
+
+
+def num_embeddings(layer: nn.Module) -> int | None:
+    """Number of tokens in an input embedding; None if it does not say: a custom layer need not be `nn.Embedding`."""
+    found = getattr(layer, "num_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+def eos_token_ids(model: PreTrainedModel) -> list[int]:
+    """Tokens that end a response: none, one (an int in the generation config) or several (a list there)."""
+    eos = getattr(model.generation_config, "eos_token_id", None)  # a model that cannot generate has no config
+    return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Activation checkpointing: recompute the layers in backward.
+
+    Raises:
+        ValueError: the model does not support it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):  # a custom `nn.Module` declares nothing
+        raise ValueError(
+            f"activation_checkpointing is not supported by {type(model).__name__}: set activation_checkpointing=False"
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+# ------------------------------------------------------------------------------------------------------ configurations
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Configuration of the language model; a multimodal model nests it."""
+    return model.config.get_text_config(decoder=True)
+
+
+def config_numbers(config: PreTrainedConfig, names: tuple[str, ...]) -> list[float]:
+    """Values of those entries that are numbers other than 0. Families call the same factor by different names."""
+    found = (getattr(config, name, None) for name in names)
+    return [float(value) for value in found if isinstance(value, (int, float)) and value]
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The limit on tokens of a sequence; None if the configuration has none (ALiBi, recurrent models)."""
+    found = getattr(text_config(model), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+def has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer gives the characters of each token: only those of the `tokenizers` library do."""
+    return bool(getattr(tokenizer, "is_fast", False))
+
+
+def backend_state(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Everything that decides the tokens, as text; None for a tokenizer that is written in Python."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else str(backend.to_str())
