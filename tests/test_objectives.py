@@ -175,7 +175,10 @@ def test_a_plain_number_leaves_nothing_in_a_checkpoint() -> None:
             lambda: Objective(ForwardKL(), pair=("teacher", "assistant")),
             "pair must contain 'assistant' if and only if one is given, got .* and no assistant",
         ),
-        (lambda: Objective(ForwardKL(), ArithmeticMixture(0.1)), "pair must contain 'assistant' if and only if one is given, got .* and the assistant ArithmeticMixture"),
+        (
+            lambda: Objective(ForwardKL(), ArithmeticMixture(0.1)),
+            "pair must contain 'assistant' if and only if one is given, got .* and the assistant ArithmeticMixture",
+        ),
         (
             lambda: Objective(ForwardKL(), pair=("p", "q")),
             "pair must be two different names of teacher, student, assis",
