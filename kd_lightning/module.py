@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_lightning.console import enable_info_logging
 from kd_lightning.constants import moves_objective
+from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree
 from kd_lightning.distributed.dtensor import is_sharded, local_shard, tensor_digest
 from kd_lightning.distributed.grad_norm import clip_norm, gradient_norm
@@ -165,6 +166,7 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
+        install_checkpoint_io(self.trainer.strategy)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
