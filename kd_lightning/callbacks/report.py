@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.atomic_io import atomic_file
@@ -16,10 +15,10 @@ from kd_lightning.reporting.run_dir import RunFolder
 from kd_lightning.reporting.run_report import page
 
 
-class Report(Checkpoint):
+class Report(L.Callback):
     """Write `ROOT/report.md` when a fit has ended: set-up, table, curves beside baselines, samples, warnings.
 
-    It is a `Checkpoint` to Lightning, so that it acts after the others.
+    It acts in `teardown`, after every `on_fit_end`.
     """
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

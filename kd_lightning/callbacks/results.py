@@ -8,23 +8,24 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
 from kd_lightning.atomic_io import atomic_file
+from kd_lightning.callbacks.base import on_training_device
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.collate import left_pad
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.models.generate import generate
 from kd_lightning.reporting.run_dir import HEADINGS
+from kd_lightning.teachers.base import generating_model
 from kd_lightning.training.evaluation import limited_batches, token_means
 
 SAMPLES = 6
 
 
-class ResultsTable(Checkpoint):
+class ResultsTable(L.Callback):
     """Measure the test rows before and after training; print a small table and write `ROOT/results.json`.
 
     Keys `teacher`, `student_before`, `student_after`, each with `nll` (test NLL per answer token), `forward_kl` (to the
@@ -77,18 +78,12 @@ class ResultsTable(Checkpoint):
         before = self._measure(trainer, pl_module, "student before")
         self.rows = {"teacher": before.pop("teacher"), "student_before": before["student"]}
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the trained student and close."""
-        self._close(trainer, pl_module)
-
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close where a resumed run had no step left to do."""
-        self._close(trainer, pl_module)
-
-    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the student as it was exported, also if a resumed run had no step left to train."""
         if "student_after" in self.rows or "student_before" not in self.rows or not self._wanted(trainer):
             return
-        self.rows["student_after"] = self._measure(trainer, pl_module, "student after", teacher=False)["student"]
+        with on_training_device(trainer, pl_module):
+            self.rows["student_after"] = self._measure(trainer, pl_module, "student after", teacher=False)["student"]
         if trainer.is_global_zero:
             with atomic_file(Path(trainer.default_root_dir) / "results.json") as part:
                 part.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
@@ -126,7 +121,7 @@ class ResultsTable(Checkpoint):
                 out["teacher"] = {
                     "nll": means["teacher_nll"],
                     "forward_kl": 0.0,
-                    "exact_match": self._exact_match(trainer, getattr(module.teacher, "model", None), rows, "teacher"),
+                    "exact_match": self._exact_match(trainer, generating_model(module.teacher), rows, "teacher"),
                 }
         return out
 

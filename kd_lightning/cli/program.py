@@ -65,12 +65,13 @@ def build_cli() -> type:
         """Defaults, groups of callbacks, and nothing else."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            """Add `checkpoint`, `export`, `results`, `generation`, `samples` and `baseline`."""
+            """Add the groups `checkpoint` to `predictions`, and `baseline`."""
             parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
             parser.add_lightning_class_args(HFExport, "export")
             parser.add_lightning_class_args(ResultsTable, "results")
             parser.add_lightning_class_args(GenerationQuality, "generation")
             parser.add_lightning_class_args(Samples, "samples")
+            parser.add_lightning_class_args(Predictions, "predictions")
             text = "folder of another run, a supervised one say, drawn as a constant line beside this one"
             parser.add_argument("--baseline", type=str | None, default=None, help=text)
 
@@ -122,8 +123,6 @@ def build_cli() -> type:
                 parsed.ckpt_path = None
                 text = parser.dump(parsed, skip_none=False)
                 kwargs["callbacks"] += [RunConfig(text), Baselines(parsed.baseline), Dashboard(text), Report()]
-            if self.subcommand == "predict":
-                kwargs["callbacks"].append(Predictions())
             return super().instantiate_trainer(**kwargs)
 
         def _parse_ckpt_path(self) -> None:

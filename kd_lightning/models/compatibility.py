@@ -10,12 +10,12 @@ from torch import nn
 from kd_lightning.models.hf_adapter import input_embeddings, max_positions, num_embeddings
 
 
-def check_model_fits_data(student: Any, teacher: Any, datamodule: Any) -> Iterator[str]:
+def check_model_fits_data(student: nn.Module, teacher: nn.Module | None, datamodule: Any) -> Iterator[str]:
     """See that both models can read every row that is loaded; what is doubtful is yielded.
 
     Args:
         student: a Hugging Face causal LM.
-        teacher: a `Teacher`, looked at where it has a model in this process; None: there is none.
+        teacher: the teacher's model; None: there is none in this process.
         datamodule: an `InstructionDataModule` with its rows loaded; of any other nothing is known.
 
     Raises:
@@ -23,7 +23,7 @@ def check_model_fits_data(student: Any, teacher: Any, datamodule: Any) -> Iterat
     """
     if not hasattr(datamodule, "largest_id"):
         return
-    for role, model in (("student", student), ("teacher", getattr(teacher, "model", None))):
+    for role, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             yield from _check(role, model, datamodule)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -122,6 +123,28 @@ def test_every_notebook_and_no_other_is_on_its_page() -> None:
         for path, title in zip(books, titles, strict=True)
     ]
     assert re.findall(r"^\| (\d\d [^|]+) \|", TEXTS["tutorials.md"], re.M) == said
+
+
+def test_the_picture_of_the_architecture_shows_every_layer_in_order() -> None:
+    tree = ast.parse((ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8"))
+    values = {ast.unparse(node.target): node.value for node in tree.body if isinstance(node, ast.AnnAssign)}
+    layers = ast.literal_eval(values["LAYERS"] or "()")
+    level = {name: number for number, names in enumerate(layers, start=1) for name in names}
+    shown: dict[str, int] = {}
+    number = 0
+    for line in re.findall(r"^│ (.*)│$", TEXTS["architecture.md"], re.MULTILINE):
+        number = int(line[:2].strip() or number)
+        name = line[4:].split()[0]
+        assert (ROOT / "kd_lightning" / name).exists(), name
+        shown[name.removesuffix(".py")] = number
+    assert shown == level
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    names = re.findall(r"`(\w+/\w+\.py)`", TEXTS["architecture.md"])
+    assert len(names) > 15
+    for name in names:
+        assert (ROOT / "kd_lightning" / name).is_file() or (ROOT / name).is_file(), name
 
 
 def test_included_files_exist() -> None:
