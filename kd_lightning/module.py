@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kd_lightning.console import enable_info_logging, progress_bar_enabled
 from kd_lightning.constants import moves_objective
+from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.dtensor import is_sharded, local_shard, tensor_digest
@@ -170,12 +171,11 @@ class DistillationModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
         install_checkpoint_io(self.trainer.strategy)
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(datamodule, "tokenizer", None)
+        datamodule, tokenizer = datamodule_of(self.trainer), tokenizer_of(self.trainer)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)
         if stage == "fit" and self.trainer.world_size > 1:
-            rows = datamodule.description() if hasattr(datamodule, "description") else {}
+            rows = {} if datamodule is None else datamodule.description()
             check_ranks_agree({"loss": repr(self.evaluation_loss), **rows})
 
     def configure_model(self) -> None:
@@ -198,22 +198,20 @@ class DistillationModule(L.LightningModule):
         if self.teacher is not None:
             self.teacher.attach(self.run_context())
             self.teacher.load()
-        datamodule = getattr(self._trainer, "datamodule", None)
         teacher_model = None if self.teacher is None else self.teacher.model
-        for text in check_model_fits_data(self.student, teacher_model, datamodule):
+        for text in check_model_fits_data(self.student, teacher_model, datamodule_of(self._trainer)):
             rank_zero_warn(text)
         if self.responses is not None:
-            self.responses.check(self.student, self.teacher, getattr(datamodule, "max_length", None))
+            self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
 
     def run_context(self) -> RunContext:
         """What the teacher is given of the run; the student is loaded."""
         assert self.model is not None
-        datamodule = getattr(self._trainer, "datamodule", None)
         return RunContext(
             student=self.model,
             loss=self.model.loss,
             monitors={name: d for name, d in self.monitors.items() if isinstance(d, Divergence)},
-            data=datamodule if hasattr(datamodule, "every_row") else None,
+            data=datamodule_of(self._trainer),
             generates_responses=self.responses is not None,
             sum_over_ranks=sum_over_ranks(self._trainer),
         )
@@ -276,8 +274,8 @@ class DistillationModule(L.LightningModule):
         """The teacher, read from `ROOT/teacher_cache` from now on; the cache is written first."""
         assert self.model is not None
         trainer = self.trainer
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(datamodule, "every_row"):
+        datamodule = datamodule_of(trainer)
+        if datamodule is None:
             raise ValueError("teacher_cache needs a data module of this package, got a custom one or none")
         if datamodule.sources["test"] and trainer.limit_test_batches != 0:
             datamodule.setup("test")
@@ -408,8 +406,8 @@ class DistillationModule(L.LightningModule):
 
     def _places(self, row_ids: list[int]) -> str:
         """File and line of rows where the data module knows them."""
-        places = getattr(getattr(self.trainer, "datamodule", None), "places", None)
-        return ", ".join(map(str, row_ids if places is None else places("train", row_ids)))
+        datamodule = datamodule_of(self.trainer)
+        return ", ".join(map(str, row_ids) if datamodule is None else datamodule.row_locations("train", row_ids))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep a step that was not finite out of the checkpoints; say which weights the adapters belong to."""
