@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -11,9 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from kd_lightning.console import enable_info_logging
+from kd_lightning.console import enable_info_logging, progress_bar_enabled
 from kd_lightning.constants import moves_objective
-from kd_lightning.distributed.collectives import check_ranks_agree
+from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
+from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
+from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.dtensor import is_sharded, local_shard, tensor_digest
 from kd_lightning.distributed.grad_norm import clip_norm, gradient_norm
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run, log_every_n_steps
@@ -22,15 +25,15 @@ from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts, check_names
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.models.compatibility import check_model_fits_data
-from kd_lightning.models.hf_adapter import name_or_path
+from kd_lightning.models.hf_adapter import base_model, eos_token_ids, name_or_path
 from kd_lightning.models.loading import check_causal, check_finite, check_tokenizers, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters, exclude_base_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.schedules import Schedule, Weight
 from kd_lightning.seeding import derive_seed, run_seed
-from kd_lightning.teachers.base import Teacher
-from kd_lightning.teachers.cache_writer import cache_teacher
+from kd_lightning.teachers.base import RunContext, Teacher
+from kd_lightning.teachers.cache_writer import Ranks, cache_teacher
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
 from kd_lightning.training.accumulation import AccumulationWindow, NonFiniteLossCheck
 from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
@@ -147,6 +150,8 @@ class DistillationModule(L.LightningModule):
         self._means: dict[str, Tensor] = {}
         self._watch = NonFiniteLossCheck()
         self._rate = 0.0
+        self._teacher_device: torch.device | None = None
+        self._max_new_tokens = 32
         self._base: str | None = None  # digest of the weights under the adapters, where checkpoints leave them out
 
     # ------------------------------------------------------------------------------------------------ construction
@@ -165,12 +170,12 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(datamodule, "tokenizer", None)
+        install_checkpoint_io(self.trainer.strategy)
+        datamodule, tokenizer = datamodule_of(self.trainer), tokenizer_of(self.trainer)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)
         if stage == "fit" and self.trainer.world_size > 1:
-            rows = datamodule.description() if hasattr(datamodule, "description") else {}
+            rows = {} if datamodule is None else datamodule.description()
             check_ranks_agree({"loss": repr(self.evaluation_loss), **rows})
 
     def configure_model(self) -> None:
@@ -189,14 +194,33 @@ class DistillationModule(L.LightningModule):
                 student = add_adapters(student, self.lora)
             self.model = StudentWithLoss(student.train(), self.loss)
             del self.loss  # it lives in the wrapped model, under one name
+        self._teacher_device = None
         if self.teacher is not None:
-            self.teacher.meet(self)
+            self.teacher.attach(self.run_context())
             self.teacher.load()
-        datamodule = getattr(self._trainer, "datamodule", None)
-        for text in check_model_fits_data(self.student, self.teacher, datamodule):
+        teacher_model = None if self.teacher is None else self.teacher.model
+        for text in check_model_fits_data(self.student, teacher_model, datamodule_of(self._trainer)):
             rank_zero_warn(text)
         if self.responses is not None:
-            self.responses.check(self.student, self.teacher, getattr(datamodule, "max_length", None))
+            self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
+
+    def run_context(self) -> RunContext:
+        """What the teacher is given of the run; the student is loaded."""
+        assert self.model is not None
+        return RunContext(
+            student=self.model,
+            loss=self.model.loss,
+            monitors={name: d for name, d in self.monitors.items() if isinstance(d, Divergence)},
+            data=datamodule_of(self._trainer),
+            generates_responses=self.responses is not None,
+            sum_over_ranks=sum_over_ranks(self._trainer),
+        )
+
+    def _move_teacher(self) -> None:
+        """Have the teacher on the student's device; a no-op once it is there."""
+        if self.teacher is not None and self._teacher_device != self.device:
+            self.teacher.to(self.device)
+            self._teacher_device = self.device
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the parameters that learn, scheduler stepped once per optimizer step."""
@@ -243,8 +267,26 @@ class DistillationModule(L.LightningModule):
         if rate != self._rate:
             rank_zero_warn(f"the rate goes on from the checkpoint, {rate:g}: {self._rate:g}, as given now, is not used")
         if self.teacher_cache and self.teacher is not None and not is_fast_dev_run(self.trainer):
-            self.teacher = cache_teacher(self, self.trainer)
+            self.teacher = self._cached_teacher(self.teacher)
         self._at_work.start(self)
+
+    def _cached_teacher(self, teacher: Teacher) -> Teacher:
+        """The teacher, read from `ROOT/teacher_cache` from now on; the cache is written first."""
+        assert self.model is not None
+        trainer = self.trainer
+        datamodule = datamodule_of(trainer)
+        if datamodule is None:
+            raise ValueError("teacher_cache needs a data module of this package, got a custom one or none")
+        if datamodule.sources["test"] and trainer.limit_test_batches != 0:
+            datamodule.setup("test")
+        folder, ranks = (
+            Path(trainer.default_root_dir) / "teacher_cache",
+            Ranks(trainer.global_rank, sum_over_ranks(trainer)),
+        )
+        with trainer.precision_plugin.forward_context():
+            return cache_teacher(
+                folder, teacher, datamodule, self.model.vocabulary, self.device, ranks, progress_bar_enabled(trainer)
+            )
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Randomness of this micro-batch from (seed, counter, rank): stored generator states shift at a resume."""
@@ -255,8 +297,7 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Undivided loss of one micro-batch; `on_before_optimizer_step` divides."""
         assert self.model is not None
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        self._move_teacher()
         batch, notes = self._at_work.draw(self, batch)
         beside = self.component_loss if self._is_logged() else None
         parts: LossParts = self.model(batch, None if self.labels_only else self.teacher, beside=beside)
@@ -365,8 +406,8 @@ class DistillationModule(L.LightningModule):
 
     def _places(self, row_ids: list[int]) -> str:
         """File and line of rows where the data module knows them."""
-        places = getattr(getattr(self.trainer, "datamodule", None), "places", None)
-        return ", ".join(map(str, row_ids if places is None else places("train", row_ids)))
+        datamodule = datamodule_of(self.trainer)
+        return ", ".join(map(str, row_ids) if datamodule is None else datamodule.row_locations("train", row_ids))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep a step that was not finite out of the checkpoints; say which weights the adapters belong to."""
@@ -407,8 +448,7 @@ class DistillationModule(L.LightningModule):
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
         """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
         assert self.model is not None
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        self._move_teacher()
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
@@ -437,8 +477,24 @@ class DistillationModule(L.LightningModule):
         return values
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Greedy responses to left-padded prompts."""
+        """Greedy responses to left-padded prompts.
+
+        Returns:
+            `row_ids` [B]; `responses`, token ids [B, up to max_new_tokens]; `finished` [B], whether a response has
+            ended, or was cut.
+        """
         from kd_lightning.models.generate import generate
 
-        responses = generate(self.student, batch["input_ids"], batch["attention_mask"])
-        return {"row_ids": batch["row_ids"], "responses": responses}
+        responses = generate(self.student, batch["input_ids"], batch["attention_mask"], self._max_new_tokens)
+        ends = torch.tensor(eos_token_ids(base_model(self.student)), dtype=responses.dtype, device=responses.device)
+        return {"row_ids": batch["row_ids"], "responses": responses, "finished": torch.isin(responses, ends).any(1)}
+
+    def set_max_new_tokens(self, max_new_tokens: int) -> None:
+        """Set the longest response of `predict_step`, in tokens; it is 32 otherwise.
+
+        Raises:
+            ValueError: it is below 1.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self._max_new_tokens = max_new_tokens

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,16 +16,17 @@ from transformers.utils import logging
 
 from kd_lightning.atomic_io import atomic_folder
 from kd_lightning.callbacks.checkpoint import checkpoint_folder
+from kd_lightning.data.base import tokenizer_of
 from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.models.hf_adapter import is_peft_model
 from kd_lightning.models.lora import merged_state_dict, save_adapter
 
 
-class HFExport(Checkpoint):
+class HFExport(L.Callback):
     """Leave the student under `ROOT/student` as plain Hugging Face: model, tokenizer, generation config.
 
-    It is a `Checkpoint` to Lightning, so that it acts after `last.ckpt` is written.
+    It acts in `on_fit_end`, after every checkpoint callback has saved the last step.
 
     Args:
         which: `last`: the weights at the end; `best`: those with the lowest `monitor` in validation, kept as
@@ -49,7 +49,6 @@ class HFExport(Checkpoint):
         self.monitor_name = monitor
         self.best: float | None = None
         self.resuming = False
-        self._done = False
 
     def state_dict(self) -> dict[str, Any]:
         """The lowest value so far."""
@@ -109,18 +108,12 @@ class HFExport(Checkpoint):
             self.best = float(value)
             trainer.save_checkpoint(checkpoint_folder(trainer) / "best.ckpt", weights_only=True)
 
-    def on_train_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Export while the models are still on their device."""
-        self._export(trainer, pl_module)
-
     def on_fit_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Export where a resumed run had no step left to do."""
-        self._export(trainer, pl_module)
+        """Export the student, also if a resumed run had no step left to train."""
+        if not is_fast_dev_run(trainer):
+            self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._done or is_fast_dev_run(trainer):
-            return
-        self._done = True
         best = checkpoint_folder(trainer) / "best.ckpt"
         if self.which == "best" and self.best is not None:
             state = trainer.strategy.load_checkpoint(best, weights_only=True)
@@ -129,7 +122,7 @@ class HFExport(Checkpoint):
             rank_zero_warn("export.which is 'best', and there was no validation to go by: the last weights are kept")
         state = full_state_dict(pl_module.student, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            tokenizer = tokenizer_of(trainer)
             save_student(pl_module.student, tokenizer, Path(trainer.default_root_dir) / "student", state)
         trainer.strategy.barrier("export")
 

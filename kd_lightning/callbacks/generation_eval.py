@@ -11,6 +11,7 @@ import lightning.pytorch as L
 
 from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.console import progress_bar, progress_bar_enabled
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
@@ -18,6 +19,7 @@ from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import max_positions
 from kd_lightning.reporting.figures import markdown_table
+from kd_lightning.teachers.base import generating_model
 
 SHOWN = 8
 
@@ -78,11 +80,11 @@ class GenerationQuality(L.Callback):
         """Go on counting."""
         self._validations = state_dict["validations"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that a response can end and has places."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that responses can end and fit the model, before anything is measured."""
         self.check(pl_module.student, _data(trainer))
 
-    def check(self, student: Any, datamodule: Any) -> None:
+    def check(self, student: Any, datamodule: DistillationDataModule) -> None:
         """See that a response can end, and that student has places for the longest.
 
         Args:
@@ -112,7 +114,8 @@ class GenerationQuality(L.Callback):
         greedy = replace(self.sampling, temperature=0.0)
         ours, texts = self._quality(trainer, pl_module, pl_module.student, "val", greedy, 0)
         scalars = {f"val/{name}": value for name, value in ours.items()}
-        teacher = getattr(pl_module.teacher, "model", None)
+        module: Any = pl_module
+        teacher = generating_model(module.teacher)
         if self._teacher is None and teacher is not None:
             self._teacher = self._quality(trainer, pl_module, teacher, "val", greedy, 0)
         if self._teacher is not None:
@@ -126,7 +129,8 @@ class GenerationQuality(L.Callback):
         if not self.every_n_validations or not _data(trainer).sources["test"] or trainer.limit_test_batches == 0:
             return
         _data(trainer).setup("test")
-        models = {"": pl_module.student, "teacher_": getattr(pl_module.teacher, "model", None)}
+        module: Any = pl_module
+        models = {"": module.student, "teacher_": generating_model(module.teacher)}
         scalars: dict[str, float] = {}
         for who, model in models.items():
             if model is None:
@@ -202,5 +206,8 @@ def quality(responses: Sequence[Response], answers: Sequence[str]) -> dict[str, 
     }
 
 
-def _data(trainer: L.Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]
+def _data(trainer: L.Trainer) -> DistillationDataModule:
+    datamodule = datamodule_of(trainer)
+    if datamodule is None:
+        raise ValueError("GenerationQuality needs a data module of this package, such as InstructionDataModule")
+    return datamodule

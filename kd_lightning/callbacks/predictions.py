@@ -4,40 +4,80 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.atomic_io import atomic_file
-from kd_lightning.callbacks.run_config import _datamodule
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import all_gather_objects
 
 
-class Predictions(L.Callback):
-    """Write `ROOT/predictions.jsonl` after `predict`: each test row with its `response`, in file order."""
+@runtime_checkable
+class GeneratesResponses(Protocol):
+    """A module whose `predict_step` generates responses of at most so many tokens."""
 
-    def __init__(self) -> None:
+    def set_max_new_tokens(self, max_new_tokens: int) -> None:
+        """Set the longest response, in tokens."""
+
+
+class Predictions(L.Callback):
+    """Write `ROOT/predictions.jsonl` after `predict`: each test row with its `response`, in file order.
+
+    Args:
+        max_new_tokens: longest response of `predict`, at least 1; a log line counts the responses that were cut.
+
+    Raises:
+        ValueError: `max_new_tokens` is below 1.
+    """
+
+    def __init__(self, max_new_tokens: int = 32) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"predictions.max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.max_new_tokens = max_new_tokens
         self.responses: dict[int, str] = {}
+        self.unfinished: set[int] = set()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
+        """Set the longest response; a module of the user's own class decides itself."""
+        if isinstance(pl_module, GeneratesResponses):
+            pl_module.set_max_new_tokens(self.max_new_tokens)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keep this batch's responses as text."""
-        texts = _datamodule(trainer).tokenizer.batch_decode(outputs["responses"], skip_special_tokens=True)
-        self.responses |= dict(zip(outputs["row_ids"].tolist(), texts, strict=True))
+        texts = _data(trainer).tokenizer.batch_decode(outputs["responses"], skip_special_tokens=True)
+        row_ids = outputs["row_ids"].tolist()
+        self.responses |= dict(zip(row_ids, texts, strict=True))
+        finished = outputs["finished"].tolist()
+        self.unfinished |= {row_id for row_id, ended in zip(row_ids, finished, strict=True) if not ended}
 
     def on_predict_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Gather the ranks' responses and write them."""
-        found = all_gather_objects(self.responses, trainer.world_size)
+        found = all_gather_objects((self.responses, self.unfinished), trainer.world_size)
         if not trainer.is_global_zero:
             return
-        responses = {row_id: text for part in found for row_id, text in part.items()}
+        responses = {row_id: text for texts, _ in found for row_id, text in texts.items()}
+        unfinished = set().union(*(row_ids for _, row_ids in found))
         path = Path(trainer.default_root_dir) / "predictions.jsonl"
         with atomic_file(path) as part, part.open("w", encoding="utf-8") as lines:
-            for row in _datamodule(trainer).generation_rows("test"):
+            for row in _data(trainer).generation_rows("test"):
                 if row["index"] in responses:
                     fields = {**row["row"], "response": responses[row["index"]].strip()}
                     lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
         rank_zero_info(f"responses written to {path}")
+        if unfinished:
+            rank_zero_info(
+                f"{len(unfinished)} of {len(responses)} responses were cut at {self.max_new_tokens} tokens: raise "
+                "--predictions.max_new_tokens for complete ones"
+            )
+
+
+def _data(trainer: Trainer) -> DistillationDataModule:
+    datamodule = datamodule_of(trainer)
+    if datamodule is None:
+        raise ValueError("Predictions needs a data module of this package, such as InstructionDataModule")
+    return datamodule

@@ -50,8 +50,9 @@ def main(args: Sequence[str]) -> int:
     with cli.trainer.precision_plugin.forward_context():
         kept = fill_cache(
             given.output,
-            module,
+            module.teacher,
             datamodule,
+            module.model.vocabulary,
             kind=given.kind,
             dtype=given.dtype,
             k=given.k,
@@ -88,8 +89,7 @@ def prepared(cli: Any) -> tuple[Any, Any]:
             f"cache: {names[0]} writes what is trained on while the run goes on, and a cache made before holds none of "
             "it; what `kd-lightning generate` wrote to a file can be cached"
         )
-    if datamodule.tokenizer_source is None:
-        datamodule.tokenizer_source = module.tokenizer_name
+    datamodule.use_tokenizer_of(module.tokenizer_name)
     datamodule.setup("fit")
     if datamodule.sources["test"]:
         datamodule.setup("test")

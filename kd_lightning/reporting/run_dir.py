@@ -13,7 +13,14 @@ import yaml
 
 from kd_lightning.reporting.moved_classes import update_class_paths
 
-NOT_THE_METHOD = ("seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path", "export.overwrite")
+NOT_THE_METHOD = (
+    "seed_everything",
+    "data.seed",
+    "trainer.default_root_dir",
+    "ckpt_path",
+    "export.overwrite",
+    "predictions.max_new_tokens",
+)
 DATA = ("data.train", "data.val", "data.test", "data.max_length", "data.chat_template", "results.task")
 
 WHO = ("teacher", "student_before", "student_after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -14,14 +15,14 @@ import pytest
 
 import kd_lightning
 import runs
-from kd_lightning.cli import program as cli
+from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
 from locations import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in PAGES}
 DOCUMENTED = re.findall(r"^::: kd_lightning\.([\w.]+)$", "\n".join(TEXTS.values()), re.MULTILINE)
-OWN = tuple(cli.COMMANDS)
+OWN = tuple(OTHER_COMMANDS)
 MY_FILE = """
 from kd_lightning import Divergence
 
@@ -37,11 +38,11 @@ class MyDivergence(SquaredHellinger):
 PARSE = """
 import json, sys
 from kd_lightning.cli import program as cli
+from kd_lightning.cli import trainer_cli
 sys.path.append("")
-build = cli.build_cli
-nothing = {name: lambda self, *_: None for name in ("instantiate_classes", "_run_subcommand")}
-cli.build_cli = lambda: type("Parsed", (build(),), nothing)
-cli.checkpoint_path = lambda name, root: name
+for name in ("instantiate_classes", "_run_subcommand"):
+    setattr(trainer_cli.TrainerCLI, name, lambda self, *_: None)
+trainer_cli.checkpoint_path = lambda name, root: name
 for words in json.load(sys.stdin):
     try:
         cli.run(words)
@@ -93,10 +94,10 @@ def test_every_public_name_has_one_place() -> None:
 
 
 def test_every_command_and_every_callback_of_the_program_has_its_place() -> None:
-    assert {f"cli.{name}.main" for name in cli.COMMANDS} <= set(DOCUMENTED)
-    for verb in cli.VERBS:
+    assert {f"cli.{name}.main" for name in OTHER_COMMANDS} <= set(DOCUMENTED)
+    for verb in TRAINER_COMMANDS:
         assert f"`{verb}`" in TEXTS["reference/commands.md"], verb
-    source = Path(cli.__file__).read_text(encoding="utf-8")
+    source = (ROOT / "kd_lightning" / "cli" / "trainer_cli.py").read_text(encoding="utf-8")
     added = re.findall(r"add_lightning_class_args\((\w+), \"(\w+)\"\)", source)
     assert added
     for name, group in added:
@@ -122,6 +123,28 @@ def test_every_notebook_and_no_other_is_on_its_page() -> None:
         for path, title in zip(books, titles, strict=True)
     ]
     assert re.findall(r"^\| (\d\d [^|]+) \|", TEXTS["tutorials.md"], re.M) == said
+
+
+def test_the_picture_of_the_architecture_shows_every_layer_in_order() -> None:
+    tree = ast.parse((ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8"))
+    values = {ast.unparse(node.target): node.value for node in tree.body if isinstance(node, ast.AnnAssign)}
+    layers = ast.literal_eval(values["LAYERS"] or "()")
+    level = {name: number for number, names in enumerate(layers, start=1) for name in names}
+    shown: dict[str, int] = {}
+    number = 0
+    for line in re.findall(r"^│ (.*)│$", TEXTS["architecture.md"], re.MULTILINE):
+        number = int(line[:2].strip() or number)
+        name = line[4:].split()[0]
+        assert (ROOT / "kd_lightning" / name).exists(), name
+        shown[name.removesuffix(".py")] = number
+    assert shown == level
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    names = re.findall(r"`(\w+/\w+\.py)`", TEXTS["architecture.md"])
+    assert len(names) > 15
+    for name in names:
+        assert (ROOT / "kd_lightning" / name).is_file() or (ROOT / name).is_file(), name
 
 
 def test_included_files_exist() -> None:

@@ -141,6 +141,31 @@ def test_validate_test_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {"instruction", "input", "output", "response"} <= first.keys()
 
 
+def test_the_length_of_predictions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    common = ["predict", "--config", "quickstart", "--trainer.default_root_dir", str(root), *runs.CPU, *runs.QUIET]
+    common += ["--trainer.limit_predict_batches", "1", "--data.batch_size", "8"]
+
+    def predictions(*more: str) -> list[str]:
+        caplog.clear()
+        assert main([*common, *more]) == 0
+        lines = (root / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [yaml.safe_load(line)["response"] for line in lines]
+
+    responses = predictions()
+    assert len(responses) == 8
+    assert "were cut" not in caplog.text
+    short = predictions("--predictions.max_new_tokens", "2")
+    assert "4 of 8 responses were cut at 2 tokens: raise --predictions.max_new_tokens" in caplog.text
+    assert all(response.startswith(begin) for response, begin in zip(responses, short, strict=True))
+    assert sum(response != begin for response, begin in zip(responses, short, strict=True)) == 4
+    assert predictions("--predictions.max_new_tokens", "64") == responses
+    assert main([*common, "--predictions.max_new_tokens", "0"]) == 1
+    assert "max_new_tokens must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = runs.little(Path("root"), steps=1)
