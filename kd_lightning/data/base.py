@@ -180,7 +180,7 @@ class NamesTokenizer(Protocol):
 
     @property
     def tokenizer_name(self) -> str | None:
-        """Folder or hub name; None where the model came as an object without one."""
+        """Folder or hub name; None if the model was passed as an object without one."""
 
 
 @runtime_checkable
@@ -204,13 +204,13 @@ def datamodule_of(trainer: L.Trainer | None) -> DistillationDataModule | None:
 
 
 def tokenizer_of(trainer: L.Trainer | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the run's data module, of any class; None where it has none."""
+    """The tokenizer of the run's data module, of any class; None if it has none."""
     datamodule = _attached(trainer)
     return datamodule.tokenizer if isinstance(datamodule, HasTokenizer) else None
 
 
 def max_length_of(trainer: L.Trainer | None) -> int | None:
-    """The `max_length` of the run's data module, of any class; None where it has none."""
+    """The `max_length` of the run's data module, of any class; None if it has none."""
     datamodule = _attached(trainer)
     return datamodule.max_length if isinstance(datamodule, HasMaxLength) else None
 
