@@ -112,7 +112,7 @@ def test_a_name_that_datasets_cannot_load(name: str) -> None:
 
 
 def test_a_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="this folder holds no data set written by"):
+    with pytest.raises(ValueError, match="this folder holds no data set saved by"):
         rows_of(tmp_path)
     write(tmp_path / "state.json", "{}")
     with pytest.raises(ValueError, match="not a readable data set"):
