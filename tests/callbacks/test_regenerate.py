@@ -52,7 +52,9 @@ def test_what_is_learned_is_what_the_teacher_said(data: Path, whole: Path) -> No
     module = PromptDataModule(str(data), tokenizer="asset:student", batch_size=5, max_length=128)
     module.setup("fit")
     assert module.missing_responses() == list(range(ROWS))
-    with pytest.raises(ValueError, match="prompts without responses: add a Regeneration callback to trainer.callbacks"):
+    with pytest.raises(
+        ValueError, match=r"prompts without responses: add a Regeneration callback to trainer.callbacks"
+    ):
         module.train_dataloader()
     module.replace_responses(words)
     assert module.report["train"]["kept"] == len(words)
