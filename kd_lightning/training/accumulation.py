@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kd_lightning.constants import IGNORE_INDEX, SOURCES
+from kd_lightning.constants import SOURCES
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.losses import LossParts
 
 
@@ -41,7 +42,7 @@ class AccumulationWindow:
         for name, (total, number) in {**parts.by_response, **parts.components, **(notes or {})}.items():
             sums[f"sum of {name}"], sums[f"number of {name}"] = total.float(), number.float()
         sums["divisor"] = parts.divisor.float()
-        counted = batch["labels"][:, 1:] != IGNORE_INDEX
+        counted = next_token_mask(batch["labels"])
         sums["counted"] = counted.sum().float()
         source = batch.get("source")
         by_student = source == SOURCES.index("student") if source is not None else counted.new_zeros(len(counted))
