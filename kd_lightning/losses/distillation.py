@@ -246,7 +246,9 @@ def check_names(monitors: Mapping[str, Divergence]) -> None:
         if name in RESERVED:
             raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {name!r}")
         if not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"monitor names must not be empty, contain a dot or be a ModuleDict attribute: {name!r}")
+            raise ValueError(
+                f"monitors must have names that are not empty, without a dot and no ModuleDict attribute, got {name!r}"
+            )
 
 
 def _flat(x: Tensor) -> Tensor:
