@@ -27,7 +27,7 @@ from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids, name_or_path
 from kd_lightning.models.loading import check_causal, check_finite, check_tokenizers, load_causal_lm
-from kd_lightning.models.lora import LoRA, add_adapters, exclude_base_weights
+from kd_lightning.models.lora import LoRA, add_adapters, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.schedules import Schedule, Weight
@@ -190,7 +190,7 @@ class DistillationModule(L.LightningModule):
             if self.lora is not None:
                 if isinstance(self.student_source, str) and self.student_init == "pretrained":
                     self._base = tensor_digest(student.named_parameters())
-                    exclude_base_weights(self)
+                    exclude_frozen_weights(self, "model.student")
                 student = add_adapters(student, self.lora)
             self.model = StudentWithLoss(student.train(), self.loss)
             del self.loss  # it lives in the wrapped model, under one name
@@ -483,9 +483,11 @@ class DistillationModule(L.LightningModule):
             `row_ids` [B]; `responses`, token ids [B, up to max_new_tokens]; `finished` [B], whether a response has
             ended, or was cut.
         """
-        from kd_lightning.models.generate import generate
+        from kd_lightning.models.generate import Sampling, generate
 
-        responses = generate(self.student, batch["input_ids"], batch["attention_mask"], self._max_new_tokens)
+        student: Any = self.student  # a Hugging Face model, or PEFT's around one
+        sampling = Sampling(self._max_new_tokens, temperature=0.0)
+        responses = generate(student, batch["input_ids"], batch["attention_mask"], sampling)
         ends = torch.tensor(eos_token_ids(base_model(self.student)), dtype=responses.dtype, device=responses.device)
         return {"row_ids": batch["row_ids"], "responses": responses, "finished": torch.isin(responses, ends).any(1)}
 

@@ -157,7 +157,7 @@ class GenerationQuality(L.Callback):
         mine = list(batches_of_rank(plan, rank=rank, ranks=ranks))
         mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often
         asked = progress_bar(mine, f"Answers, {split}, seed {seed}", shown=progress_bar_enabled(trainer))
-        parts = all_gather_objects(dict(writer.answers(prompts, asked)), trainer.world_size)
+        parts = all_gather_objects(dict(writer.generate(prompts, asked)), trainer.world_size)
         found = {number: response for part in parts for number, response in part.items()}
         responses = [found[number] for number in range(len(rows))]
         figures = quality(responses, [row["answer"] for row in rows])

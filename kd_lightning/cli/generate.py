@@ -21,7 +21,6 @@ from kd_lightning.generation.batch_generator import (
     BatchGenerator,
     batches_of_rank,
     length_batches,
-    max_prompt_tokens,
     summary,
     write_responses,
 )
@@ -150,8 +149,7 @@ class LocalModel:
         with_template(tokenizer, None, _log)
         self.model.to(place)  # type: ignore[arg-type]  # transformers wraps the method without its types
         self.generator = BatchGenerator(self.model, tokenizer, sampling, seed)
-        limit = max_prompt_tokens(self.model, sampling.max_new_tokens, max_length)
-        self.text = TextTokenizer(tokenizer, max_length=limit)
+        self.text = TextTokenizer(tokenizer, max_length=sampling.max_prompt_tokens(self.model, max_length))
 
     def fingerprint(self) -> str:
         """A hash that changes with any weight, with the end-of-sequence tokens, and with how prompts are tokenized."""
@@ -177,7 +175,7 @@ class LocalModel:
     def responses(self, prompts: Sequence[list[int]], done: int, batch_size: int) -> Iterable[tuple[int, Response]]:
         """Responses with the numbers of their rows, without the first `done` rows."""
         plan = length_batches([len(prompt) for prompt in prompts], batch_size)
-        return self.generator.answers(prompts, batches_of_rank(plan, done))
+        return self.generator.generate(prompts, batches_of_rank(plan, done))
 
 
 def _device(name: str) -> torch.device:
