@@ -16,6 +16,7 @@ from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.engine.head import Head
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models.backbone import hidden_states, logits
@@ -144,7 +145,7 @@ class RolloutContext:
         """
         began = time.perf_counter()
         student: Any = self.model.student
-        counted = batch["labels"][:, 1:].ne(IGNORE_INDEX).any(1)
+        counted = next_token_mask(batch["labels"]).any(1)
         ids, mask = prompts(batch)
         room = (max_positions(student) or ids.shape[1] + sampling.max_new_tokens) - ids.shape[1]
         tokens = self.model.call(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.constants import SOURCES
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.losses import LossParts
 
 
@@ -38,10 +39,10 @@ class AccumulationWindow:
             notes: more sums, each with the number it is to be divided by.
         """
         sums = {name: (value * parts.weights).sum(dtype=torch.float32) for name, value in parts.values.items()}
-        for name, (total, number) in {**parts.by_response, **(notes or {})}.items():
+        for name, (total, number) in {**parts.by_response, **parts.components, **(notes or {})}.items():
             sums[f"sum of {name}"], sums[f"number of {name}"] = total.float(), number.float()
         sums["divisor"] = parts.divisor.float()
-        counted = batch["labels"][:, 1:] != -100
+        counted = next_token_mask(batch["labels"])
         sums["counted"] = counted.sum().float()
         source = batch.get("source")
         by_student = source == SOURCES.index("student") if source is not None else counted.new_zeros(len(counted))

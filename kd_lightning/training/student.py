@@ -80,7 +80,7 @@ class StudentWithLoss(ShardableStudent):
             batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T].
             teacher: read here, without gradient; None where nothing asks for it.
             loss: another loss on the same models (monitors in validation); None: the one it was built with.
-            beside: its monitors are measured on the same hidden states and their means join `by_response`, where the
+            beside: its monitors are measured on the same hidden states and their means join `components`, where the
                 teacher's whole distribution is known. The loss is computed as without it, bit by bit.
         """
         loss = loss or self.loss
@@ -110,5 +110,5 @@ class StudentWithLoss(ShardableStudent):
         found = read(loss)
         if beside is not None and teacher is not None and not isinstance(told, TopK):  # a top k has no tail to measure
             with torch.no_grad():
-                found.by_response.update(component_sums(beside, read(beside)))
+                found.components.update(component_sums(beside, read(beside)))
         return found
