@@ -178,5 +178,5 @@ def test_merged_halves_are_the_whole() -> None:
         part.update(log_q[rows], labels=labels[rows])
     parts[0].merge_state(parts[1])
     assert same(parts[0].compute(), parts[2].compute())
-    with pytest.raises(ValueError, match="needs a metric of the buckets"):
+    with pytest.raises(ValueError, match="needs a metric with the buckets"):
         parts[0].merge_state(ByPosition(NLL(), edges=(0, 3)))
