@@ -95,7 +95,7 @@ class GenerationQuality(L.Callback):
             return
         BatchGenerator(student, datamodule.tokenizer, self.sampling)
         splits = [split for split in ("val", "test") if split in datamodule.splits]
-        rows = [row for split in splits for row in datamodule.generation_rows(split)[: self.rows]]
+        rows = [row for split in splits for row in datamodule.generation_rows(split, self.rows)]
         longest = max(len(row["prompt_ids"]) for row in rows)
         places = max_positions(student)
         if places is not None and longest + self.sampling.max_new_tokens > places:
@@ -149,7 +149,7 @@ class GenerationQuality(L.Callback):
         self, trainer: L.Trainer, module: Any, model: Any, split: str, sampling: Sampling, seed: int
     ) -> tuple[dict[str, float], list[str]]:
         """Figures over all ranks, and the responses to the first rows (on the first rank)."""
-        rows = _data(trainer).generation_rows(split)[: self.rows]
+        rows = _data(trainer).generation_rows(split, self.rows)
         prompts = [row["prompt_ids"] for row in rows]
         plan = length_batches([len(prompt) for prompt in prompts], self.batch_size)
         writer = BatchGenerator(model, _data(trainer).tokenizer, sampling, seed, module.device)
@@ -165,7 +165,7 @@ class GenerationQuality(L.Callback):
 
     def _show(self, trainer: L.Trainer, texts: Sequence[str]) -> None:
         """A table of samples in TensorBoard's text."""
-        rows = _data(trainer).generation_rows("val")[: len(texts)]
+        rows = _data(trainer).generation_rows("val", len(texts))
         theirs = self._teacher[1] if self._teacher is not None else ["–"] * len(rows)
         cells = [
             [" ".join(text.split()) for text in (row["prompt"], row["answer"], teacher, student)]

@@ -108,7 +108,7 @@ class ResultsTable(L.Callback):
         loader = datamodule.test_dataloader()
         batches = limited_batches(loader, trainer.limit_test_batches)
         means = token_means(trainer, module, loader, batches)
-        rows = self._answerable(datamodule.generation_rows("test")[: batches * datamodule.batch_size])
+        rows = self._answerable(datamodule.generation_rows("test", batches * datamodule.batch_size))
         out: dict[str, dict[str, float | None] | None] = {
             "student": {
                 "nll": means["student_nll"],

@@ -155,7 +155,7 @@ def build_fake_student(module: Any, precision: str, fake: FakeTensorMode) -> Non
     if precision in PURE:
         kwargs["dtype"] = PURE[precision]
     with torch.device("meta"):
-        student = causal_lm_from_config(module.student_source, kwargs=kwargs, role="student")
+        student: Any = causal_lm_from_config(module.student_source, kwargs=kwargs, role="student")
         if module.lora is not None:
             student = add_adapters(student, module.lora)
     _to_fake(student, fake)
