@@ -74,3 +74,8 @@ def completed_epochs(trainer: Trainer | None) -> int:
         return 0
     progress: Any = trainer.fit_loop.epoch_progress.current  # Lightning declares a type without `processed`
     return int(progress.processed)
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the present training batch; it has no public method that says so."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(None))  # type: ignore[arg-type]
