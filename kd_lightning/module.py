@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 
 from kd_lightning.console import enable_info_logging
 from kd_lightning.constants import moves_objective
+from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
+from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.divergences import Divergence, ForwardKL
@@ -133,12 +134,12 @@ class DistillationModule(AccumulatingModule):
 
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(datamodule, "tokenizer", None)
+        install_checkpoint_io(self.trainer.strategy)
+        datamodule, tokenizer = datamodule_of(self.trainer), tokenizer_of(self.trainer)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)
         if stage == "fit" and self.trainer.world_size > 1:
-            rows = datamodule.description() if hasattr(datamodule, "description") else {}
+            rows = {} if datamodule is None else datamodule.description()
             check_ranks_agree({"loss": repr(self.reporter.loss), **rows})
 
     def configure_model(self) -> None:
@@ -152,39 +153,24 @@ class DistillationModule(AccumulatingModule):
             self.teacher.attach(self.run_context())
             self.teacher.load()
             self._teacher_device = None
-        datamodule = getattr(self._trainer, "datamodule", None)
         teacher_model = None if self.teacher is None else self.teacher.model
-        for text in check_model_fits_data(self.student, teacher_model, datamodule):
+        for text in check_model_fits_data(self.student, teacher_model, datamodule_of(self._trainer)):
             rank_zero_warn(text)
         if self.responses is not None:
-            self.responses.check(self.student, self.teacher, getattr(datamodule, "max_length", None))
+            self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
 
     def run_context(self) -> RunContext:
         """What the teacher is given of the run; the student must be loaded."""
-        datamodule = getattr(self._trainer, "datamodule", None)
         return RunContext(
             student=self.model,
             loss=self.loss,
             monitors=self.reporter.divergences,
-            data=datamodule if hasattr(datamodule, "every_row") else None,
+            data=datamodule_of(self._trainer),
             generates_responses=self.generates_responses,
             sum_over_ranks=sum_over_ranks(self._trainer),
         )
 
     # ------------------------------------------------------------------------------------------------- checkpoints
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights and schedules.
-
-        Raises:
-            ValueError: the state was saved with another model or objective.
-        """
-        try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip()
-            first = first if len(first) < 200 else f"{first[:200].rpartition(', ')[0]} …"
-            raise ValueError(f"the checkpoint belongs to another model or objective: {first}") from error
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the digest of the weights that the adapters belong to."""
         super().on_save_checkpoint(checkpoint)
@@ -222,8 +208,7 @@ class DistillationModule(AccumulatingModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Undivided loss of one micro-batch; `on_before_optimizer_step` divides the gradients."""
         self._move_teacher()
-        max_length = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
-        batch, notes = self.rollout.draw(batch, self.model, self.teacher, self.trainer, max_length)
+        batch, notes = self.rollout.draw(batch, self.model, self.teacher, self.trainer)
         components = self.reporter.components if self.is_logged_step() else None
         teacher = None if self.labels_only else self.teacher
         parts: LossParts = self.model(batch, teacher, components=components)
@@ -255,8 +240,8 @@ class DistillationModule(AccumulatingModule):
 
     def row_locations(self, row_ids: list[int]) -> str:
         """File and line of rows if the data module knows them, else their numbers."""
-        places = getattr(getattr(self.trainer, "datamodule", None), "places", None)
-        return ", ".join(map(str, row_ids if places is None else places("train", row_ids)))
+        datamodule = datamodule_of(self.trainer)
+        return ", ".join(map(str, row_ids) if datamodule is None else datamodule.row_locations("train", row_ids))
 
     # ----------------------------------------------------------------------------------------- what others may ask
     @property

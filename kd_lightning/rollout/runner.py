@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch import Trainer
 
+from kd_lightning.data.base import max_length_of
 from kd_lightning.distributed.trainer import data_parallel_rank, validation_is_due
 from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
@@ -34,7 +35,7 @@ class RolloutRunner:
         self._clock: float | None = None
 
     def draw(
-        self, batch: Batch, student: StudentModel, teacher: Teacher | None, trainer: Trainer, max_length: int | None
+        self, batch: Batch, student: StudentModel, teacher: Teacher | None, trainer: Trainer
     ) -> tuple[Batch, dict[str, Mean]]:
         """The batch to train on, and values to log, each as a sum and a count.
 
@@ -43,7 +44,6 @@ class RolloutRunner:
             student: generates responses.
             teacher: None: there is none.
             trainer: of the run.
-            max_length: longest row of the data in tokens; None: unknown.
         """
         if self.source is None:
             return batch, {}
@@ -60,7 +60,7 @@ class RolloutRunner:
             accumulate=trainer.accumulate_grad_batches,
             rank=rank,
             ranks=ranks,
-            max_length=max_length,
+            max_length=max_length_of(trainer),
         )
         drawn = self.source(batch, context)
         if drawn is not batch:

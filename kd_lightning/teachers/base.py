@@ -46,7 +46,7 @@ class TokenizedData(Protocol):
     def every_row(self, split: str) -> Iterable[dict[str, Tensor]]:
         """Batches that together hold every row of a split once (this rank's share of them)."""
 
-    def places(self, split: str, row_ids: list[int]) -> list[str]:
+    def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of each of these rows."""
 
 

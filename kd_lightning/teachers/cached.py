@@ -118,7 +118,7 @@ class CachedTeacher(Teacher):
                 missing += batch["row_ids"][labelled & (reader.find(keys) < 0)].tolist()
             count = int(sum_over_ranks(torch.tensor(len(missing))))
             if count:
-                first = "".join(f" (the first is {location})" for location in data.places(split, missing[:1]))
+                first = "".join(f" (the first is {location})" for location in data.row_locations(split, missing[:1]))
                 raise ValueError(
                     f"teacher cache {self.path} lacks {count} rows of {split}{first}: it was written for "
                     f"{self.description.data.get(split, 'none')}, this run has {digest}; run `kd-lightning cache` with "

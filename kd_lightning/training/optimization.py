@@ -129,7 +129,7 @@ class AccumulatingModule(StudentTeacherModule):
         for schedule in self.schedules().values():
             schedule.update(min(progress, 1.0), stats)
 
-    # ----------------------------------------------------------------------------------------------- finite losses
+    # ----------------------------------------------------------------------------------- checks of states and losses
     def check_finite(self) -> None:
         """Check the last loss of the training steps.
 
@@ -149,6 +149,19 @@ class AccumulatingModule(StudentTeacherModule):
     def on_validation_epoch_start(self) -> None:
         """Check the loss of the last step before its student is evaluated."""
         self.check_finite()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights and schedules.
+
+        Raises:
+            ValueError: the state was saved with another model or objective.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            first = first if len(first) < 200 else f"{first[:200].rpartition(', ')[0]} …"
+            raise ValueError(f"the checkpoint belongs to another model or objective: {first}") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save no step whose loss was not finite."""

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.distributed.dtensor import tensor_digest
+from kd_lightning.distributed.fsdp2 import ShardableStudent
 from kd_lightning.distributed.vocab_parallel import head_on_rank
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
@@ -96,7 +97,7 @@ class ForwardPass:
         return loss.from_hidden(self.student, self.student_head, teacher, head, self.labels, self.columns)
 
 
-class StudentWithLoss(nn.Module):
+class StudentWithLoss(ShardableStudent):
     """Student and loss in one forward, body -> LM head -> loss: the unit that DDP and FSDP2 wrap.
 
     Args:

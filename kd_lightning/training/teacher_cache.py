@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
 import torch
 
 from kd_lightning.console import progress_bar_enabled
+from kd_lightning.data.base import datamodule_of
 from kd_lightning.distributed.collectives import sum_over_ranks
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import Ranks, cache_teacher
@@ -26,8 +26,8 @@ def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int
     Raises:
         ValueError: the data module is not one of this package, or the folder is another teacher's cache.
     """
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "every_row"):
+    datamodule = datamodule_of(trainer)
+    if datamodule is None:
         raise ValueError("teacher_cache needs a data module of this package, got a custom one or none")
     if datamodule.sources["test"] and trainer.limit_test_batches != 0:
         datamodule.setup("test")
