@@ -95,7 +95,7 @@ class GenerationQuality(L.Callback):
             return
         BatchGenerator(student, datamodule.tokenizer, self.sampling)
         splits = [split for split in ("val", "test") if split in datamodule.splits]
-        rows = [row for split in splits for row in datamodule.generation_rows(split)[: self.rows]]
+        rows = [row for split in splits for row in datamodule.generation_rows(split, self.rows)]
         longest = max(len(row["prompt_ids"]) for row in rows)
         places = max_positions(student)
         if places is not None and longest + self.sampling.max_new_tokens > places:
@@ -149,7 +149,7 @@ class GenerationQuality(L.Callback):
         self, trainer: L.Trainer, module: Any, model: Any, split: str, sampling: Sampling, seed: int
     ) -> tuple[dict[str, float], list[str]]:
         """Figures over all ranks, and the responses to the first rows (on the first rank)."""
-        rows = _data(trainer).generation_rows(split)[: self.rows]
+        rows = _data(trainer).generation_rows(split, self.rows)
         prompts = [row["prompt_ids"] for row in rows]
         plan = length_batches([len(prompt) for prompt in prompts], self.batch_size)
         writer = BatchGenerator(model, _data(trainer).tokenizer, sampling, seed, module.device)
@@ -157,7 +157,7 @@ class GenerationQuality(L.Callback):
         mine = list(batches_of_rank(plan, rank=rank, ranks=ranks))
         mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often
         asked = progress_bar(mine, f"Answers, {split}, seed {seed}", shown=progress_bar_enabled(trainer))
-        parts = all_gather_objects(dict(writer.answers(prompts, asked)), trainer.world_size)
+        parts = all_gather_objects(dict(writer.generate(prompts, asked)), trainer.world_size)
         found = {number: response for part in parts for number, response in part.items()}
         responses = [found[number] for number in range(len(rows))]
         figures = quality(responses, [row["answer"] for row in rows])
@@ -165,7 +165,7 @@ class GenerationQuality(L.Callback):
 
     def _show(self, trainer: L.Trainer, texts: Sequence[str]) -> None:
         """A table of samples in TensorBoard's text."""
-        rows = _data(trainer).generation_rows("val")[: len(texts)]
+        rows = _data(trainer).generation_rows("val", len(texts))
         theirs = self._teacher[1] if self._teacher is not None else ["–"] * len(rows)
         cells = [
             [" ".join(text.split()) for text in (row["prompt"], row["answer"], teacher, student)]

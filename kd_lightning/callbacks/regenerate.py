@@ -21,10 +21,9 @@ from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.generation.batch_generator import (
-    Answers,
     BatchGenerator,
+    NumberedResponses,
     length_batches,
-    max_prompt_tokens,
     summary,
     write_responses,
 )
@@ -110,7 +109,7 @@ class Regeneration(L.Callback):
             raise ValueError(f"Regeneration.when must be 'once' for a {kind}, got 'every_pass'")
         model = self._model(pl_module)
         BatchGenerator(model, datamodule.tokenizer, self.sampling)
-        max_prompt_tokens(model, self.sampling.max_new_tokens, datamodule.max_length)
+        self.sampling.max_prompt_tokens(model, datamodule.max_length)
         datamodule.add_before_pass(lambda number: self.respond(trainer, pl_module, number))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
@@ -214,7 +213,7 @@ class Regeneration(L.Callback):
         if self.side == "teacher":
             module.teacher.to(module.device)
         model, datamodule = self._model(module), self._datamodule(trainer)
-        most = max_prompt_tokens(model, self.sampling.max_new_tokens, datamodule.max_length)
+        most = self.sampling.max_prompt_tokens(model, datamodule.max_length)
         prompts = [row["prompt_ids"][-most:] for row in rows]
         rank, ranks = data_parallel_rank(trainer)
         plan = list(enumerate(length_batches([len(prompt) for prompt in prompts], self.batch_size)))
@@ -226,11 +225,11 @@ class Regeneration(L.Callback):
         weights = tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
         path = self._path(folder, trainer, number)
         settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
-        file = ResponseFile(path, [_fields(rows[row]) for row in order], weights[:16], settings, anew=True)
+        file = ResponseFile(path, [_fields(rows[row]) for row in order], weights[:16], settings, start_over=True)
         with file:
             done = min(self._everyone(trainer, {trainer.global_rank: self._batches_done(file, mine)}).values())
             place = {row: local for local, row in enumerate(order)}
-            answers: Answers = ((place[row], said) for row, said in writer.answers(prompts, mine[done:]))
+            answers: NumberedResponses = ((place[row], said) for row, said in writer.generate(prompts, mine[done:]))
             write_responses(file, answers, progress_bar_enabled(trainer), f"{self.side}, pass {number}")
             return {rows[row]["index"]: file.responses[local] for row, local in place.items()}
 

@@ -18,7 +18,7 @@ from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import left_pad
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
-from kd_lightning.models.generate import generate
+from kd_lightning.models.generate import Sampling, generate
 from kd_lightning.reporting.run_dir import HEADINGS
 from kd_lightning.teachers.base import generating_model
 from kd_lightning.training.evaluation import limited_batches, token_means
@@ -108,7 +108,7 @@ class ResultsTable(L.Callback):
         loader = datamodule.test_dataloader()
         batches = limited_batches(loader, trainer.limit_test_batches)
         means = token_means(trainer, module, loader, batches)
-        rows = self._answerable(datamodule.generation_rows("test")[: batches * datamodule.batch_size])
+        rows = self._answerable(datamodule.generation_rows("test", batches * datamodule.batch_size))
         out: dict[str, dict[str, float | None] | None] = {
             "student": {
                 "nll": means["student_nll"],
@@ -158,7 +158,7 @@ class ResultsTable(L.Callback):
             # a response longer than every answer and its end of turn equals none of them
             longest = max(len(ids) for ids in tokenizer([row["answer"] for row in part])["input_ids"]) + 1
             new = min(self.max_new_tokens, longest)
-            responses = generate(model, inputs["input_ids"], inputs["attention_mask"], new)
+            responses = generate(model, inputs["input_ids"], inputs["attention_mask"], Sampling(new, temperature=0.0))
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             for text, row in zip(texts, own, strict=False):
                 if row["index"] in kept:

@@ -10,8 +10,8 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.reporting import figures
 from kd_lightning.reporting.run_dir import flatten_config
 from kd_lightning.reporting.run_report import SET_UP
@@ -60,7 +60,7 @@ class Dashboard(L.Callback):
         """Add a batch to the sums."""
         if not outputs or "agreement" not in outputs:
             return
-        counted = batch["labels"][:, 1:] != IGNORE_INDEX
+        counted = next_token_mask(batch["labels"])
         place = (counted.cumsum(1) - 1)[counted].clamp(max=PLACES - 1)
         agreement = outputs["agreement"].float()
         ones = torch.ones_like(agreement)

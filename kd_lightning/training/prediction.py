@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ def greedy_responses(student: nn.Module, batch: Mapping[str, Tensor], max_new_to
     Returns:
         Token ids [B, up to max_new_tokens], and whether each response has ended [B]; False: it was cut.
     """
-    from kd_lightning.models.generate import generate
+    from kd_lightning.models.generate import Sampling, generate
 
-    responses = generate(student, batch["input_ids"], batch["attention_mask"], max_new_tokens)
+    model: Any = student  # a Hugging Face model, or one wrapped by PEFT
+    sampling = Sampling(max_new_tokens, temperature=0.0)
+    responses = generate(model, batch["input_ids"], batch["attention_mask"], sampling)
     ends = torch.tensor(eos_token_ids(base_model(student)), dtype=responses.dtype, device=responses.device)
     return responses, torch.isin(responses, ends).any(1)

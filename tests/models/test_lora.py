@@ -102,13 +102,13 @@ def test_a_step_is_that_of_the_whole_logits(lora: LoRA) -> None:
 
 def test_a_frozen_head_costs_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[bool]] = []
-    take = ProjectedLogits.take
+    add_gradients = ProjectedLogits.add_gradients
 
     def spy(self: ProjectedLogits, dz: Tensor, gradients: Any, a: int, b: int) -> None:
         seen.append([gradient is not None for gradient in gradients])
-        take(self, dz, gradients, a, b)
+        add_gradients(self, dz, gradients, a, b)
 
-    monkeypatch.setattr(ProjectedLogits, "take", spy)
+    monkeypatch.setattr(ProjectedLogits, "add_gradients", spy)
     for lora in (LoRA(r=2), None):
         fit(DistillationModule(tiny("llama"), tiny("llama"), lora=lora), [rows(vocabulary=VOCABULARY)])
     assert seen == [[True, False, False], [True, True, False]]
@@ -124,7 +124,7 @@ def test_a_student_with_adapters_is_cut_like_a_plain_one(model_type: str) -> Non
 
 def test_an_adapter_on_the_head_is_seen() -> None:
     student = add_adapters(tiny("llama", **UNTIED), LoRA(targets=["lm_head"]))
-    with pytest.raises(ValueError, match="an adapter sits on its head"):
+    with pytest.raises(ValueError, match="its LM head has an adapter"):
         body_and_head(student)
 
 
