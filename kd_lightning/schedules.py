@@ -105,7 +105,7 @@ def numbers(part: nn.Module) -> str:
 def column(rows: Mapping[str, Tensor] | None, name: str, reader: str) -> Tensor:
     """One entry of the extra inputs per token; a ValueError with its name and reader if it is missing."""
     if rows is None or name not in rows:
-        raise ValueError(f"{reader} reads the column {name!r} of rows, which is missing")
+        raise ValueError(f"missing column {name!r} in rows, which {reader} reads: pass rows with {name!r}")
     return rows[name]
 
 

@@ -121,7 +121,7 @@ def test_the_objective_of_the_others_does_not_spoil_a_gradient() -> None:
 def test_a_missing_column_is_named() -> None:
     log_p, log_q = pair(2, 5)
     for rows in (None, {"weight": torch.ones(2)}):
-        with pytest.raises(ValueError, match="Contrastive reads the column 'source' of rows, which is missing"):
+        with pytest.raises(ValueError, match="missing column 'source' in rows, which Contrastive reads"):
             Contrastive()(log_p, log_q, rows)
 
 
