@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_lightning.console import enable_info_logging
 from kd_lightning.constants import moves_objective
+from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
 from kd_lightning.distributed.collectives import check_ranks_agree
 from kd_lightning.distributed.dtensor import is_sharded, local_shard, tensor_digest
 from kd_lightning.distributed.grad_norm import clip_norm, gradient_norm
@@ -166,12 +167,11 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(datamodule, "tokenizer", None)
+        datamodule, tokenizer = datamodule_of(self.trainer), tokenizer_of(self.trainer)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)
         if stage == "fit" and self.trainer.world_size > 1:
-            rows = datamodule.description() if hasattr(datamodule, "description") else {}
+            rows = {} if datamodule is None else datamodule.description()
             check_ranks_agree({"loss": repr(self.evaluation_loss), **rows})
 
     def configure_model(self) -> None:
@@ -193,11 +193,10 @@ class DistillationModule(L.LightningModule):
         if self.teacher is not None:
             self.teacher.meet(self)
             self.teacher.load()
-        datamodule = getattr(self._trainer, "datamodule", None)
-        for text in check_model_fits_data(self.student, self.teacher, datamodule):
+        for text in check_model_fits_data(self.student, self.teacher, datamodule_of(self._trainer)):
             rank_zero_warn(text)
         if self.responses is not None:
-            self.responses.check(self.student, self.teacher, getattr(datamodule, "max_length", None))
+            self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the parameters that learn, scheduler stepped once per optimizer step."""
@@ -366,8 +365,8 @@ class DistillationModule(L.LightningModule):
 
     def _places(self, row_ids: list[int]) -> str:
         """File and line of rows where the data module knows them."""
-        places = getattr(getattr(self.trainer, "datamodule", None), "places", None)
-        return ", ".join(map(str, row_ids if places is None else places("train", row_ids)))
+        datamodule = datamodule_of(self.trainer)
+        return ", ".join(map(str, row_ids) if datamodule is None else datamodule.row_locations("train", row_ids))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep a step that was not finite out of the checkpoints; say which weights the adapters belong to."""

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from kd_lightning.callbacks.run_config import split_digests
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.reporting.run_dir import RunFolder, resolved_source
 from kd_lightning.training.evaluation import limited_batches, token_means
@@ -41,19 +42,20 @@ class Baselines(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """See that the other run was measured on the same rows."""
-        self.check(getattr(trainer, "datamodule", None), trainer.limit_val_batches)
+        self.check(datamodule_of(trainer), trainer.limit_val_batches)
 
-    def check(self, datamodule: Any, limit: int | float | None) -> None:
+    def check(self, datamodule: DistillationDataModule | None, limit: int | float | None) -> None:
         """See that the other run was measured on the same rows.
 
         Args:
-            datamodule: with its validation rows loaded.
+            datamodule: with its validation rows loaded; None: a data module of another class.
             limit: `limit_val_batches`.
         """
         if self.other is None:
             return
         given = self.other.config.get("data.val")
-        files = [[given] if isinstance(given, str) else given, datamodule.sources["val"]]
+        own_files = [] if datamodule is None else datamodule.sources["val"]
+        files = [[given] if isinstance(given, str) else given, own_files]
         told = [rows.get("val rows") for rows in (self.other.rows, split_digests(datamodule))]
         if (resolved_source(files[0]) != resolved_source(files[1])) if None in told else told[0] != told[1]:
             theirs, ours = (
@@ -71,8 +73,10 @@ class Baselines(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, once in the life of a run."""
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if is_fast_dev_run(trainer) or getattr(datamodule, "val", None) is None or trainer.limit_val_batches == 0:
+        datamodule = datamodule_of(trainer)
+        if is_fast_dev_run(trainer) or datamodule is None or trainer.limit_val_batches == 0:
+            return
+        if not datamodule.sources["val"]:
             return
         if not self.levels:
             loader = datamodule.val_dataloader()

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from kd_lightning.atomic_io import atomic_folder
 from kd_lightning.callbacks.checkpoint import checkpoint_folder
+from kd_lightning.data.base import tokenizer_of
 from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.models.hf_adapter import is_peft_model
@@ -121,7 +122,7 @@ class HFExport(L.Callback):
             rank_zero_warn("export.which is 'best', and there was no validation to go by: the last weights are kept")
         state = full_state_dict(pl_module.student, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            tokenizer = tokenizer_of(trainer)
             save_student(pl_module.student, tokenizer, Path(trainer.default_root_dir) / "student", state)
         trainer.strategy.barrier("export")
 

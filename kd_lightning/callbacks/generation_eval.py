@@ -11,6 +11,7 @@ import lightning.pytorch as L
 
 from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.console import progress_bar, progress_bar_enabled
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
@@ -82,7 +83,7 @@ class GenerationQuality(L.Callback):
         """Check that responses can end and fit the model, before anything is measured."""
         self.check(pl_module.student, _data(trainer))
 
-    def check(self, student: Any, datamodule: Any) -> None:
+    def check(self, student: Any, datamodule: DistillationDataModule) -> None:
         """See that a response can end, and that student has places for the longest.
 
         Args:
@@ -202,5 +203,8 @@ def quality(responses: Sequence[Response], answers: Sequence[str]) -> dict[str, 
     }
 
 
-def _data(trainer: L.Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]
+def _data(trainer: L.Trainer) -> DistillationDataModule:
+    datamodule = datamodule_of(trainer)
+    if datamodule is None:
+        raise ValueError("GenerationQuality needs a data module of this package, such as InstructionDataModule")
+    return datamodule

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.atomic_io import atomic_file
-from kd_lightning.callbacks.run_config import _datamodule
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import all_gather_objects
 
 
@@ -49,7 +49,7 @@ class Predictions(L.Callback):
         self, trainer: Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keep this batch's responses as text."""
-        texts = _datamodule(trainer).tokenizer.batch_decode(outputs["responses"], skip_special_tokens=True)
+        texts = _data(trainer).tokenizer.batch_decode(outputs["responses"], skip_special_tokens=True)
         row_ids = outputs["row_ids"].tolist()
         self.responses |= dict(zip(row_ids, texts, strict=True))
         finished = outputs["finished"].tolist()
@@ -64,7 +64,7 @@ class Predictions(L.Callback):
         unfinished = set().union(*(row_ids for _, row_ids in found))
         path = Path(trainer.default_root_dir) / "predictions.jsonl"
         with atomic_file(path) as part, part.open("w", encoding="utf-8") as lines:
-            for row in _datamodule(trainer).generation_rows("test"):
+            for row in _data(trainer).generation_rows("test"):
                 if row["index"] in responses:
                     fields = {**row["row"], "response": responses[row["index"]].strip()}
                     lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
@@ -74,3 +74,10 @@ class Predictions(L.Callback):
                 f"{len(unfinished)} of {len(responses)} responses were cut at {self.max_new_tokens} tokens: raise "
                 "--predictions.max_new_tokens for complete ones"
             )
+
+
+def _data(trainer: Trainer) -> DistillationDataModule:
+    datamodule = datamodule_of(trainer)
+    if datamodule is None:
+        raise ValueError("Predictions needs a data module of this package, such as InstructionDataModule")
+    return datamodule

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from kd_lightning.console import progress_bar_enabled
+from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import SIDES
-from kd_lightning.data.prompt import PromptDataModule
 from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
@@ -103,23 +103,14 @@ class Regeneration(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look whether it can work here, and let the data module call before each pass."""
         self.seconds, self._began = 0.0, time.perf_counter()
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(datamodule, "replace_responses"):
-            kind = "none" if datamodule is None else type(datamodule).__name__
-            raise ValueError(f"Regeneration needs a PromptDataModule or a ContrastiveDataModule, got {kind}")
-        if self.when == "every_pass" and isinstance(datamodule, PromptDataModule):
-            raise ValueError("Regeneration.when must be 'once' for a PromptDataModule, got 'every_pass'")
+        datamodule = self._datamodule(trainer)
+        if self.when == "every_pass" and not datamodule.responses_can_change:
+            kind = type(datamodule).__name__
+            raise ValueError(f"Regeneration.when must be 'once' for a {kind}, got 'every_pass'")
         model = self._model(pl_module)
         BatchGenerator(model, datamodule.tokenizer, self.sampling)
         max_prompt_tokens(model, self.sampling.max_new_tokens, datamodule.max_length)
-        before = datamodule.before_pass
-
-        def announced(number: int) -> None:
-            if before is not None:
-                before(number)
-            self.respond(trainer, pl_module, number)
-
-        datamodule.before_pass = announced
+        datamodule.add_before_pass(lambda number: self.respond(trainer, pl_module, number))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Log how much of the run's time went into writing."""
@@ -136,7 +127,7 @@ class Regeneration(L.Callback):
             module: with student and teacher on their device.
             number: of the pass, from 0 on.
         """
-        datamodule: Any = getattr(trainer, "datamodule", None)
+        datamodule = self._datamodule(trainer)
         if self.when == "once" and number > 0:
             return
         rows = datamodule.generation_rows("train")
@@ -181,6 +172,20 @@ class Regeneration(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
 
+    @staticmethod
+    def _datamodule(trainer: L.Trainer) -> DistillationDataModule:
+        """The data module that takes the responses.
+
+        Raises:
+            ValueError: it takes none.
+        """
+        datamodule = datamodule_of(trainer)
+        if datamodule is None or not datamodule.accepts_responses:
+            given = trainer.datamodule  # type: ignore[attr-defined]
+            kind = "none" if given is None else type(given).__name__
+            raise ValueError(f"Regeneration needs a PromptDataModule or a ContrastiveDataModule, got {kind}")
+        return datamodule
+
     def _model(self, module: Any) -> Any:
         """What writes.
 
@@ -196,7 +201,7 @@ class Regeneration(L.Callback):
         return model
 
     def _write(
-        self, trainer: L.Trainer, module: Any, rows: list[dict[str, Any]], folder: Path, number: int
+        self, trainer: L.Trainer, module: Any, rows: list[GenerationRow], folder: Path, number: int
     ) -> dict[int, Response]:
         """This rank's share of the responses, by `index`.
 
@@ -204,7 +209,7 @@ class Regeneration(L.Callback):
         """
         if self.side == "teacher":
             module.teacher.to(module.device)
-        model, datamodule = self._model(module), trainer.datamodule  # type: ignore[attr-defined]
+        model, datamodule = self._model(module), self._datamodule(trainer)
         most = max_prompt_tokens(model, self.sampling.max_new_tokens, datamodule.max_length)
         prompts = [row["prompt_ids"][-most:] for row in rows]
         rank, ranks = data_parallel_rank(trainer)
@@ -247,6 +252,6 @@ class Regeneration(L.Callback):
         return {key: value for part in all_gather_objects(mine, trainer.world_size) for key, value in part.items()}
 
 
-def _fields(row: dict[str, Any]) -> dict[str, Any]:
+def _fields(row: GenerationRow) -> dict[str, Any]:
     """The row's own fields, without what a file of responses would say itself."""
     return {"row_id": row["index"], "prompt": row["prompt"]}

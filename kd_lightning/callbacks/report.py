@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.atomic_io import atomic_file
 from kd_lightning.callbacks.results import ResultsTable
+from kd_lightning.data.base import datamodule_of
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.reporting.run_dir import RunFolder
 from kd_lightning.reporting.run_report import page
@@ -34,10 +34,11 @@ class Report(L.Callback):
         for logger in trainer.loggers:
             logger.save()
         table = next((part for part in trainer.callbacks if isinstance(part, ResultsTable)), None)  # type: ignore[attr-defined]
-        datamodule: Any = getattr(trainer, "datamodule", None)
+        datamodule = datamodule_of(trainer)
+        counts = {} if datamodule is None else datamodule.report
         samples = [] if table is None else table.samples
         with atomic_file(root / "report.md") as part:
-            part.write_text(page(RunFolder.read(root), getattr(datamodule, "report", {}), samples), encoding="utf-8")
+            part.write_text(page(RunFolder.read(root), counts, samples), encoding="utf-8")
         left = {"student": "student/ (plain Hugging Face)", "report.md": "report.md", "tensorboard": "tensorboard/"}
         left["checkpoints/last.ckpt"] = "checkpoints/last.ckpt"
         rank_zero_info(f"{root}: {', '.join(text for name, text in left.items() if (root / name).exists())}")

@@ -15,6 +15,7 @@ from rich.table import Table
 from kd_lightning.atomic_io import atomic_file
 from kd_lightning.callbacks.base import on_training_device
 from kd_lightning.console import progress_bar, progress_bar_enabled
+from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import left_pad
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.models.generate import generate
@@ -58,8 +59,7 @@ class ResultsTable(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Read the test rows before a bar of progress stands in the way."""
-        if stage == "fit" and self._wanted(trainer):
-            datamodule: Any = getattr(trainer, "datamodule", None)
+        if stage == "fit" and (datamodule := self._test_data(trainer)) is not None:
             datamodule.setup("test")
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,36 +72,37 @@ class ResultsTable(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure teacher and untrained student."""
-        if "student_before" in self.rows or not self._wanted(trainer):
+        datamodule = self._test_data(trainer)
+        if "student_before" in self.rows or datamodule is None:
             return
-        before = self._measure(trainer, pl_module, "student before")
+        before = self._measure(trainer, pl_module, datamodule, "student before")
         self.rows = {"teacher": before.pop("teacher"), "student_before": before["student"]}
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the student as it was exported, also if a resumed run had no step left to train."""
-        if "student_after" in self.rows or "student_before" not in self.rows or not self._wanted(trainer):
+        datamodule = self._test_data(trainer)
+        if "student_after" in self.rows or "student_before" not in self.rows or datamodule is None:
             return
         with on_training_device(trainer, pl_module):
-            self.rows["student_after"] = self._measure(trainer, pl_module, "student after", teacher=False)["student"]
+            after = self._measure(trainer, pl_module, datamodule, "student after", teacher=False)
+        self.rows["student_after"] = after["student"]
         if trainer.is_global_zero:
             with atomic_file(Path(trainer.default_root_dir) / "results.json") as part:
                 part.write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
             self._print()
 
     @staticmethod
-    def _wanted(trainer: L.Trainer) -> bool:
-        datamodule = getattr(trainer, "datamodule", None)
-        return (
-            not is_fast_dev_run(trainer)
-            and trainer.limit_test_batches != 0
-            and getattr(datamodule, "test", None) is not None
-        )
+    def _test_data(trainer: L.Trainer) -> DistillationDataModule | None:
+        """The data module where its test rows are to be measured, else None."""
+        datamodule = datamodule_of(trainer)
+        if datamodule is None or is_fast_dev_run(trainer) or trainer.limit_test_batches == 0:
+            return None
+        return datamodule if datamodule.sources["test"] else None
 
     def _measure(
-        self, trainer: L.Trainer, module: Any, student: str, teacher: bool = True
+        self, trainer: L.Trainer, module: Any, datamodule: DistillationDataModule, student: str, teacher: bool = True
     ) -> dict[str, dict[str, float | None] | None]:
         """NLL, forward KL and exact match of the student, and of the teacher where asked."""
-        datamodule: Any = getattr(trainer, "datamodule", None)
         datamodule.setup("test")
         loader = datamodule.test_dataloader()
         batches = limited_batches(loader, trainer.limit_test_batches)
@@ -111,20 +112,21 @@ class ResultsTable(L.Callback):
             "student": {
                 "nll": means["student_nll"],
                 "forward_kl": means.get("forward_kl"),
-                "exact_match": self._exact_match(trainer, module.student, rows, student),
+                "exact_match": self._exact_match(trainer, datamodule, module.student, rows, student),
             }
         }
         if teacher:
             out["teacher"] = None
             if module.teacher is not None:
+                model = getattr(module.teacher, "model", None)
                 out["teacher"] = {
                     "nll": means["teacher_nll"],
                     "forward_kl": 0.0,
-                    "exact_match": self._exact_match(trainer, getattr(module.teacher, "model", None), rows, "teacher"),
+                    "exact_match": self._exact_match(trainer, datamodule, model, rows, "teacher"),
                 }
         return out
 
-    def _answerable(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _answerable(self, rows: list[GenerationRow]) -> list[GenerationRow]:
         """Rows on which exact match is taken."""
         tasks = {row["row"].get("task") for row in rows}
         if self.task is None or tasks <= {None}:
@@ -135,14 +137,15 @@ class ResultsTable(L.Callback):
             rank_zero_warn(f"results.task {self.task!r} is on none of the test rows ({known}): no exact match is taken")
         return found
 
-    def _exact_match(self, trainer: L.Trainer, model: Any, rows: list[dict[str, Any]], who: str) -> float | None:
+    def _exact_match(
+        self, trainer: L.Trainer, datamodule: DistillationDataModule, model: Any, rows: list[GenerationRow], who: str
+    ) -> float | None:
         """Share of rows answered word for word, over all ranks; a few of the responses are kept."""
         if model is None or not rows:
             return None
         kept = {row["index"] for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]}
         rank, ranks = data_parallel_rank(trainer)
         mine = sorted(rows[rank::ranks], key=lambda row: len(row["prompt_ids"]))
-        datamodule: Any = getattr(trainer, "datamodule", None)
         tokenizer, pad_id = datamodule.tokenizer, datamodule.pad_id
         right = 0
         starts = range(0, -(-len(rows) // ranks), self.batch_size)

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kd_lightning.atomic_io import atomic_file, first_unused_path
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import check_ranks_agree
 from kd_lightning.distributed.trainer import is_fast_dev_run
 
@@ -67,15 +68,12 @@ class RunConfig(L.Callback):
         with atomic_file(root / "config.yaml") as part:
             part.write_text(self.text, encoding="utf-8")
         with atomic_file(root / "rows.json") as part:
-            part.write_text(json.dumps(split_digests(_datamodule(trainer)), indent=2) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(split_digests(datamodule_of(trainer)), indent=2) + "\n", encoding="utf-8")
 
 
-def split_digests(datamodule: Any) -> dict[str, str]:
+def split_digests(datamodule: DistillationDataModule | None) -> dict[str, str]:
     """Every loaded split in a line that changes with its rows; training rows only where they are there beforehand."""
-    found: dict[str, str] = datamodule.description() if hasattr(datamodule, "description") else {}
-    later = hasattr(datamodule, "missing_responses")
-    return {name: text for name, text in found.items() if not (later and name == "train rows")}
-
-
-def _datamodule(trainer: Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is None:
+        return {}
+    later = datamodule.accepts_responses
+    return {name: text for name, text in datamodule.description().items() if not (later and name == "train rows")}

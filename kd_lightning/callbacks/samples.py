@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.constants import IGNORE_INDEX, SOURCES
+from kd_lightning.data.base import tokenizer_of
 from kd_lightning.reporting.figures import markdown_table
 
 
@@ -50,7 +51,7 @@ class Samples(L.Callback):
                 return
         self._shown = period
         boards = summary_writers(trainer)
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = tokenizer_of(trainer)
         if not boards or tokenizer is None or "source" not in batch:
             return
         if cells := written_rows(batch, tokenizer, self.rows):

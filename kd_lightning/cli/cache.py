@@ -88,8 +88,7 @@ def prepared(cli: Any) -> tuple[Any, Any]:
             f"cache: {names[0]} writes what is trained on while the run goes on, and a cache made before holds none of "
             "it; what `kd-lightning generate` wrote to a file can be cached"
         )
-    if datamodule.tokenizer_source is None:
-        datamodule.tokenizer_source = module.tokenizer_name
+    datamodule.use_tokenizer_of(module.tokenizer_name)
     datamodule.setup("fit")
     if datamodule.sources["test"]:
         datamodule.setup("test")

@@ -137,7 +137,7 @@ def generate(
         return
     place = _place(device)
     network: Any = load_causal_lm(str(model), kwargs={"dtype": dtype}, role="model")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(str(model))
     with_template(tokenizer, None, _say)
     writer = BatchGenerator(network.to(place), tokenizer, how, seed)
     text = TextTokenizer(tokenizer, max_length=max_prompt_tokens(network, max_new_tokens, max_length))

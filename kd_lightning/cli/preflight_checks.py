@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from kd_lightning.callbacks.generation_eval import GenerationQuality
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.prepared_run import Level, Setup
 from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.functional import entropy, forward_kl, log_softmax
 from kd_lightning.losses import DistillationLoss
@@ -145,7 +145,7 @@ def rows(setup: Setup) -> Iterator[tuple[Level, str]]:
             yield "error", f"{split}: {known} rows are also in train: its figures would be memory"
 
 
-def _digests(rows: list[dict[str, Any]]) -> list[bytes]:
+def _digests(rows: list[GenerationRow]) -> list[bytes]:
     return [hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).digest() for row in rows]
 
 

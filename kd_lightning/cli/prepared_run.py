@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.data.base import DistillationDataModule
 
 Level = str  # "error": the run would be wasted; "warning": it may be; "note": for information
 
@@ -39,16 +40,15 @@ class Setup:
         config: the parsed configuration with its objects built.
     """
 
-    def __init__(self, module: Any, datamodule: Any, trainer: Any, config: Any) -> None:
+    def __init__(self, module: Any, datamodule: DistillationDataModule, trainer: Any, config: Any) -> None:
         self.module, self.trainer, self.config = module, trainer, config
         self._datamodule = datamodule
 
     @cached_property
-    def datamodule(self) -> Any:
+    def datamodule(self) -> DistillationDataModule:
         """The data, tokenised."""
         data = self._datamodule
-        if data.tokenizer_source is None:
-            data.tokenizer_source = self.module.tokenizer_name
+        data.use_tokenizer_of(self.module.tokenizer_name)
         data.setup("fit")
         if data.sources["test"]:
             data.setup("test")
@@ -76,9 +76,8 @@ class Setup:
     @property
     def words_come_later(self) -> bool:
         """Whether a callback lets a model respond to the training prompts once the run has begun."""
-        missing = getattr(self.datamodule, "missing_responses", None)
         writers = [callback for callback in self.trainer.callbacks if isinstance(callback, Regeneration)]
-        return missing is not None and any(missing(writer.side) for writer in writers)
+        return any(self.datamodule.missing_responses(writer.side) for writer in writers)
 
     @cached_property
     def held_out(self) -> list[dict[str, Tensor]]:

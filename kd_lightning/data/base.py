@@ -1,22 +1,229 @@
-"""What the module, the callbacks and the commands ask of a data module."""
+"""The contract of this package's data modules, and how to find the data module of a run."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
-SAMPLE = 1000  # rows of a split whose text is compared; of all others only the lengths
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from kd_lightning.data.conversation import Conversation
+from kd_lightning.data.tokenization import TextTokenizer
+
+SAMPLE = 1000  # texts of a split that enter its digest; all lengths do
+
+
+class GenerationRow(TypedDict):
+    """What is needed to let a model answer a row and to compare its response with the reference.
+
+    Attributes:
+        prompt_ids: token ids of the prompt, with the generation prompt.
+        prompt: the same as text.
+        answer: the last answer of the row, the reference.
+        row: the original fields.
+        index: number of the row in its files, `row_ids` of a batch.
+    """
+
+    prompt_ids: list[int]
+    prompt: str
+    answer: str
+    row: dict[str, Any]
+    index: int
+
+
+class DistillationDataModule(L.LightningDataModule, ABC):
+    """Everything that the module, the callbacks, the teachers and the commands need of a data module.
+
+    A `LightningDataModule` of any other class works with `DistillationModule` as well, as long as its batches have
+    `input_ids`, `attention_mask` and `labels`. What needs more than batches (teacher caches, generation metrics,
+    `preflight`, …) needs a data module of this class.
+
+    Attributes:
+        batch_size: rows (or pairs) per batch on each rank.
+        max_length: longest sequence in tokens.
+        sources: the files, folders and names of the splits `train`, `val` and `test`; an empty list: no such split.
+        chat_template_kwargs: variables for the chat template.
+        report: per split, counts of the rows that were read, kept and dropped.
+        accepts_responses: whether `replace_responses` takes responses that a model generates during the run.
+        responses_can_change: whether it takes them before every pass over the training data; False: only once, before
+            the first step.
+    """
+
+    accepts_responses: ClassVar[bool] = False
+    responses_can_change: ClassVar[bool] = False
+
+    batch_size: int
+    max_length: int
+    sources: dict[str, list[str]]
+    chat_template_kwargs: dict[str, Any] | None = None
+    report: dict[str, dict[str, int]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report = {}
+        self._before_pass: list[Callable[[int], None]] = []
+
+    # ------------------------------------------------------------------------------------------------------ tokenizer
+    @property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The loaded tokenizer; available from `setup` on."""
+
+    @property
+    @abstractmethod
+    def text_tokenizer(self) -> TextTokenizer:
+        """How rows become token ids: tokenizer, chat template and maximum length."""
+
+    @property
+    @abstractmethod
+    def pad_id(self) -> int:
+        """The token id of padding; the attention mask, not the id, marks what is padding."""
+
+    @abstractmethod
+    def use_tokenizer_of(self, model: str | None) -> None:
+        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer.
+
+        Args:
+            model: folder, hub name or `asset:` name; None changes nothing.
+        """
+
+    # ----------------------------------------------------------------------------------------------------- what it has
+    @property
+    @abstractmethod
+    def splits(self) -> list[str]:
+        """The splits that are loaded."""
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Sequences per batch on each rank."""
+        return self.batch_size
+
+    @abstractmethod
+    def description(self) -> dict[str, str]:
+        """One line per loaded split that changes when its rows change."""
+
+    @abstractmethod
+    def longest(self) -> int:
+        """Number of tokens of the longest loaded row; prompts without a response are not included."""
+
+    @abstractmethod
+    def largest_id(self) -> int:
+        """The largest token id in the loaded rows."""
+
+    # ----------------------------------------------------------------------------------------------------------- rows
+    @abstractmethod
+    def every_row(self, split: str) -> DataLoader[dict[str, Tensor]]:
+        """Every row of a split once over all ranks, with the same number of batches on each rank."""
+
+    @abstractmethod
+    def generation_rows(self, split: str) -> list[GenerationRow]:
+        """Prompt and reference answer of the rows of a split."""
+
+    @abstractmethod
+    def conversations(self, split: str, first: int) -> list[Conversation]:
+        """The first rows of a split as conversations."""
+
+    @abstractmethod
+    def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
+        """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""
+
+    # ------------------------------------------------------------------------------------------------------ responses
+    def missing_responses(self, side: str = "student") -> list[int]:
+        """The `row_ids` of the training rows that have no response of this side yet; by default none.
+
+        Args:
+            side: "student" or "teacher".
+        """
+        return []
+
+    def replace_responses(self, responses: Mapping[int, str], side: str = "student") -> None:
+        """Train on these responses from the next pass on; call it on every rank with the same responses.
+
+        Args:
+            responses: texts by `row_ids` of a batch (`index` of `generation_rows`).
+            side: "student" or "teacher".
+
+        Raises:
+            ValueError: this data module accepts no responses.
+        """
+        raise ValueError(
+            f"{type(self).__name__} accepts no generated responses: use PromptDataModule or ContrastiveDataModule"
+        )
+
+    def add_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(pass_number)` before the training rows of a pass are read, numbered from 0.
+
+        The callback may call `replace_responses`. It is called on every rank, after the models are ready, and not when
+        a run resumes in the middle of a pass. Several callbacks are called in the order in which they were added.
+        """
+        self._before_pass.append(callback)
+
+    def _call_before_pass(self, number: int) -> None:
+        """Protected: a data module that accepts responses calls this before each pass over the training rows."""
+        for callback in self._before_pass:
+            callback(number)
+
+
+@runtime_checkable
+class NamesTokenizer(Protocol):
+    """A Lightning module that names the tokenizer of its model."""
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """Folder or hub name; None where the model came as an object without one."""
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A data module, of any class, that has a tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+@runtime_checkable
+class HasMaxLength(Protocol):
+    """A data module, of any class, that limits its sequences."""
+
+    max_length: int | None
+
+
+def datamodule_of(trainer: L.Trainer | None) -> DistillationDataModule | None:
+    """The data module of a run; None without one, and for a data module of any other class."""
+    datamodule = _attached(trainer)
+    return datamodule if isinstance(datamodule, DistillationDataModule) else None
+
+
+def tokenizer_of(trainer: L.Trainer | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the run's data module, of any class; None where it has none."""
+    datamodule = _attached(trainer)
+    return datamodule.tokenizer if isinstance(datamodule, HasTokenizer) else None
+
+
+def max_length_of(trainer: L.Trainer | None) -> int | None:
+    """The `max_length` of the run's data module, of any class; None where it has none."""
+    datamodule = _attached(trainer)
+    return datamodule.max_length if isinstance(datamodule, HasMaxLength) else None
+
+
+def _attached(trainer: L.Trainer | None) -> object:
+    # Lightning's data connector sets the attribute in Trainer.__init__, so the class does not declare it
+    return None if trainer is None else trainer.datamodule  # type: ignore[attr-defined]
 
 
 def describe_rows(rows: Any) -> str:
-    """A split in one line that changes with its rows: their number and a digest of their lengths and of some texts.
+    """A line that changes with the rows of a split: their number, and a digest of their lengths and of some texts.
 
     Args:
-        rows: a `datasets.Dataset` with the column `row`, and `length` where it is known yet.
+        rows: a `datasets.Dataset` with the column `row`, and `length` once it is tokenized.
     """
     lengths = rows["length"][:] if "length" in rows.column_names else []
-    found = hashlib.sha256(str(lengths).encode())
+    digest = hashlib.sha256(str(lengths).encode())
     some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLE) or 1))
     for text in some["row"][:]:
-        found.update(text.encode())
-    return f"{len(rows)} rows with digest {found.hexdigest()[:12]}"
+        digest.update(text.encode())
+    return f"{len(rows)} rows with digest {digest.hexdigest()[:12]}"

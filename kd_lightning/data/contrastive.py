@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,14 @@ class ContrastiveDataModule(InstructionDataModule):
 
     Attributes:
         report: as there; for `train` in pairs, and with `side_missing`, `prompt_differs`, `no_partner`.
-        before_pass: None, or what to call before each pass over the training pairs, once, with its number from 0 on: it
-            may replace responses. It is called on every rank, the models being ready; not when a run goes on in the
-            middle of a pass.
 
     Raises:
         ValueError: an argument is out of its range; in `setup`: data that cannot be read, or no pair that can be used.
     """
 
     read = staticmethod(read_answers)
+    accepts_responses = True
+    responses_can_change = True
 
     def __init__(
         self,
@@ -87,13 +86,17 @@ class ContrastiveDataModule(InstructionDataModule):
         self._texts: dict[str, dict[int, str]] = {side: {} for side in SIDES}  # what was replaced
         self._files: dict[str, dict[str, str]] = {}  # where it was written
         self._replacements = 0
-        self.before_pass: Callable[[int], None] | None = None
-        self._announced = -1  # the last pass that `before_pass` was told of
+        self._announced = -1  # the last pass before which the callbacks were called
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Sequences per batch on each rank: two for each pair."""
+        return 2 * self.batch_size
 
     # ---------------------------------------------------------------------------------------------------- preparation
-    def _load(self, split: str) -> Any:
+    def _load_split(self, split: str) -> Any:
         if split != "train":
-            return super()._load(split)
+            return super()._load_split(split)
         late = self.responses == "generate"
         files = {"sources": self.sources["train"], "student": listed(self.student_responses)}
         rows = gather(read_pairs, split, files, ("row", "conversation", "student", "place", "dropped"), late=late)
@@ -176,8 +179,7 @@ class ContrastiveDataModule(InstructionDataModule):
     def _announce(self, number: int) -> None:
         if number > self._announced:
             self._announced = number
-            if self.before_pass is not None:
-                self.before_pass(number)
+            self._call_before_pass(number)
 
     def _token_rows(self, split: str) -> tuple[Any, list[int]]:
         if split != "train" or self._loaded is None:
@@ -194,7 +196,7 @@ class ContrastiveDataModule(InstructionDataModule):
         return [row_id for row_id, empty in zip(half["row_id"][:], half["empty"][:], strict=True) if empty]
 
     def replace_responses(self, responses: Mapping[int, str], side: str = "student") -> None:
-        """Put new responses in the place of the old ones; the other side's are kept. On every rank, in `before_pass`.
+        """Replace responses of one side, on every rank, in a callback of `add_before_pass`; the other side's are kept.
 
         An empty response, or one that does not begin within `max_length`, leaves the old one where it is. What was
         replaced is written to ROOT/responses; a run resumed from a checkpoint finds it there.
@@ -254,7 +256,7 @@ class ContrastiveDataModule(InstructionDataModule):
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
-        """Which files hold what was replaced, and how far `before_pass` has been told."""
+        """Which files hold what was replaced, and the last pass before which the callbacks were called."""
         return {"files": dict(self._files), "replacements": self._replacements, "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

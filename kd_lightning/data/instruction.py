@@ -6,10 +6,10 @@ import json
 import os
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.data.base import describe_rows
+from kd_lightning.data.base import DistillationDataModule, GenerationRow, NamesTokenizer, describe_rows
 from kd_lightning.data.collate import Collator, PromptCollator, TokenRows
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
@@ -27,7 +27,7 @@ NOTES = {
 """What is said of each number of the report."""
 
 
-class InstructionDataModule(L.LightningDataModule):
+class InstructionDataModule(DistillationDataModule):
     """Instructions and conversations, as batches on which only the assistant's words count.
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
@@ -89,8 +89,8 @@ class InstructionDataModule(L.LightningDataModule):
         self.sources = {"train": listed(train), "val": listed(val), "test": listed(test)}
         if not self.sources["train"]:
             raise ValueError(f"train must name at least one file, folder or data set, got {train!r}")
-        self.tokenizer: Any = None
-        self.tokenizer_source: Any = tokenizer
+        self.tokenizer_source: str | PreTrainedTokenizerBase | None = tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.batch_size = batch_size
         self.max_length = max_length
         self.shuffle = shuffle
@@ -100,7 +100,6 @@ class InstructionDataModule(L.LightningDataModule):
         self.chat_template_kwargs = chat_template_kwargs
         self.seed = seed
         self.pin_memory = pin_memory
-        self.report: dict[str, dict[str, int]] = {}
         self._rows: dict[str, Any] = {}
 
     # ---------------------------------------------------------------------------------------------------- preparation
@@ -113,27 +112,44 @@ class InstructionDataModule(L.LightningDataModule):
         """Load tokenizer and rows of the splits that `stage` needs."""
         # forked workers must not inherit the tokenizer's threads
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self._tokenizer_name())
-            with_template(self.tokenizer, self.chat_template, rank_zero_info)
+        if self._tokenizer is None:
+            if self.trainer is not None and isinstance(module := self.trainer.lightning_module, NamesTokenizer):
+                self.use_tokenizer_of(module.tokenizer_name)
+            if self.tokenizer_source is None:
+                raise ValueError("tokenizer must be given where the student has no folder or name of its own, got None")
+            self._tokenizer = load_tokenizer(self.tokenizer_source)
+            with_template(self._tokenizer, self.chat_template, rank_zero_info)
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
-                self._rows[split] = self._load(split)
+                self._rows[split] = self._load_split(split)
 
-    def _tokenizer_name(self) -> Any:
-        if self.tokenizer_source is not None:
-            return self.tokenizer_source
-        name = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer_name", None)
-        if name is None:
-            raise ValueError("tokenizer must be given where the student has no folder or name of its own, got None")
-        return name
+    def use_tokenizer_of(self, model: str | None) -> None:
+        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer.
+
+        Args:
+            model: folder, hub name or `asset:` name; None changes nothing.
+        """
+        if self.tokenizer_source is None:
+            self.tokenizer_source = model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The loaded tokenizer; available from `setup` on.
+
+        Raises:
+            ValueError: `setup` has not been called.
+        """
+        if self._tokenizer is None:
+            raise ValueError(f"the tokenizer is not loaded yet: call {type(self).__name__}.setup('fit') first")
+        return self._tokenizer
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
         """How rows become token ids: tokenizer, template and length together."""
         return TextTokenizer(self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length)
 
-    def _load(self, split: str) -> Any:
+    def _load_split(self, split: str) -> Any:
+        """Protected: the rows of a split as a `datasets.Dataset`; fills `report[split]`."""
         return self._kept(split, prepare(self.sources[split], split, self.text_tokenizer, self.read))
 
     def _kept(self, split: str, rows: Any) -> Any:
@@ -228,7 +244,7 @@ class InstructionDataModule(L.LightningDataModule):
         return self._loader(split, shuffle=False, grouped=grouped, fill=True)
 
     def _token_rows(self, split: str) -> tuple[Any, list[int]]:
-        """What batches of a split are read from, and the length of each of its rows."""
+        """Protected: what the batches of a split are read from, and the number of tokens of each of its rows."""
         rows = self._rows[split]
         return TokenRows(rows), rows["length"][:]
 
@@ -271,7 +287,7 @@ class InstructionDataModule(L.LightningDataModule):
         return 0
 
     # ------------------------------------------------------------------------------------------------------- the rows
-    def generation_rows(self, split: str) -> list[dict[str, Any]]:
+    def generation_rows(self, split: str) -> list[GenerationRow]:
         """What is needed to let a model answer the rows of a split and to judge the answers.
 
         Returns:
@@ -279,12 +295,14 @@ class InstructionDataModule(L.LightningDataModule):
             (number of the row in its files).
         """
         tokenizer = self.text_tokenizer
-        rows = []
+        rows: list[GenerationRow] = []
         for row in self._rows[split].select_columns(["row", "conversation", "row_id"]):
             conversation = Conversation.load(row["conversation"])
             text, ids = tokenizer.prompt(conversation)
-            fields = {"prompt_ids": ids, "prompt": text, "answer": conversation.answer}
-            rows.append({**fields, "row": json.loads(row["row"]), "index": row["row_id"]})
+            fields = json.loads(row["row"])
+            rows.append(
+                GenerationRow(prompt_ids=ids, prompt=text, answer=conversation.answer, row=fields, index=row["row_id"])
+            )
         return rows
 
     def conversations(self, split: str, first: int) -> list[Conversation]:
@@ -292,20 +310,20 @@ class InstructionDataModule(L.LightningDataModule):
         rows = self._rows[split]
         return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
 
-    def places(self, split: str, row_ids: list[int]) -> list[str]:
+    def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of the rows with these `row_ids`, for messages."""
         names = dict(zip(self._rows[split]["row_id"][:], self._rows[split]["place"][:], strict=True))
         return [names[row_id] for row_id in row_ids if row_id in names]
 
 
 class _Prompts:
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: list[GenerationRow]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitem__(self, indices: list[int]) -> list[GenerationRow]:
         return [self.rows[n] if n >= 0 else {**self.rows[0], "index": n} for n in indices]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -52,7 +52,6 @@ class PromptDataModule(InstructionDataModule):
 
     Attributes:
         report: as there; of `train`, of the responses.
-        before_pass: None, or what to call with 0 before the training rows are first read: it must bring the responses.
 
     Raises:
         ValueError: as there; and where the training rows are asked for and there is no response.
@@ -60,14 +59,15 @@ class PromptDataModule(InstructionDataModule):
     Reference: Kim and Rush, arXiv 1606.07947.
     """
 
+    accepts_responses = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.before_pass: Callable[[int], None] | None = None
         self._answered = False
 
-    def _load(self, split: str) -> Any:
+    def _load_split(self, split: str) -> Any:
         if split != "train":
-            return super()._load(split)
+            return super()._load_split(split)
         rows = gather(read_prompts, split, {"sources": self.sources[split]})
         self.report[split] = {"rows": len(rows), "kept": len(rows), **dict.fromkeys(NOTES, 0)}
         rank_zero_info(f"train: {len(rows)} prompts")
@@ -79,8 +79,8 @@ class PromptDataModule(InstructionDataModule):
         Raises:
             ValueError: they do not.
         """
-        if not self._answered and self.before_pass is not None:
-            self.before_pass(0)
+        if not self._answered:
+            self._call_before_pass(0)
         if not self._answered:
             raise ValueError("nobody responds to the training prompts: give a Regeneration among trainer.callbacks")
         return super().train_dataloader()
@@ -90,7 +90,7 @@ class PromptDataModule(InstructionDataModule):
         return [] if self._answered else self._rows["train"]["row_id"][:]
 
     def replace_responses(self, responses: Mapping[int, str], side: str = "teacher") -> None:
-        """Take the responses that are learned. On every rank, in `before_pass`.
+        """Take the responses that are learned. On every rank, in a callback of `add_before_pass`.
 
         Rows without a response, or with one that is empty or begins after `max_length`, are dropped and reported.
 

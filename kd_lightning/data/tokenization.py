@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from kd_lightning.assets import resolve
 from kd_lightning.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from kd_lightning.data.conversation import Conversation, parse_row
@@ -23,7 +25,7 @@ Notice = Callable[[str], None]
 Reader = Callable[..., Iterator[dict[str, Any]]]
 
 
-def load_tokenizer(name: Any) -> Any:
+def load_tokenizer(name: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, hub name or `asset:` name; a loaded one is given back as it is.
 
     Raises:
@@ -31,8 +33,6 @@ def load_tokenizer(name: Any) -> Any:
     """
     if not isinstance(name, str):
         return name
-    from transformers import AutoTokenizer
-
     path = resolve(name)
     try:
         return AutoTokenizer.from_pretrained(path)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.distributed.fsdp import FSDPModule
 
 from kd_lightning.console import progress_bar
-from kd_lightning.data.contrastive import ContrastiveDataModule
+from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.distributed.fsdp2 import transformer_layers
 from kd_lightning.engine import chunked as engine
@@ -127,11 +127,13 @@ def plan(module: Any, datamodule: Any, trainer: Any, gpu: bool) -> Plan:
 
 
 def _shape(datamodule: Any) -> tuple[int, int]:
+    if isinstance(datamodule, DistillationDataModule):
+        return datamodule.rows_per_batch, datamodule.max_length
     try:
         rows, length = int(datamodule.batch_size), int(datamodule.max_length)
     except AttributeError:
         raise ValueError(f"plan: {type(datamodule).__name__} has no batch_size and max_length to plan with") from None
-    return rows * (2 if isinstance(datamodule, ContrastiveDataModule) else 1), length
+    return rows, length
 
 
 class _Rehearsal:

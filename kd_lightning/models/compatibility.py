@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.models.hf_adapter import input_embeddings, max_positions, num_embeddings
 
 
-def check_model_fits_data(student: Any, teacher: Any, datamodule: Any) -> Iterator[str]:
+class LoadedRows(Protocol):
+    """What is compared with a model: a data module whose rows are loaded."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the rows."""
+
+    def longest(self) -> int:
+        """Number of tokens of the longest row."""
+
+    def largest_id(self) -> int:
+        """The largest token id in the rows."""
+
+
+def check_model_fits_data(student: Any, teacher: Any, datamodule: LoadedRows | None) -> Iterator[str]:
     """See that both models can read every row that is loaded; what is doubtful is yielded.
 
     Args:
         student: a Hugging Face causal LM.
         teacher: a `Teacher`, looked at where it has a model in this process; None: there is none.
-        datamodule: an `InstructionDataModule` with its rows loaded; of any other nothing is known.
+        datamodule: a data module with its rows loaded; None: nothing is known of the rows.
 
     Raises:
         ValueError: a token has no embedding, or a row is longer than the position embeddings.
     """
-    if not hasattr(datamodule, "largest_id"):
+    if datamodule is None:
         return
     for role, model in (("student", student), ("teacher", getattr(teacher, "model", None))):
         if model is not None:
             yield from _check(role, model, datamodule)
 
 
-def _check(role: str, model: Any, datamodule: Any) -> Iterator[str]:
+def _check(role: str, model: Any, datamodule: LoadedRows) -> Iterator[str]:
     embeddings = input_embeddings(model)
     known = num_embeddings(embeddings)
     if known is not None and len(datamodule.tokenizer) > known and (largest := datamodule.largest_id()) >= known:

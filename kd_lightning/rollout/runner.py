@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_lightning.data.base import max_length_of
 from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
@@ -56,7 +57,7 @@ class RolloutRunner:
             accumulate=trainer.accumulate_grad_batches,
             rank=rank,
             ranks=ranks,
-            max_length=getattr(getattr(trainer, "datamodule", None), "max_length", None),
+            max_length=max_length_of(trainer),
         )
         drawn = self.source(batch, author)
         if drawn is not batch:

@@ -110,7 +110,7 @@ class CachedTeacher(Teacher):
                 absent += batch["row_ids"][counts & (shards.find(keys) < 0)].tolist()
             count = int(total(torch.tensor(len(absent))))
             if count:
-                first = "".join(f", {place} first" for place in datamodule.places(split, absent[:1]))
+                first = "".join(f", {place} first" for place in datamodule.row_locations(split, absent[:1]))
                 raise ValueError(
                     f"teacher cache {self.path} lacks {count} rows of {split}{first}: it was made of "
                     f"{self.description.data.get(split, 'none')}, this run has {digest}"

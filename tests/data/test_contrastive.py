@@ -118,7 +118,7 @@ def test_what_is_dropped_is_counted_and_named(tmp_path: Path, caplog: pytest.Log
         f"within max_length=30 ({path}:6), 1 cut to max_length=30"
     ]
     assert sorted({row[0] for row in halves(data)}) == [0, 6]
-    assert data.places("train", [6]) == [f"{path}:7"]
+    assert data.row_locations("train", [6]) == [f"{path}:7"]
     assert module(path, max_length=30).report == data.report  # from the cache, too
 
 

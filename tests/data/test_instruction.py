@@ -62,7 +62,7 @@ def test_one_pass_holds_every_row_of_several_files(tmp_path: Path) -> None:
     data = module(files)  # type: ignore[arg-type]
     seen = torch.cat([batch["row_ids"] for batch in data.train_dataloader()]).tolist()
     assert sorted(seen) == list(range(17)) and seen != sorted(seen)
-    assert data.places("train", [0, 9, 10]) == [f"{files[0]}:1", f"{files[0]}:10", f"{files[1]}:1"]
+    assert data.row_locations("train", [0, 9, 10]) == [f"{files[0]}:1", f"{files[0]}:10", f"{files[1]}:1"]
 
 
 def test_counts_are_reported_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -135,7 +135,7 @@ class Recorder(L.LightningModule):
         self.told: list[int] = []
 
     def on_fit_start(self) -> None:
-        self.trainer.datamodule.before_pass = self.respond  # type: ignore[attr-defined]
+        self.trainer.datamodule.add_before_pass(self.respond)  # type: ignore[attr-defined]
 
     def respond(self, number: int) -> None:
         self.told.append(number)
