@@ -21,7 +21,7 @@ def test_the_page_holds_table_figures_samples_and_a_command_that_repeats_the_run
     text = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     after = runs.results(tmp_path / "run")["student_after"]
     assert f"| student after | {after['nll']:.3f} | {after['forward_kl']:.3f} |" in text
-    assert text.count("data:image/png;base64,") == 5  # three curves of validation, parts of the loss, schedules
+    assert text.count("data:image/png;base64,") == 5  # three validation curves, terms of the loss, schedules
     assert "| prompt | answer | student before | teacher | student after |" in text
     assert "| train | 24 | 24 | 0 |" in text and "| `model.temperature` | `1.0` |" in text
 
