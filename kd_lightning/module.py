@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -11,10 +12,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from kd_lightning.console import enable_info_logging
+from kd_lightning.console import enable_info_logging, progress_bar_enabled
 from kd_lightning.constants import moves_objective
 from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
-from kd_lightning.distributed.collectives import check_ranks_agree
+from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.dtensor import is_sharded, local_shard, tensor_digest
 from kd_lightning.distributed.grad_norm import clip_norm, gradient_norm
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run, log_every_n_steps
@@ -30,8 +31,8 @@ from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.schedules import Schedule, Weight
 from kd_lightning.seeding import derive_seed, run_seed
-from kd_lightning.teachers.base import Teacher
-from kd_lightning.teachers.cache_writer import cache_teacher
+from kd_lightning.teachers.base import RunContext, Teacher
+from kd_lightning.teachers.cache_writer import Ranks, cache_teacher
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
 from kd_lightning.training.accumulation import AccumulationWindow, NonFiniteLossCheck
 from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
@@ -148,6 +149,7 @@ class DistillationModule(L.LightningModule):
         self._means: dict[str, Tensor] = {}
         self._watch = NonFiniteLossCheck()
         self._rate = 0.0
+        self._teacher_device: torch.device | None = None
         self._max_new_tokens = 32
         self._base: str | None = None  # digest of the weights under the adapters, where checkpoints leave them out
 
@@ -190,13 +192,33 @@ class DistillationModule(L.LightningModule):
                 student = add_adapters(student, self.lora)
             self.model = StudentWithLoss(student.train(), self.loss)
             del self.loss  # it lives in the wrapped model, under one name
+        self._teacher_device = None
         if self.teacher is not None:
-            self.teacher.meet(self)
+            self.teacher.attach(self.run_context())
             self.teacher.load()
-        for text in check_model_fits_data(self.student, self.teacher, datamodule_of(self._trainer)):
+        teacher_model = None if self.teacher is None else self.teacher.model
+        for text in check_model_fits_data(self.student, teacher_model, datamodule_of(self._trainer)):
             rank_zero_warn(text)
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
+
+    def run_context(self) -> RunContext:
+        """What the teacher is given of the run; the student is loaded."""
+        assert self.model is not None
+        return RunContext(
+            student=self.model,
+            loss=self.model.loss,
+            monitors={name: d for name, d in self.monitors.items() if isinstance(d, Divergence)},
+            data=datamodule_of(self._trainer),
+            generates_responses=self.responses is not None,
+            sum_over_ranks=sum_over_ranks(self._trainer),
+        )
+
+    def _move_teacher(self) -> None:
+        """Have the teacher on the student's device; a no-op once it is there."""
+        if self.teacher is not None and self._teacher_device != self.device:
+            self.teacher.to(self.device)
+            self._teacher_device = self.device
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the parameters that learn, scheduler stepped once per optimizer step."""
@@ -243,8 +265,26 @@ class DistillationModule(L.LightningModule):
         if rate != self._rate:
             rank_zero_warn(f"the rate goes on from the checkpoint, {rate:g}: {self._rate:g}, as given now, is not used")
         if self.teacher_cache and self.teacher is not None and not is_fast_dev_run(self.trainer):
-            self.teacher = cache_teacher(self, self.trainer)
+            self.teacher = self._cached_teacher(self.teacher)
         self._at_work.start(self)
+
+    def _cached_teacher(self, teacher: Teacher) -> Teacher:
+        """The teacher, read from `ROOT/teacher_cache` from now on; the cache is written first."""
+        assert self.model is not None
+        trainer = self.trainer
+        datamodule = datamodule_of(trainer)
+        if datamodule is None:
+            raise ValueError("teacher_cache needs a data module of this package, got a custom one or none")
+        if datamodule.sources["test"] and trainer.limit_test_batches != 0:
+            datamodule.setup("test")
+        folder, ranks = (
+            Path(trainer.default_root_dir) / "teacher_cache",
+            Ranks(trainer.global_rank, sum_over_ranks(trainer)),
+        )
+        with trainer.precision_plugin.forward_context():
+            return cache_teacher(
+                folder, teacher, datamodule, self.model.vocabulary, self.device, ranks, progress_bar_enabled(trainer)
+            )
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Randomness of this micro-batch from (seed, counter, rank): stored generator states shift at a resume."""
@@ -255,8 +295,7 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Undivided loss of one micro-batch; `on_before_optimizer_step` divides."""
         assert self.model is not None
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        self._move_teacher()
         batch, notes = self._at_work.draw(self, batch)
         beside = self.component_loss if self._is_logged() else None
         parts: LossParts = self.model(batch, None if self.labels_only else self.teacher, beside=beside)
@@ -407,8 +446,7 @@ class DistillationModule(L.LightningModule):
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
         """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
         assert self.model is not None
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        self._move_teacher()
         training = self.model.training
         self.model.eval()
         with torch.no_grad():

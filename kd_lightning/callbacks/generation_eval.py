@@ -19,6 +19,7 @@ from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import max_positions
 from kd_lightning.reporting.figures import markdown_table
+from kd_lightning.teachers.base import generating_model
 
 SHOWN = 8
 
@@ -113,7 +114,8 @@ class GenerationQuality(L.Callback):
         greedy = replace(self.sampling, temperature=0.0)
         ours, texts = self._quality(trainer, pl_module, pl_module.student, "val", greedy, 0)
         scalars = {f"val/{name}": value for name, value in ours.items()}
-        teacher = getattr(pl_module.teacher, "model", None)
+        module: Any = pl_module
+        teacher = generating_model(module.teacher)
         if self._teacher is None and teacher is not None:
             self._teacher = self._quality(trainer, pl_module, teacher, "val", greedy, 0)
         if self._teacher is not None:
@@ -127,7 +129,8 @@ class GenerationQuality(L.Callback):
         if not self.every_n_validations or not _data(trainer).sources["test"] or trainer.limit_test_batches == 0:
             return
         _data(trainer).setup("test")
-        models = {"": pl_module.student, "teacher_": getattr(pl_module.teacher, "model", None)}
+        module: Any = pl_module
+        models = {"": module.student, "teacher_": generating_model(module.teacher)}
         scalars: dict[str, float] = {}
         for who, model in models.items():
             if model is None:

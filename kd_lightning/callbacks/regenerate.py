@@ -32,6 +32,7 @@ from kd_lightning.generation.response_file import Response, ResponseFile
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.generate import Sampling
 from kd_lightning.seeding import derive_seed, run_seed
+from kd_lightning.teachers.base import generating_model
 from kd_lightning.teachers.cached import CachedTeacher
 
 
@@ -155,7 +156,7 @@ class Regeneration(L.Callback):
                 f"{self.sampling.max_new_tokens}: {told}"
             )
         datamodule.replace_responses(taken, self.side)
-        for text in check_model_fits_data(module.student, module.teacher, datamodule):
+        for text in check_model_fits_data(module.student, module.teacher and module.teacher.model, datamodule):
             rank_zero_warn(text)
         if not is_fast_dev_run(trainer):
             self._path(Path(trainer.default_root_dir) / "responses", trainer, number - 1).unlink(missing_ok=True)
@@ -194,10 +195,13 @@ class Regeneration(L.Callback):
         """
         if self.side == "student":
             return module.student
-        model = getattr(module.teacher, "model", None)
+        model = generating_model(module.teacher)
         if model is None:
             kind = "none" if module.teacher is None else type(module.teacher).__name__
-            raise ValueError(f"Regeneration of the teacher's responses needs a teacher that is a model, got {kind}")
+            raise ValueError(
+                f"Regeneration with side='teacher' needs a teacher that can generate (a model in this process), "
+                f"got {kind}"
+            )
         return model
 
     def _write(

@@ -20,6 +20,7 @@ from kd_lightning.data.collate import left_pad
 from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.models.generate import generate
 from kd_lightning.reporting.run_dir import HEADINGS
+from kd_lightning.teachers.base import generating_model
 from kd_lightning.training.evaluation import limited_batches, token_means
 
 SAMPLES = 6
@@ -118,7 +119,7 @@ class ResultsTable(L.Callback):
         if teacher:
             out["teacher"] = None
             if module.teacher is not None:
-                model = getattr(module.teacher, "model", None)
+                model = generating_model(module.teacher)
                 out["teacher"] = {
                     "nll": means["teacher_nll"],
                     "forward_kl": 0.0,

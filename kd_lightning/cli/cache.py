@@ -50,8 +50,9 @@ def main(args: Sequence[str]) -> int:
     with cli.trainer.precision_plugin.forward_context():
         kept = fill_cache(
             given.output,
-            module,
+            module.teacher,
             datamodule,
+            module.model.vocabulary,
             kind=given.kind,
             dtype=given.dtype,
             k=given.k,

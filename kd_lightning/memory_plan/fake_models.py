@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from kd_lightning.engine.head import Head
-from kd_lightning.models.backbone import SCALES, head_settings, logits
+from kd_lightning.models.backbone import SCALES, logits
 from kd_lightning.models.hf_adapter import (
     base_model,
     config_numbers,
@@ -21,18 +20,16 @@ from kd_lightning.models.hf_adapter import (
     text_config,
     weight_and_bias,
 )
-from kd_lightning.models.loading import Role, causal_lm_from_config
+from kd_lightning.models.loading import causal_lm_from_config
 from kd_lightning.models.lora import add_adapters
-from kd_lightning.teachers.adapter_off import AdapterOffTeacher
 from kd_lightning.teachers.base import Teacher
-from kd_lightning.teachers.hf import AroundHF, HFTeacher
-from kd_lightning.teachers.offloaded import OffloadedTeacher
+from kd_lightning.teachers.hf import CausalLMTeacher
 from kd_lightning.training.student import StudentWithLoss
 
 PURE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
 
-def cut(model: Any) -> tuple[nn.Module, Head]:
+def split_by_shapes(model: Any) -> tuple[nn.Module, Head]:
     """Where shapes say that a model can be cut: what enters its last layer is what its body gives.
 
     Args:
@@ -72,42 +69,41 @@ def cut(model: Any) -> tuple[nn.Module, Head]:
     return body, Head(weight, bias)
 
 
-class ShapedStudent(StudentWithLoss):
-    """A student without numbers, cut by its shapes."""
+class FakeStudent(StudentWithLoss):
+    """A student on fake tensors, split by shapes."""
 
-    cut = staticmethod(cut)
+    cut = staticmethod(split_by_shapes)
 
 
-class ShapedTeacher(AroundHF):
-    """A teacher without numbers, cut by its shapes where they say that it can be.
+class FakeTeacher(CausalLMTeacher):
+    """A teacher on fake tensors, split by shapes if possible.
 
     Args:
-        model: the model.
-        spread: whether a strategy that spreads models may spread it.
+        model: the model, on fake tensors.
+        layers_on_host: whether its layers stay in host memory, so that no strategy shards it.
     """
 
-    def __init__(self, model: Any, spread: bool = True) -> None:
-        super().__init__(HFTeacher(model))
-        self.spread = spread
-        self._inner.model = model.eval().requires_grad_(False)  # read already, and without numbers to look at
-        with suppress(ValueError):
-            self._inner._body, reading = cut(model)
-            self._inner._reading = head_settings(reading)
+    split = staticmethod(split_by_shapes)
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        """Nothing: shapes are there."""
+    def __init__(self, model: nn.Module, layers_on_host: bool = False) -> None:
+        super().__init__(model)
+        self._model, self.layers_on_host = model, layers_on_host
+        self.load()
+
+    def read_model(self) -> nn.Module:
+        """The model that was given; fake tensors have no values to check."""
+        return self._model
 
     def to(self, device: torch.device | str) -> None:
-        """Move the shapes."""
-        self._inner.to(device)
+        """Do nothing: fake tensors are on no device."""
 
     def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Let a strategy spread the model over ranks, where it may."""
-        if self.spread:
-            self._inner.shard(wrap)
+        """Let a strategy shard the model over ranks, unless its layers stay in host memory."""
+        if not self.layers_on_host:
+            super().shard(wrap)
 
     def fingerprint(self) -> str:
-        """Nothing tells shapes apart."""
+        """Empty: fake tensors have no values."""
         return ""
 
 
@@ -162,9 +158,9 @@ def build_fake_student(module: Any, precision: str, fake: FakeTensorMode) -> Non
         student = causal_lm_from_config(module.student_source, kwargs=kwargs, role="student")
         if module.lora is not None:
             student = add_adapters(student, module.lora)
-    _place(student, fake)
+    _to_fake(student, fake)
     module.loss.token_loss.compiled = Once(module.loss.token_loss.block)
-    module.model = ShapedStudent(student.train(), module.loss)
+    module.model = FakeStudent(student.train(), module.loss)
     del module.loss
 
 
@@ -181,22 +177,22 @@ def build_fake_teacher(module: Any, fake: FakeTensorMode) -> bool:
     teacher: Teacher | None = module.teacher
     if teacher is None:
         return False
-    if isinstance(teacher, AdapterOffTeacher):
-        teacher.meet(module)
+    if teacher.shares_student:
+        teacher.attach(module.run_context())
         return False
-    offloaded = isinstance(teacher, OffloadedTeacher)
-    inner: Any = teacher._inner if isinstance(teacher, OffloadedTeacher) else teacher
-    if not isinstance(inner, HFTeacher) or not isinstance(inner._given, str):
-        raise ValueError(f"plan: {type(teacher).__name__} has no configuration to plan with: name the model itself")
-    role: Role = "teacher"
+    source = teacher.config_source
+    if source is None:
+        raise ValueError(
+            f"plan: {type(teacher).__name__} has no configuration to plan with: pass a model folder or name as teacher"
+        )
     with torch.device("meta"):
-        model = causal_lm_from_config(inner._given, kwargs=inner.kwargs, role=role)
-    _place(model, fake)
-    module.teacher = ShapedTeacher(model, spread=not offloaded)
-    return offloaded
+        model = causal_lm_from_config(source.path, kwargs=source.kwargs, role="teacher")
+    _to_fake(model, fake)
+    module.teacher = FakeTeacher(model, source.layers_on_host)
+    return source.layers_on_host
 
 
-def _place(model: nn.Module, fake: FakeTensorMode) -> None:
+def _to_fake(model: nn.Module, fake: FakeTensorMode) -> None:
     """Give every tensor a place to lie in, if only in name; one that has two names stays one."""
     placed: dict[int, tuple[Tensor, Tensor]] = {}
     tables: Iterator[dict[str, Any]] = (

@@ -216,7 +216,7 @@ class _Rehearsal:
 
     def _models(self) -> dict[str, nn.Module]:
         models = {"student": self.module.model}
-        if getattr(self.module.teacher, "model", None) is not None:
+        if self.module.teacher is not None and self.module.teacher.model is not None:
             models["teacher"] = self.module.teacher.model
         return models
 

@@ -25,12 +25,14 @@ class LoadedRows(Protocol):
         """The largest token id in the rows."""
 
 
-def check_model_fits_data(student: Any, teacher: Any, datamodule: LoadedRows | None) -> Iterator[str]:
+def check_model_fits_data(
+    student: nn.Module, teacher: nn.Module | None, datamodule: LoadedRows | None
+) -> Iterator[str]:
     """See that both models can read every row that is loaded; what is doubtful is yielded.
 
     Args:
         student: a Hugging Face causal LM.
-        teacher: a `Teacher`, looked at where it has a model in this process; None: there is none.
+        teacher: the teacher's model; None: there is none in this process.
         datamodule: a data module with its rows loaded; None: nothing is known of the rows.
 
     Raises:
@@ -38,7 +40,7 @@ def check_model_fits_data(student: Any, teacher: Any, datamodule: LoadedRows | N
     """
     if datamodule is None:
         return
-    for role, model in (("student", student), ("teacher", getattr(teacher, "model", None))):
+    for role, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             yield from _check(role, model, datamodule)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +29,7 @@ from kd_lightning.models.generate import (
 from kd_lightning.models.hf_adapter import max_positions, text_config
 from kd_lightning.rollout.batches import Batch, append, prompts
 from kd_lightning.seeding import derive_seed
-from kd_lightning.teachers.base import Teacher
-
-
-class StudentModel(Protocol):
-    """What this package needs of the student: `training.student.StudentWithLoss` provides it."""
-
-    student: nn.Module
-
-    @property
-    def body(self) -> nn.Module | None:
-        """The module that returns the student's hidden states; None if the model cannot be split there."""
-
-    def head(self) -> Head | None:
-        """The student's LM head with its current weights; None if the model cannot be split there."""
-
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`function(*args, **kwargs)`, with sharded parameters gathered."""
+from kd_lightning.teachers.base import StudentModel, Teacher, generating_model
 
 
 class ResponseSource(nn.Module, ABC):
@@ -259,15 +243,13 @@ def whole_model(teacher: Teacher | None) -> Any:
     Raises:
         ValueError: there is none in this process.
     """
-    model = getattr(teacher, "model", None)
+    model = generating_model(teacher)
     if model is None:
         kind = "no teacher" if teacher is None else type(teacher).__name__
-        raise ValueError(
-            f"teacher_share must be 0 where the teacher cannot write along: it has to be a model, not {kind}"
-        )
+        raise ValueError(f"teacher_share must be 0 unless the teacher can generate: it must be a model, got {kind}")
     if any(is_sharded(parameter) for parameter in model.parameters()):
-        # ranks that have finished ask their student on, but not what stands beside it
-        raise ValueError("teacher_share must be 0 where a strategy shards the teacher (fsdp2); ddp leaves it whole")
+        # generation keeps running the sharded student on ranks that are done, but not the teacher
+        raise ValueError("teacher_share must be 0 if the strategy shards the teacher (fsdp2): use ddp")
     return model
 
 

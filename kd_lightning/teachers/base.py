@@ -1,60 +1,161 @@
-"""The teacher role."""
+"""The teacher role, and what a teacher is given of the run it takes part in."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.divergences import Divergence
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
+from kd_lightning.losses import DistillationLoss
+
+
+class StudentModel(Protocol):
+    """The student of a run; `training.student.StudentWithLoss` implements it."""
+
+    student: nn.Module
+
+    @property
+    def body(self) -> nn.Module | None:
+        """The module that returns the student's hidden states; None if the model cannot be split there."""
+
+    def head(self) -> Head | None:
+        """The student's LM head with its current weights; None if the model cannot be split there."""
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, with sharded parameters gathered."""
+
+
+class TokenizedData(Protocol):
+    """The data of a run, tokenized; `data.base.DistillationDataModule` implements it."""
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Names of the splits that are loaded."""
+
+    @property
+    def text_tokenizer(self) -> Any:
+        """The `TextTokenizer` that turned the rows into tokens."""
+
+    def every_row(self, split: str) -> Iterable[dict[str, Tensor]]:
+        """Batches that together hold every row of a split once (this rank's share of them)."""
+
+    def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
+        """File and line of each of these rows."""
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The run that a teacher takes part in.
+
+    Args:
+        student: the student, loaded.
+        loss: the training loss.
+        monitors: divergences measured in validation and test, by name.
+        data: the tokenized data; None if nothing is known of it (no Trainer yet, or a custom data module).
+        generates_responses: whether responses are generated during the run.
+        sum_over_ranks: sums a tensor over all ranks; every rank must call it.
+    """
+
+    student: StudentModel
+    loss: DistillationLoss
+    monitors: Mapping[str, Divergence] = field(default_factory=dict)
+    data: TokenizedData | None = None
+    generates_responses: bool = False
+    sum_over_ranks: Callable[[Tensor], Tensor] = _same
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """Where a teacher's model can be built from its configuration, without its weights.
+
+    Args:
+        path: folder, hub name or `asset:` name.
+        kwargs: arguments of `from_pretrained`.
+        layers_on_host: whether the transformer layers stay in host memory.
+    """
+
+    path: str
+    kwargs: dict[str, Any] | None = None
+    layers_on_host: bool = False
 
 
 class Teacher(ABC):
-    """Where the teacher's distribution comes from. A plain object: never in a `state_dict`, a summary, or under DDP.
+    """The source of the teacher's distribution. A plain object: never in a `state_dict`, a summary, or under DDP.
 
-    Made cheaply (arguments are checked, nothing is read), filled by `load`, asked by batch. A batch is a mapping with
-    `input_ids`, `attention_mask` and `labels` of shape [B, T]; what comes back never carries a gradient, and need only
-    be right where the label of the next token counts.
+    The constructor checks arguments and reads nothing; `load` reads; `hidden` and `logits` answer for one batch. A
+    batch is a mapping with `input_ids`, `attention_mask` and `labels` of shape [B, T]. Results carry no gradient, and
+    need to be correct only at positions whose next token has a label.
+
+    Attributes:
+        model: the Hugging Face causal LM in this process, once loaded; None if there is none. A custom teacher may
+            set it: the model is then also checked against the data and used for generation.
+        shares_student: whether it computes with the student's own weights.
     """
+
+    model: nn.Module | None = None
+    shares_student: bool = False
 
     @property
     @abstractmethod
     def name(self) -> str | None:
-        """Folder or hub name, where its tokenizer lies; None where it has none."""
+        """Folder or hub name of its tokenizer; None if it has none of its own."""
 
     @property
     @abstractmethod
     def head(self) -> Head | None:
-        """What turns `hidden` into logits; None where only `logits` can be asked for."""
+        """The LM head that turns `hidden` into logits; None if only `logits` is available."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens that its LM head has logits for; None without a head."""
+        head = self.head
+        return None if head is None else head.vocabulary
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether `model` can generate responses (after `load`)."""
+        return self.model is not None
+
+    @property
+    def config_source(self) -> ConfigSource | None:
+        """Where its model's configuration is; None if `plan` has nothing to build it from."""
+        return None
 
     @abstractmethod
     def load(self, device: torch.device | str = "cpu") -> None:
-        """Read what is needed and put it on a device; a second call only moves it."""
+        """Read everything that is needed and move it to a device; a second call only moves."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> None:
-        """Move to a device; nothing happens where it is there already."""
+        """Move to a device; does nothing if it is there already."""
 
-    def meet(self, module: Any) -> None:  # noqa: B027 - most teachers do not mind whom they teach
-        """See the module that it teaches in, before anything is loaded but the student.
+    def attach(self, run: RunContext) -> None:  # noqa: B027 - most teachers do not depend on the run
+        """Take part in a run; called after the student is loaded and before `load`.
 
         Args:
-            module: a `DistillationModule`; `module.model` is the student with its loss.
+            run: the student, the loss and the data.
 
         Raises:
-            ValueError: the two do not fit.
+            ValueError: the teacher does not fit the run.
         """
 
     def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:  # noqa: B027 - most teachers have nothing to shard
-        """Let a strategy spread the parameters over ranks; called again, nothing happens.
+        """Let a strategy shard the parameters over ranks; a second call does nothing.
 
         Args:
-            wrap: shards a model where it is, and gives what its parameters are gathered by: `wrap(model)(f, *args)` is
-                `f(*args)` with all of them whole.
+            wrap: shards a model in place and returns a module that gathers its parameters: `wrap(model)(f, *args)`
+                is `f(*args)` with full parameters.
         """
 
     @abstractmethod
@@ -63,8 +164,13 @@ class Teacher(ABC):
 
     @abstractmethod
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor | TopK:
-        """Logits [B, T, V]; `TopK` of shape [B, T] where no more is known."""
+        """Logits [B, T, V]; `TopK` of shape [B, T] if only the top k are known."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest that changes with any weight: two teachers with the same one say the same."""
+        """A digest that changes with any weight: teachers with equal fingerprints give equal results."""
+
+
+def generating_model(teacher: Teacher | None) -> nn.Module | None:
+    """The teacher's model if it can generate responses, else None."""
+    return teacher.model if teacher is not None and teacher.can_generate else None

@@ -1,8 +1,8 @@
-"""What a teacher said about counted tokens, in a folder: shards of safetensors, rows found by what they hold.
+"""Format of a teacher cache: a folder of safetensors shards whose rows are found by a hash of their tokens.
 
-`cache.json` says whose words these are; `head.safetensors` has the teacher's head, where its hidden states are kept. A
-shard holds whole rows one after the other: their `keys` and `lengths`, and for each counted token what was said of it.
-A shard is there whole or not at all, and is never written again.
+`cache.json` is the manifest; `head.safetensors` has the teacher's LM head if hidden states are cached. A shard holds
+complete rows one after the other: their `keys` and `lengths`, and for each labelled token the teacher's output. Writes
+are atomic: a shard is complete or absent, and is never rewritten.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = ("hidden", "top_k")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 256 << 20
 
-# What must agree, and how it is called in front of a user.
+# Fields that must agree between a cache and a run, and their names in messages.
 NAMES = {
     "teacher_fingerprint": "teacher",
     "tokenizer": "tokenizer",
@@ -45,22 +45,22 @@ NAMES = {
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """Whose words a cache holds, of which rows, and how they are kept.
+    """Describes a cache: which teacher, which rows, and how its outputs are stored.
 
     Args:
-        teacher: its name, for people.
+        teacher: its name, for messages.
         teacher_fingerprint: a digest of its weights.
-        tokenizer: a digest of the tokenizer the rows were read with.
+        tokenizer: a digest of the tokenizer of the rows.
         template: a digest of the chat template.
-        max_length: where rows were cut.
+        max_length: longest row in tokens; longer ones were truncated.
         kind: `hidden` or `top_k`.
-        dtype: of what is kept.
-        k: tokens kept of each distribution.
-        vocabulary: tokens that the teacher speaks of.
-        scale: of the teacher's head.
-        softcap: of the teacher's head.
-        data: by split, how many rows and a digest of them.
-        tokens: counted tokens that are kept; None: not all are yet.
+        dtype: of the stored tensors.
+        k: tokens stored of each distribution.
+        vocabulary: number of tokens that the distributions cover.
+        scale: of the teacher's LM head.
+        softcap: of the teacher's LM head.
+        data: by split, the number of rows and a digest of them.
+        tokens: number of cached tokens; None: the cache is incomplete.
         version: of this format.
     """
 
@@ -81,44 +81,44 @@ class CacheManifest:
 
     @property
     def digest(self) -> str:
-        """What shards are marked with: they belong to this description and no other."""
-        kept = [getattr(self, name) for name in NAMES]
-        return hashlib.sha256(json.dumps([self.version, *kept]).encode()).hexdigest()
+        """The mark of shards that belong to this manifest."""
+        values = [getattr(self, name) for name in NAMES]
+        return hashlib.sha256(json.dumps([self.version, *values]).encode()).hexdigest()
 
     def check(self, folder: Path, **run: Any) -> None:
-        """Compare with what a run has.
+        """Compare with the values of a run.
 
         Args:
-            folder: where this lies.
-            run: fields of a description.
+            folder: of the cache.
+            run: fields of a manifest.
 
         Raises:
-            ValueError: one differs; both values are named.
+            ValueError: a field differs; the message has both values.
         """
         for name, value in run.items():
             own = getattr(self, name)
             if own != value:
                 at = f" ('{self.teacher}')" if name == "teacher_fingerprint" else ""
                 raise ValueError(
-                    f"teacher cache {folder} is of another {NAMES[name]}: it was made with {_short(own)}{at}, this run "
-                    f"has {_short(value)}"
+                    f"teacher cache {folder} was written for another {NAMES[name]}: it has {_short(own)}{at}, this run "
+                    f"has {_short(value)}; choose another folder, or the settings that the cache was written with"
                 )
 
     def write(self, folder: Path) -> None:
-        """Put it into the folder."""
+        """Write it into the folder."""
         with atomic_file(folder / MANIFEST) as part:
             part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> CacheManifest:
-        """What lies in a folder.
+        """Read the manifest of a folder.
 
         Raises:
-            ValueError: there is none, or it is of another version.
+            ValueError: there is none, or it has another version.
         """
         path = folder / MANIFEST
         if not path.is_file():
-            raise ValueError(f"{folder} holds no teacher cache (no {MANIFEST}): `kd-lightning cache` writes one")
+            raise ValueError(f"no teacher cache in {folder} (no {MANIFEST}): run `kd-lightning cache` to write one")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             version = found.get("version")
@@ -127,25 +127,22 @@ class CacheManifest:
                 return cls(**found)
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
             version = "none"
-        raise ValueError(f"{path} is no description of a teacher cache of version {VERSION}, got version {version}")
+        raise ValueError(f"{path} must be the manifest of a teacher cache of version {VERSION}, got version {version}")
 
 
 def _short(value: Any) -> str:
-    """A digest is known by its beginning."""
+    """The first digits of a digest; other values in full."""
     return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
 def next_token_mask(labels: Tensor) -> Tensor:
-    """Where the next token counts, [B, T − 1]."""
+    """Positions whose next token has a label, [B, T − 1]."""
     return labels[:, 1:] != IGNORE_INDEX
 
 
 def row_keys(batch: Mapping[str, Tensor]) -> Tensor:
-    """Two numbers for each row, [B, 2], that change with any of its tokens and with which of them count.
-
-    Padding changes nothing.
-    """
+    """A 128-bit hash of each row's tokens and label mask, as two integers [B, 2]; padding does not change it."""
     ids, mask, labels = (batch[name].cpu().numpy() for name in ("input_ids", "attention_mask", "labels"))
     keys = np.empty((len(ids), 2), dtype=np.int64)
     for n, there in enumerate(mask.astype(bool)):
@@ -155,14 +152,14 @@ def row_keys(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 class CacheReader:
-    """The rows of a folder, read by memory mapping.
+    """Reads the rows of a folder by memory mapping.
 
     Args:
-        folder: with a description.
-        digest: of the description that shards must be marked with.
+        folder: with a manifest.
+        digest: of the manifest; shards must carry it.
 
     Raises:
-        ValueError: a shard cannot be read, or is another cache's.
+        ValueError: a shard cannot be read, or belongs to another cache.
     """
 
     def __init__(self, folder: Path, digest: str) -> None:
@@ -184,21 +181,21 @@ class CacheReader:
         self.lengths, self.starts, self.shards = (torch.cat([*x, none])[order] for x in (lengths, starts, shards))
 
     def find(self, keys: Tensor) -> Tensor:
-        """Number of each row, [B]; −1 where it is not here."""
+        """Index of each row, [B]; −1 if it is not cached."""
         if not len(self.first):
             return torch.full((len(keys),), -1)
         at = torch.searchsorted(self.first, keys[:, 0].contiguous()).clamp_max(len(self.first) - 1)
         return torch.where((self.keys[at] == keys).all(1), at, -1)
 
     def take(self, rows: Tensor) -> dict[str, Tensor]:
-        """What is kept of the tokens of these rows, one row after the other, by name."""
+        """Cached tensors of these rows by name, one row after the other."""
         spans = zip(*(x[rows].tolist() for x in (self.shards, self.starts, self.lengths)), strict=True)
         pieces = [{name: x[a : a + n] for name, x in self.tables[shard].items()} for shard, a, n in spans]
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]} if pieces else {}
 
     @property
     def tokens(self) -> int:
-        """Counted tokens kept."""
+        """Number of cached tokens."""
         return int(self.lengths.sum())
 
 
@@ -206,11 +203,11 @@ def _open(path: Path, digest: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             mark = (file.metadata() or {}).get("description")
-            table = {name: file.get_tensor(name) for name in file.keys()}  # mapped: read when looked at
+            table = {name: file.get_tensor(name) for name in file.keys()}  # memory-mapped: read on access
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if mark != digest or not {"keys", "lengths"} <= table.keys():
-        raise ValueError(f"{path} belongs to another cache than {path.with_name(MANIFEST)} describes")
+        raise ValueError(f"{path} belongs to another cache than {path.with_name(MANIFEST)}: move or delete it")
     return table
 
 
@@ -218,10 +215,10 @@ class CacheWriter:
     """Writes rows into new shards of a folder.
 
     Args:
-        folder: with a description.
-        digest: of the description.
+        folder: with a manifest.
+        digest: of the manifest.
         rank: of this process: several write at the same time.
-        shard_bytes: from so many on a shard is full.
+        shard_bytes: size from which on a shard is complete.
     """
 
     def __init__(self, folder: Path, digest: str, rank: int = 0, shard_bytes: int = SHARD_BYTES) -> None:
@@ -230,12 +227,12 @@ class CacheWriter:
         self.bytes = 0
 
     def add(self, keys: Tensor, lengths: Tensor, tokens: Mapping[str, Tensor]) -> None:
-        """Keep rows.
+        """Add rows.
 
         Args:
             keys: [B, 2].
-            lengths: counted tokens of each row, [B].
-            tokens: by name, what is kept of them, [sum of lengths, …].
+            lengths: labelled tokens of each row, [B].
+            tokens: their tensors by name, [sum of lengths, …].
         """
         self.parts.append({"keys": keys, "lengths": lengths.int(), **tokens})
         self.bytes += sum(x.numel() * x.element_size() for x in tokens.values())
@@ -243,7 +240,7 @@ class CacheWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept so far."""
+        """Write the rows added so far."""
         if not self.parts:
             return
         table = {name: torch.cat([part[name] for part in self.parts]).contiguous() for name in self.parts[0]}
@@ -256,17 +253,17 @@ class CacheWriter:
 
 
 def write_head(folder: Path, weight: Tensor, bias: Tensor | None) -> None:
-    """Keep the teacher's head."""
+    """Write the teacher's LM head."""
     tensors = {"weight": weight} | ({} if bias is None else {"bias": bias})
     with atomic_file(folder / HEAD) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
 
 
 def read_head(folder: Path) -> dict[str, Tensor]:
-    """The teacher's head.
+    """Read the teacher's LM head.
 
     Raises:
-        ValueError: it is not there or cannot be read.
+        ValueError: the file is missing or cannot be read.
     """
     try:
         return load_file(folder / HEAD)
@@ -275,13 +272,13 @@ def read_head(folder: Path) -> dict[str, Tensor]:
 
 
 class DataDigest:
-    """A digest of rows that does not depend on their order, and adds up over ranks."""
+    """A digest of rows that does not depend on their order and can be summed over ranks."""
 
     def __init__(self) -> None:
         self.sums = torch.zeros(3, dtype=torch.long)
 
     def add(self, keys: Tensor) -> None:
-        """Count rows in."""
+        """Add rows."""
         self.sums += torch.cat([keys.sum(0), torch.tensor([len(keys)])])
 
     def __str__(self) -> str:
@@ -289,6 +286,6 @@ class DataDigest:
         return f"{count} rows {(a % 2**64) ^ (b % 2**64):016x}"
 
 
-def updated(description: CacheManifest, data: dict[str, str], tokens: int | None) -> CacheManifest:
-    """The description once these splits are kept too."""
-    return replace(description, data={**description.data, **data}, tokens=tokens)
+def updated(manifest: CacheManifest, data: dict[str, str], tokens: int | None) -> CacheManifest:
+    """The manifest after these splits have been cached."""
+    return replace(manifest, data={**manifest.data, **data}, tokens=tokens)

@@ -1,4 +1,4 @@
-"""A teacher that is read from disk."""
+"""A teacher whose outputs are read from a cache on disk."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_lightning.distributed.collectives import sum_over_ranks
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK, check_lower_bound
 from kd_lightning.models.loading import load_causal_lm
-from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.base import RunContext, Teacher, TokenizedData
 from kd_lightning.teachers.cache_format import (
     CacheManifest,
     CacheReader,
@@ -32,24 +31,24 @@ from kd_lightning.teachers.cache_format import (
 
 
 class CachedTeacher(Teacher):
-    """What a teacher said, read from the folder that `kd-lightning cache` wrote; no teacher is loaded.
+    """A teacher's outputs, read from a folder that `kd-lightning cache` has written; no teacher is loaded.
 
-    Rows are found by their tokens, in whatever order and selection they come.
+    Rows are found by their tokens, in any order and any selection.
 
     Args:
         path: the folder.
-        teacher: folder, hub name or `asset:` name of the teacher whose words these must be; None: taken on trust.
+        teacher: folder, hub name or `asset:` name of the teacher that must have written the cache; None: not checked.
 
     Raises:
-        ValueError: when the run starts: there is no finished cache, it is of another teacher, tokenizer, template or
-            length, it lacks rows of the data, or what it holds cannot give this objective.
+        ValueError: when the run starts: there is no complete cache; it was written for another teacher, tokenizer,
+            template or length; rows of the data are missing; or its kind does not suffice for this objective.
     """
 
     def __init__(self, path: str, teacher: str | None = None) -> None:
         self.path = path
         self.teacher = teacher
         self._description: CacheManifest | None = None
-        self._shards: CacheReader | None = None
+        self._reader: CacheReader | None = None
         self._head: Head | None = None
         self._device = torch.device("cpu")
 
@@ -60,78 +59,88 @@ class CachedTeacher(Teacher):
 
     @property
     def description(self) -> CacheManifest:
-        """Whose words these are."""
+        """The manifest of the cache."""
         if self._description is None:
             folder = Path(self.path)
             found = CacheManifest.read(folder)
             if found.tokens is None:
-                raise ValueError(f"teacher cache {folder} is not finished: the same command as before goes on with it")
+                raise ValueError(
+                    f"teacher cache {folder} is incomplete: rerun the command that was writing it to resume"
+                )
             self._description = found
         return self._description
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the cached distributions cover."""
+        return self.description.vocabulary
+
+    @property
     def head(self) -> Head | None:
-        """The teacher's head; None where the top k are kept."""
+        """The teacher's LM head; None if only the top k are cached."""
         return self._head
 
-    def meet(self, module: Any) -> None:
-        """Compare teacher, tokenizer, template, length and rows with what the run has."""
-        kept, folder = self.description, Path(self.path)
+    def attach(self, run: RunContext) -> None:
+        """Compare teacher, tokenizer, template, length and rows of the cache with those of the run."""
+        manifest, folder = self.description, Path(self.path)
         if self.teacher is not None:
             live = load_causal_lm(self.teacher, role="teacher")
             tensors = itertools.chain(live.named_parameters(), live.named_buffers())
-            kept.check(folder, teacher_fingerprint=tensor_digest(tensors))
-        if getattr(module, "responses", None) is not None:
-            raise ValueError("a teacher cache holds no responses that are written while training: leave responses out")
-        if kept.kind == "top_k":
-            loss = module.model.loss
-            check_lower_bound(loss.objective, module.monitors)
-            if loss.token_loss.temperature != 1:
+            manifest.check(folder, teacher_fingerprint=tensor_digest(tensors))
+        if run.generates_responses:
+            raise ValueError(
+                "a teacher cache holds no responses that are generated during the run: leave responses out, or name "
+                "the teacher itself"
+            )
+        if manifest.kind == "top_k":
+            check_lower_bound(run.loss.objective, run.monitors)
+            temperature = run.loss.token_loss.temperature
+            if temperature != 1:
                 raise ValueError(
-                    f"temperature must be 1 with a teacher's top k, whose rest is unknown at another, got "
-                    f"{loss.token_loss.temperature}"
+                    f"temperature must be 1 with a top-k teacher (the probabilities of its other tokens are unknown), "
+                    f"got {temperature}"
                 )
             rank_zero_info(
-                f"teacher: {kept.k} tokens and the rest are known: divergences, measured ones too, are lower bounds"
+                f"teacher: {manifest.k} tokens and the mass of the others are known: divergences, monitored ones too, "
+                "are lower bounds"
             )
-        trainer = getattr(module, "_trainer", None)
-        datamodule = getattr(trainer, "datamodule", None)
-        if hasattr(datamodule, "every_row"):
-            kept.check(folder, **tokenizer_digests(datamodule))
-            self._check_rows(datamodule, sum_over_ranks(trainer))
+        if run.data is not None:
+            manifest.check(folder, **tokenizer_digests(run.data))
+            self._check_rows(run.data, run.sum_over_ranks)
 
-    def _check_rows(self, datamodule: Any, total: Callable[[Tensor], Tensor]) -> None:
-        shards = self._opened()
-        for split in datamodule.splits:
-            digest, absent = DataDigest(), []
-            for batch in datamodule.every_row(split):
-                keys, counts = row_keys(batch), next_token_mask(batch["labels"]).any(1)
-                digest.add(keys[counts])
-                absent += batch["row_ids"][counts & (shards.find(keys) < 0)].tolist()
-            count = int(total(torch.tensor(len(absent))))
+    def _check_rows(self, data: TokenizedData, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        reader = self._opened()
+        for split in data.splits:
+            digest, missing = DataDigest(), []
+            for batch in data.every_row(split):
+                keys, labelled = row_keys(batch), next_token_mask(batch["labels"]).any(1)
+                digest.add(keys[labelled])
+                missing += batch["row_ids"][labelled & (reader.find(keys) < 0)].tolist()
+            count = int(sum_over_ranks(torch.tensor(len(missing))))
             if count:
-                first = "".join(f", {place} first" for place in datamodule.row_locations(split, absent[:1]))
+                first = "".join(f" (the first is {location})" for location in data.row_locations(split, missing[:1]))
                 raise ValueError(
-                    f"teacher cache {self.path} lacks {count} rows of {split}{first}: it was made of "
-                    f"{self.description.data.get(split, 'none')}, this run has {digest}"
+                    f"teacher cache {self.path} lacks {count} rows of {split}{first}: it was written for "
+                    f"{self.description.data.get(split, 'none')}, this run has {digest}; run `kd-lightning cache` with "
+                    "the arguments of this run to add them"
                 )
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Open the folder."""
         self._opened()
-        kept = self.description
-        if self._head is None and kept.kind == "hidden":
+        manifest = self.description
+        if self._head is None and manifest.kind == "hidden":
             tensors = read_head(Path(self.path))
-            self._head = Head(tensors["weight"], tensors.get("bias"), scale=kept.scale, softcap=kept.softcap)
+            self._head = Head(tensors["weight"], tensors.get("bias"), scale=manifest.scale, softcap=manifest.softcap)
         self.to(device)
 
     def _opened(self) -> CacheReader:
-        if self._shards is None:
-            self._shards = CacheReader(Path(self.path), self.description.digest)
-        return self._shards
+        if self._reader is None:
+            self._reader = CacheReader(Path(self.path), self.description.digest)
+        return self._reader
 
     def to(self, device: torch.device | str) -> None:
-        """Move the head, and send what is read there."""
+        """Move the LM head; outputs go to the device of the batch."""
         device = torch.device(device)
         if self._head is not None and device != self._device:
             head = self._head
@@ -140,34 +149,36 @@ class CachedTeacher(Teacher):
         self._device = device
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states [B, T, H], zero where the next token does not count."""
+        """Hidden states [B, T, H], zero where the next token has no label."""
         return self._read(batch)["hidden"]
 
-    def logits(self, batch: Mapping[str, Tensor]) -> Any:
-        """Logits [B, T, V]; `TopK` of shape [B, T] where the top k are kept."""
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor | TopK:
+        """Logits [B, T, V]; `TopK` of shape [B, T] if only the top k are cached."""
         if self._head is None:
             return TopK(**self._read(batch), vocabulary=self.description.vocabulary)
         return project_logits(self._head, self.hidden(batch))
 
     def _read(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is kept of a batch, in its shape."""
-        labels, shards = batch["labels"], self._opened()
-        counted = next_token_mask(labels)
-        lengths = counted.sum(1).cpu()
-        rows = shards.find(row_keys(batch))
-        unknown = (lengths > 0) & ((rows < 0) | (shards.lengths[rows] != lengths))
+        """The cached tensors of a batch, by name, each [B, T, …]."""
+        labels, reader = batch["labels"], self._opened()
+        labelled = next_token_mask(labels)
+        lengths = labelled.sum(1).cpu()
+        rows = reader.find(row_keys(batch))
+        unknown = (lengths > 0) & ((rows < 0) | (reader.lengths[rows] != lengths))
         if unknown.any():
             ids = batch.get("row_ids", torch.arange(len(labels))).cpu()[unknown].tolist()
-            raise ValueError(f"teacher cache {self.path} has no rows {', '.join(map(str, ids[:5]))}: other data")
-        found = shards.take(rows[lengths > 0]) or {name: x[:0] for name, x in shards.tables[0].items()}
+            raise ValueError(
+                f"teacher cache {self.path} has no rows {', '.join(map(str, ids[:5]))}: it was written for other data"
+            )
+        found = reader.take(rows[lengths > 0]) or {name: x[:0] for name, x in reader.tables[0].items()}
         out = {}
         for name, x in found.items():
             out[name] = x.new_zeros(*labels.shape, *x.shape[1:], device=labels.device)
-            out[name][:, :-1][counted] = x.to(labels.device)
+            out[name][:, :-1][labelled] = x.to(labels.device)
         return out
 
     def fingerprint(self) -> str:
-        """The teacher's."""
+        """The fingerprint of the teacher that wrote the cache."""
         return self.description.teacher_fingerprint
 
 
@@ -178,9 +189,9 @@ def project_logits(head: Head, hidden: Tensor) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def tokenizer_digests(datamodule: Any) -> dict[str, Any]:
-    """Tokenizer, chat template and length of a data module, as a `Description` has them."""
-    text = datamodule.text_tokenizer
+def tokenizer_digests(data: TokenizedData) -> dict[str, Any]:
+    """Tokenizer, chat template and length of the data, as fields of a `CacheManifest`."""
+    text = data.text_tokenizer
     template = [text.chat_template or text.tokenizer.chat_template, text.template_kwargs]
     tokenizer = dataclasses.replace(text, chat_template="-", template_kwargs=None, max_length=0)
     return {

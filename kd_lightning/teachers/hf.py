@@ -1,8 +1,9 @@
-"""A Hugging Face causal language model as the teacher."""
+"""Teachers that are Hugging Face causal language models in this process."""
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,85 +20,105 @@ from kd_lightning.models.backbone import logits as logits
 from kd_lightning.models.hf_adapter import name_or_path
 from kd_lightning.models.loading import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
 from kd_lightning.subclasses import concrete_subclasses
-from kd_lightning.teachers.base import Teacher as Teacher
+from kd_lightning.teachers.base import ConfigSource, Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 
 
-class HFTeacher(Teacher):
-    """A Hugging Face causal language model in this process, frozen and in eval mode.
+class CausalLMTeacher(Teacher, ABC):
+    """A Hugging Face causal LM in this process, frozen and in eval mode. Subclasses decide where its weights are.
+
+    A subclass implements `to`; it may override `read_model` (how the model is read) and `split` (how it is split into
+    body and head).
 
     Args:
         path: folder, hub name or `asset:` name; in Python also a loaded model, which is then frozen.
-        kwargs: arguments of `from_pretrained` (`dtype`, `attn_implementation` …); without `dtype` it stays as saved.
+        kwargs: arguments of `from_pretrained` (`dtype`, `attn_implementation` …); without `dtype` as saved.
 
     Raises:
         ValueError: an argument in `kwargs` is refused; on `load`, the model cannot be read.
     """
 
-    def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:
-        self._given: Any = path
+    split = staticmethod(body_and_head)
+    layers_on_host = False
+
+    def __init__(self, path: str | Any, kwargs: dict[str, Any] | None = None) -> None:
+        self._source = path
         self.kwargs = checked_kwargs(kwargs, "teacher")
         self.model: Any = None
         self._body: nn.Module | None = None
-        self._reading: Head | None = None
-        self._root: nn.Module | None = None
-        if kwargs and not isinstance(self._given, str):
-            raise ValueError(f"teacher_kwargs {kwargs} cannot be applied to a model that is loaded already")
+        self._head: Head | None = None  # its settings alone: the weights are read from the model each time
+        self._gathered: nn.Module | None = None
+        if kwargs and not isinstance(path, str):
+            raise ValueError(
+                f"teacher_kwargs must be empty for a model that is loaded already, got {kwargs}: pass them to "
+                "from_pretrained"
+            )
 
     @property
     def name(self) -> str | None:
-        """Folder or hub name; None for a loaded model that came from nowhere."""
-        return self._given if isinstance(self._given, str) else name_or_path(self._given)
+        """Folder or hub name; None for a loaded model without one."""
+        return self._source if isinstance(self._source, str) else name_or_path(self._source)
+
+    @property
+    def config_source(self) -> ConfigSource | None:
+        """Its path and arguments; None for a loaded model."""
+        if not isinstance(self._source, str):
+            return None
+        return ConfigSource(self._source, self.kwargs, self.layers_on_host)
 
     @property
     def head(self) -> Head | None:
-        """Its head; None where it cannot be cut. Where it is sharded, all ranks ask together."""
-        if self._reading is None:
+        """Its LM head; None if the model cannot be split. If it is sharded, all ranks must ask together."""
+        if self._head is None:
             return None
-        return head_on_rank(with_current_weights(self._loaded(), self._reading))
+        return head_on_rank(with_current_weights(self._loaded(), self._head))
 
     def load(self, device: torch.device | str = "cpu") -> None:
-        """Read and freeze the model, and find where to cut it."""
+        """Read and freeze the model, and split it into body and head."""
         if self.model is None:
-            self.model = self._read().eval().requires_grad_(False)
+            self.model = self.read_model().eval().requires_grad_(False)
             try:
-                self._body, reading = body_and_head(self.model)
-                self._reading = head_settings(reading)
+                self._body, head = self.split(self.model)
+                self._head = head_settings(head)
             except ValueError as error:
-                rank_zero_info(f"teacher: {error}; its whole logits are used instead")
+                rank_zero_info(f"teacher: {error}; full logits are used instead")
         self.to(device)
 
-    def _read(self) -> Any:
-        if not isinstance(self._given, str):
-            check_finite(self._given, "teacher")
-            return self._given
+    def read_model(self) -> Any:
+        """The model, in host memory.
+
+        Raises:
+            ValueError: it cannot be read, or has weights that are not finite.
+        """
+        if not isinstance(self._source, str):
+            check_finite(self._source, "teacher")
+            return self._source
         try:
-            return load_causal_lm(self._given, kwargs=self.kwargs, role="teacher")
+            return load_causal_lm(self._source, kwargs=self.kwargs, role="teacher")
         except ModelNotFoundError as error:
             classes = ", ".join(sorted(leaf.__name__ for leaf in concrete_subclasses(Teacher)))
             raise ModelNotFoundError(f"{error}, and no class of that name (there is {classes})") from None
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the model; one that is sharded stays where its strategy has put it."""
-        model = self._loaded()
-        if self._root is None and next(model.parameters()).device != torch.device(device):
-            model.to(device)
-
     def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Let a strategy spread the model over ranks."""
-        if self._root is None:
-            self._root = wrap(self._loaded())
+        """Let a strategy shard the model over ranks."""
+        if self._gathered is None:
+            self._gathered = wrap(self._loaded())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a strategy has sharded the model."""
+        return self._gathered is not None
 
     @torch.no_grad()
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states [B, T, H].
 
         Raises:
-            ValueError: it cannot be cut (`head` is None).
+            ValueError: the model cannot be split (`head` is None).
         """
         self._loaded()
         if self._body is None:
-            raise ValueError(f"teacher '{self.name}' has no cut between body and head: ask for its logits")
+            raise ValueError(f"teacher '{self.name}' cannot be split into body and head: ask for its logits")
         return self._run(hidden_states, self._body, batch)
 
     @torch.no_grad()
@@ -106,11 +127,11 @@ class HFTeacher(Teacher):
         return self._run(logits, self._loaded(), batch)
 
     def _run(self, function: Callable[..., Tensor], part: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """`function` of a part of the model, with the parameters whole."""
+        """`function` of a part of the model, with full parameters."""
         inputs = (batch["input_ids"], batch["attention_mask"])
-        if self._root is None:
+        if self._gathered is None:
             return function(part, *inputs)
-        found: Tensor = self._root(function, part, *inputs)
+        found: Tensor = self._gathered(function, part, *inputs)
         return found
 
     def fingerprint(self) -> str:
@@ -124,53 +145,37 @@ class HFTeacher(Teacher):
         return self.model
 
 
-class AroundHF(Teacher):
-    """What an `HFTeacher` inside says; how it is filled and moved is left to those below.
+class HFTeacher(CausalLMTeacher):
+    """A Hugging Face causal language model on the device of the run, frozen and in eval mode.
 
     Args:
-        inner: the teacher.
+        path: folder, hub name or `asset:` name; in Python also a loaded model, which is then frozen.
+        kwargs: arguments of `from_pretrained` (`dtype`, `attn_implementation` …); without `dtype` as saved.
+
+    Raises:
+        ValueError: an argument in `kwargs` is refused; on `load`, the model cannot be read.
     """
 
-    def __init__(self, inner: HFTeacher) -> None:
-        self._inner = inner
+    def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(path, kwargs)
 
-    @property
-    def name(self) -> str | None:
-        """Folder or hub name; None for a loaded model that came from nowhere."""
-        return self._inner.name
-
-    @property
-    def model(self) -> Any:
-        """The model; None before `load`."""
-        return self._inner.model
-
-    @property
-    def head(self) -> Head | None:
-        """Its head; None where it cannot be cut."""
-        return self._inner.head
-
-    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states [B, T, H]."""
-        return self._inner.hidden(batch)
-
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits [B, T, V]."""
-        return self._inner.logits(batch)
-
-    def fingerprint(self) -> str:
-        """As an `HFTeacher`'s of the same model."""
-        return self._inner.fingerprint()
+    def to(self, device: torch.device | str) -> None:
+        """Move the model; a sharded one stays where its strategy has put it."""
+        model = self._loaded()
+        if not self.is_sharded and next(model.parameters()).device != torch.device(device):
+            model.to(device)
 
 
 def as_teacher(teacher: Any, kwargs: dict[str, Any] | None = None) -> Teacher | None:
-    """A `Teacher` from what a user gives: one already, a name, a loaded model, or nothing."""
+    """A `Teacher` from what a user passes: a `Teacher`, a name, a loaded model, or None."""
     return teacher if teacher is None or isinstance(teacher, Teacher) else HFTeacher(teacher, kwargs)
 
 
 def parameter_counts(student: nn.Module, teacher: Teacher | None) -> str:
-    """Who learns from whom, in numbers of parameters."""
+    """Numbers of parameters of student and teacher, as one line of a log."""
     parameters = list(student.parameters())
-    learning = sum(p.numel() for p in parameters if p.requires_grad)
-    theirs = getattr(teacher, "model", None)
-    text = f"student: {sum(p.numel() for p in parameters):,} parameters, {learning:,} of them learn"
-    return text if theirs is None else f"{text}, teacher: {sum(p.numel() for p in theirs.parameters()):,} parameters"
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    text = f"student: {sum(p.numel() for p in parameters):,} parameters, {trainable:,} trainable"
+    if teacher is None or teacher.model is None:
+        return text
+    return f"{text}, teacher: {sum(p.numel() for p in teacher.model.parameters()):,} parameters"

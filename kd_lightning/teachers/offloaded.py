@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,81 +14,82 @@ from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.backbone import logits as logits
 from kd_lightning.teachers.base import Teacher as Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
-from kd_lightning.teachers.hf import AroundHF, HFTeacher
+from kd_lightning.teachers.hf import CausalLMTeacher
 
 
-class OffloadedTeacher(AroundHF):
-    """A Hugging Face model whose layers wait in host memory and visit the device one at a time.
+class OffloadedTeacher(CausalLMTeacher):
+    """A Hugging Face model whose layers stay in host memory and are copied to the device one at a time.
 
-    What stands around the layers (embedding, last norm, head) stays on the device.
+    All other modules (embedding, last norm, LM head) stay on the device.
 
     Args:
         path: as for `HFTeacher`.
         kwargs: as for `HFTeacher`.
     """
 
-    def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:
-        super().__init__(HFTeacher(path, kwargs))
-        self._device = torch.device("cpu")
-        self._visits: list[_Visit] = []
+    layers_on_host = True
 
-    def load(self, device: torch.device | str = "cpu") -> None:
-        """Read the model into host memory, and let its layers visit the device."""
-        self._inner.load()
-        self.to(device)
+    def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(path, kwargs)
+        self._device = torch.device("cpu")
+        self._copies: list[_CopyDuringForward] = []
 
     def to(self, device: torch.device | str) -> None:
-        """Move what stands around the layers, and send the layers to another device from now on."""
+        """Move all modules but the layers, and copy the layers to this device from now on."""
         device = torch.device(device)
         if device == self._device:
             return
-        for visit in self._visits:
-            visit.end()
-        parts = transformer_layers(self.model)
-        inside = {id(module) for part in parts for module in part.modules()}
-        moved: dict[int, Tensor] = {}  # a tied weight stays one
-        for module in self.model.modules():
+        model = self._loaded()
+        for copy in self._copies:
+            copy.remove()
+        layers = transformer_layers(model)
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        moved: dict[int, Tensor] = {}  # a tied weight stays tied
+        for module in model.modules():
             if id(module) not in inside:
                 for table, name, tensor in _tensors(module):
-                    table[name] = moved.setdefault(id(tensor), _at(tensor, device))
-        self._visits = [_Visit(part, device) for part in parts]
+                    table[name] = moved.setdefault(id(tensor), _on_device(tensor, device))
+        self._copies = [_CopyDuringForward(layer, device) for layer in layers]
         self._device = device
 
+    def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Do nothing: every rank keeps its own copy in host memory."""
 
-class _Visit:
+
+class _CopyDuringForward:
     """Hooks that copy a layer to a device before its forward and drop the copy after it."""
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
         self.device = device
-        self.home = [(table, name, tensor) for module in layer.modules() for table, name, tensor in _tensors(module)]
-        if device.type == "cuda":  # from page-locked memory the host need not wait for the copy
-            self.home = [(table, name, _page_locked(tensor)) for table, name, tensor in self.home]
-            self._leave()
-        before = layer.register_forward_pre_hook(self._arrive)
-        after = layer.register_forward_hook(self._leave, always_call=True)
+        self.on_host = [(table, name, tensor) for part in layer.modules() for table, name, tensor in _tensors(part)]
+        if device.type == "cuda":  # copies from page-locked memory are asynchronous
+            self.on_host = [(table, name, _page_locked(tensor)) for table, name, tensor in self.on_host]
+            self._restore()
+        before = layer.register_forward_pre_hook(self._copy)
+        after = layer.register_forward_hook(self._restore, always_call=True)
         self.handles = (before, after)
 
-    def _arrive(self, *_: Any) -> None:
-        for table, name, tensor in self.home:
-            table[name] = _at(tensor, self.device)
+    def _copy(self, *_: Any) -> None:
+        for table, name, tensor in self.on_host:
+            table[name] = _on_device(tensor, self.device)
 
-    def _leave(self, *_: Any) -> None:
-        for table, name, tensor in self.home:
+    def _restore(self, *_: Any) -> None:
+        for table, name, tensor in self.on_host:
             table[name] = tensor
 
-    def end(self) -> None:
-        """Take the hooks away."""
+    def remove(self) -> None:
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
 
 def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """A module's own parameters and buffers, each with the table that it stands in."""
+    """A module's own parameters and buffers, each with the dict that holds it."""
     tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
     return [(table, name, tensor) for table in tables for name, tensor in table.items() if tensor is not None]
 
 
-def _at(tensor: Tensor, device: torch.device) -> Tensor:
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device:
         return tensor
     copy = tensor.detach().to(device, non_blocking=True)

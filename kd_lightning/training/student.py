@@ -53,6 +53,12 @@ class StudentWithLoss(nn.Module):
         """What gives the student's hidden states; None where it cannot be cut."""
         return self._body[0] if self._body else None
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the student has logits for."""
+        student: Any = self.student
+        return int(student.get_output_embeddings().weight.shape[0])
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `function(*args, **kwargs)` gives: whatever reads the student outside of `forward` goes through here.
 

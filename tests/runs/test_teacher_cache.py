@@ -106,7 +106,7 @@ def test_refusals() -> None:
     plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 1}
     trainer = L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, limit_val_batches=0, **plain)
     loader = DataLoader(split(rows(), 6, 6), batch_size=None)
-    with pytest.raises(ValueError, match="needs a data module"):
+    with pytest.raises(ValueError, match="teacher_cache needs a data module of this package, got a custom one or none"):
         trainer.fit(module, loader, loader)
 
 

@@ -149,7 +149,8 @@ def test_the_first_step_is_the_live_one_and_no_teacher_is_asked(
     live.configure_model()
     datamodule = InstructionDataModule(str(data), tokenizer="asset:student", batch_size=7, max_length=128)
     datamodule.setup("fit")
-    fill_cache(tmp_path / "cache", live, datamodule, dtype="float32", bar=False)
+    assert live.teacher is not None and live.model is not None
+    fill_cache(tmp_path / "cache", live.teacher, datamodule, live.model.vocabulary, dtype="float32", bar=False)
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a teacher was read")
@@ -378,7 +379,7 @@ def spoil(folder: Path, how: str) -> None:
         ("empty", ["no teacher cache", "kd-lightning cache"]),
         ("a broken description", ["cache.json", "version"]),
         ("another version", ["version 7"]),
-        ("not finished", ["not finished"]),
+        ("not finished", ["is incomplete", "rerun", "resume"]),
         ("a shard cut off", ["shard-00000-000000.safetensors", "cannot be read"]),
         ("a shard of another cache", ["shard-00000-000000.safetensors", "another cache"]),
         ("no head", ["head.safetensors", "cannot be read"]),

@@ -92,7 +92,7 @@ def test_its_fingerprint_is_the_frozen_models() -> None:
 
 
 def test_before_it_has_met_a_student_it_says_so() -> None:
-    with pytest.raises(ValueError, match="has met no student"):
+    with pytest.raises(ValueError, match=r"not attached to a student yet: call `attach"):
         AdapterOffTeacher().hidden(batch())
 
 
