@@ -94,6 +94,15 @@ class Bucketed(WrapperMetric, ABC):
             metric.reset()
 
 
+def response_positions(labels: Tensor) -> Tensor:
+    """Position of every token in its response: n for the n-th labelled token of its row, from 0.
+
+    Args:
+        labels: [..., T], −100 for tokens without a label, whose position has no meaning.
+    """
+    return (labels != IGNORE_INDEX).cumsum(-1) - 1
+
+
 class ByPosition(Bucketed):
     """A metric by a token's place in its response: the n-th counted token of its row, from 0.
 
@@ -115,10 +124,10 @@ class ByPosition(Bucketed):
         self.edges = edges
 
     def bucket(self, labels: Tensor, **kwargs: Tensor) -> Tensor:
-        """Bucket of the place of every token."""
-        place = (labels != IGNORE_INDEX).cumsum(-1) - 1
-        inner = torch.tensor(self.edges[1:], device=labels.device, dtype=place.dtype)
-        return torch.bucketize(place, inner, right=True)
+        """Bucket of the position of every token."""
+        position = response_positions(labels)
+        inner = torch.tensor(self.edges[1:], device=labels.device, dtype=position.dtype)
+        return torch.bucketize(position, inner, right=True)
 
 
 class BySource(Bucketed):

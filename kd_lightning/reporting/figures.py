@@ -53,17 +53,17 @@ def agreement_by_position(shares: Sequence[float]) -> Figure:
     return figure
 
 
-def head_and_tail(kl: Sequence[float], head: Sequence[float]) -> Figure:
+def top_and_tail(kl: Sequence[float], top: Sequence[float]) -> Figure:
     """Forward KL by position in the response, split at the top half of the teacher's probability mass.
 
     Args:
         kl: forward KL in nats per token, one per position.
-        head: the part of it on the top of the teacher's distribution.
+        top: the part of it on the top of the teacher's distribution.
     """
     figure = _figure()
     axes = figure.add_subplot()
-    axes.bar(range(len(head)), head, label="top half of the teacher's mass")
-    axes.bar(range(len(head)), [total - top for total, top in zip(kl, head, strict=True)], bottom=head, label="tail")
+    axes.bar(range(len(top)), top, label="top half of the teacher's mass")
+    axes.bar(range(len(top)), [all_ - part for all_, part in zip(kl, top, strict=True)], bottom=top, label="tail")
     axes.set_xlabel("position in the response")
     axes.set_ylabel("forward KL (nats per token)")
     axes.legend(fontsize="small")

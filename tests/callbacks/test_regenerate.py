@@ -158,7 +158,7 @@ def test_a_student_that_says_nothing_more(
         "--trainer.default_root_dir",
         str(tmp_path / "again"),
     ]  # nothing from the start, and the teacher so
-    refused(again, ["the teacher wrote nothing that can be learned", kind], capfd)
+    refused(again, ["the teacher generated no response to train on", kind], capfd)
 
 
 def state(root: Path) -> dict[str, Any]:
