@@ -49,7 +49,8 @@ class GenerationQuality(L.Callback):
         batch_size: prompts per batch.
 
     Raises:
-        ValueError: an argument is out of range; before step 0: the student has no end of sequence, or too few positions.
+        ValueError: an argument is out of range; before step 0: the student has no end of sequence or too few
+            positions.
     """
 
     def __init__(

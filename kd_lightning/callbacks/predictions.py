@@ -76,10 +76,3 @@ class Predictions(L.Callback):
                 f"{len(unfinished)} of {len(responses)} responses were cut at {self.max_new_tokens} tokens: raise "
                 "--predictions.max_new_tokens for complete ones"
             )
-
-
-def _data(trainer: Trainer) -> DistillationDataModule:
-    datamodule = datamodule_of(trainer)
-    if datamodule is None:
-        raise ValueError("Predictions needs a data module of this package, such as InstructionDataModule")
-    return datamodule

@@ -138,7 +138,7 @@ def flatten_config(config: object, prefix: str = "") -> dict[str, Any]:
 
 
 def curves(root: Path) -> dict[str, Curve]:
-    """Every scalar of a run: from `ROOT/tensorboard`, else from the newest event file or `metrics.csv` in the folder."""
+    """Every scalar of a run: from `ROOT/tensorboard`, else from the newest event file or `metrics.csv` found."""
     if found := scalars(root / "tensorboard"):
         return found
     ours = [path for path in root.rglob("*") if not path.relative_to(root).parts[0].startswith("earlier-")]
