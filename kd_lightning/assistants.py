@@ -1,4 +1,4 @@
-r"""Assistant distributions r between teacher p and student q."""
+r"""Assistant distributions r: mixtures of teacher p and student q."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ from kd_lightning.schedules import Weight, check_number, check_weight, numbers, 
 
 
 class Assistant(nn.Module, ABC):
-    """A distribution made of teacher and student."""
+    """A distribution r made of the teacher's p and the student's q.
+
+    `keeps_lower_bound`: whether an f-divergence that compares with r stays a lower bound where only the teacher's top-k
+    log-probabilities are known. It does where r, summed over a group of tokens, is the same function of p and q
+    summed over that group.
+    """
+
+    keeps_lower_bound: bool = False
 
     @abstractmethod
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Log r, normalised.
+        """Normalized log r.
 
         Args:
-            log_p: teacher's log-probabilities, [..., V].
-            log_q: student's, [..., V].
-            rows: columns of shape [...], for weights that differ from row to row.
+            log_p: the teacher's log-probabilities, [..., V].
+            log_q: the student's log-probabilities, [..., V].
+            rows: extra inputs per token by name, each [...], for weights that differ between tokens.
 
         Returns:
             [..., V].
         """
 
     def extra_repr(self) -> str:
-        """The numbers it was made with."""
+        """Constructor arguments."""
         return numbers(self)
 
 
@@ -37,15 +44,15 @@ class Assistant(nn.Module, ABC):
 class AlphaMixture(Assistant):
     r"""\(r \propto (\lambda p^{(1-\alpha)/2} + (1-\lambda) q^{(1-\alpha)/2})^{2/(1-\alpha)}\); geometric at α = 1.
 
-    Reduces to `ArithmeticMixture` at −1, `GeometricMixture` at 1; harmonic at 3. Below 1 it lives where either model
-    does, from 1 on where both do.
+    Reduces to `ArithmeticMixture` at −1, `GeometricMixture` at 1; harmonic at 3. For α < 1 its support is the union of
+    both models' supports, for α ≥ 1 their intersection.
 
     Args:
         alpha: any finite number.
-        teacher_weight: λ in (0, 1), or a schedule, which may reach the ends.
+        teacher_weight: λ in (0, 1), or a schedule, which may reach 0 and 1.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Reference: Shin et al., arXiv 2510.15982.
     """
@@ -58,7 +65,7 @@ class AlphaMixture(Assistant):
         self.teacher_weight = teacher_weight
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Log r, normalised."""
+        """Normalized log r."""
         return functional.alpha_mixture(log_p, log_q, self.alpha, value(self.teacher_weight, rows))
 
 
@@ -67,11 +74,13 @@ class ArithmeticMixture(Assistant):
     r"""\(r = \lambda p + (1-\lambda) q\): DistiLLM's skew mixture.
 
     Args:
-        teacher_weight: λ in (0, 1), or a schedule, which may reach the ends.
+        teacher_weight: λ in (0, 1), or a schedule, which may reach 0 and 1.
 
     Raises:
-        ValueError: the weight is out of its range.
+        ValueError: the weight is out of range.
     """
+
+    keeps_lower_bound = True
 
     def __init__(self, teacher_weight: Weight) -> None:
         super().__init__()
@@ -79,19 +88,19 @@ class ArithmeticMixture(Assistant):
         self.teacher_weight = teacher_weight
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Log r, normalised."""
+        """Normalized log r."""
         return functional.arithmetic_mixture(log_p, log_q, value(self.teacher_weight, rows))
 
 
 @final
 class GeometricMixture(Assistant):
-    r"""\(r \propto p^\lambda q^{1-\lambda}\): TAID's interpolation of logits.
+    r"""\(r \propto p^\lambda q^{1-\lambda}\): the interpolation of logits in TAID.
 
     Args:
-        teacher_weight: λ in (0, 1), or a schedule, which may reach the ends.
+        teacher_weight: λ in (0, 1), or a schedule, which may reach 0 and 1.
 
     Raises:
-        ValueError: the weight is out of its range.
+        ValueError: the weight is out of range.
     """
 
     def __init__(self, teacher_weight: Weight) -> None:
@@ -100,5 +109,5 @@ class GeometricMixture(Assistant):
         self.teacher_weight = teacher_weight
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Log r, normalised."""
+        """Normalized log r."""
         return functional.geometric_mixture(log_p, log_q, value(self.teacher_weight, rows))

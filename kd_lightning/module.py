@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kd_lightning.console import enable_info_logging, progress_bar_enabled
 from kd_lightning.constants import moves_objective
 from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
+from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.dtensor import is_sharded, local_shard, tensor_digest
 from kd_lightning.distributed.grad_norm import clip_norm, gradient_norm
@@ -169,6 +170,7 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
+        install_checkpoint_io(self.trainer.strategy)
         datamodule, tokenizer = datamodule_of(self.trainer), tokenizer_of(self.trainer)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)

@@ -1,33 +1,41 @@
-r"""D(a ‖ b), a and b two of teacher p, student q, assistant r; the papers' recipes as points of that space."""
+r"""Objectives D(a ‖ b), where a and b are two of teacher p, student q and assistant r, and the published methods."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import final
 
 import torch
 from torch import Tensor
 
 from kd_lightning.assistants import AlphaMixture, ArithmeticMixture, Assistant, GeometricMixture
 from kd_lightning.constants import SOURCES
-from kd_lightning.divergences import Composite, Divergence, ForwardKL, check_divergence, evaluate
+from kd_lightning.divergences import (
+    Composite,
+    Divergence,
+    ForwardKL,
+    check_divergence,
+    evaluate,
+    first_not_f_divergence,
+)
 from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_weight, column, value
 
 ROLES = ("teacher", "student", "assistant")
 
 
 class Objective(Composite):
-    r"""\(D(a \| b)\) with a, b two of {p, q, r}.
+    r"""\(D(a \| b)\), where a and b are two of {p, q, r}.
 
     Reduces to the divergence itself without an assistant.
 
     Args:
         divergence: D, any divergence.
-        assistant: r, between teacher and student.
+        assistant: r, a mixture of teacher and student.
         pair: the names of a and b: two of "teacher", "student", "assistant".
-        detach_assistant: r is a fixed target: no gradient flows through it.
+        detach_assistant: whether r is a fixed target without gradient.
 
     Raises:
-        ValueError: the pair is not two of the three, or speaks of an assistant that is not there.
+        ValueError: the pair is not two of the three names, or does not match `assistant` and `detach_assistant`.
     """
 
     def __init__(
@@ -45,12 +53,10 @@ class Objective(Composite):
         if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= set(ROLES):
             raise ValueError(f"pair must be two different names of {', '.join(ROLES)}, got {pair!r}")
         if ("assistant" in pair) != (assistant is not None):
-            there = "is none" if assistant is None else "is one"
-            raise ValueError(
-                f"pair must name the assistant exactly where there is one, got {pair!r}, and there {there}"
-            )
+            given = "no assistant" if assistant is None else f"the assistant {type(assistant).__name__}"
+            raise ValueError(f"pair must contain 'assistant' if and only if one is given, got {pair!r} and {given}")
         if detach_assistant and "student" not in pair:
-            raise ValueError(f"detach_assistant must be False where the student is not in the pair, got {pair!r}")
+            raise ValueError(f"detach_assistant must be False if 'student' is not in pair, got {pair!r}")
         self.divergence = divergence
         self.assistant = assistant
         self.pair = pair
@@ -65,6 +71,22 @@ class Objective(Composite):
         a, b = self.pair
         return evaluate(self.divergence, parts[a], parts[b], rows)
 
+    @property
+    def is_f_divergence(self) -> bool:
+        """Whether the divergence is one and the assistant keeps the lower bound."""
+        return self.not_f_divergence() is None
+
+    def not_f_divergence(self) -> str | None:
+        """This class with its assistant, or the divergence's own name."""
+        if self.assistant is not None and not self.assistant.keeps_lower_bound:
+            return f"{type(self).__name__} (its assistant is {type(self.assistant).__name__})"
+        return self.divergence.not_f_divergence()
+
+    def components(self) -> dict[str, Divergence]:
+        """The divergence's components, each between the same two distributions."""
+        settings = (self.assistant, self.pair, self.detach_assistant)
+        return {name: Objective(part, *settings) for name, part in self.divergence.components().items()}
+
 
 class SkewKL(Objective):
     r"""DistiLLM's SKL: \(\mathrm{KL}(p \| \alpha p + (1-\alpha) q)\); bounded by −log α.
@@ -75,7 +97,7 @@ class SkewKL(Objective):
         alpha: in (0, 1), or a schedule.
 
     Raises:
-        ValueError: alpha is out of its range.
+        ValueError: alpha is out of range.
 
     Reference: Ko et al., arXiv 2402.03898.
     """
@@ -92,10 +114,10 @@ class SkewReverseKL(Objective):
 
     Args:
         alpha: in (0, 1), or a schedule.
-        detach_assistant: no gradient through the mixture, as DistiLLM-2's code has it for its student part.
+        detach_assistant: no gradient through the mixture, as in DistiLLM-2's code for the student's responses.
 
     Raises:
-        ValueError: alpha is out of its range.
+        ValueError: alpha is out of range.
 
     Reference: Ko et al., arXiv 2402.03898.
     """
@@ -115,7 +137,7 @@ class TAID(Objective):
         teacher_weight: t in (0, 1), or a schedule; None: `TAIDSchedule()`.
 
     Raises:
-        ValueError: the weight is out of its range.
+        ValueError: the weight is out of range.
 
     Reference: Shing et al., arXiv 2501.16937.
     """
@@ -132,12 +154,12 @@ class AMiD(Objective):
 
     Args:
         divergence: D, any divergence.
-        alpha: of the mixture.
-        teacher_weight: λ in (0, 1), or a schedule, which may reach the ends.
-        pair: which two are compared.
+        alpha: the mixture's α.
+        teacher_weight: λ in (0, 1), or a schedule, which may reach 0 and 1.
+        pair: the two distributions that are compared.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Reference: Shin et al., arXiv 2510.15982.
     """
@@ -153,18 +175,18 @@ class AMiD(Objective):
 
 
 class Contrastive(Composite):
-    r"""One objective on the teacher's responses, another on the student's (DistiLLM-2's CALD).
+    r"""One objective for the teacher's responses and another for the student's (CALD of DistiLLM-2).
 
-    \(2s\,D_1\) on rows from the data set or the teacher, \(2(1-s)\,D_2\) on the student's; with s = 0.5 and
-    `reduction="sequence_mean"` the mean over pairs of (SKL + SRKL)/2.
+    \(2s\,D_1\) on responses of the dataset or the teacher, \(2(1-s)\,D_2\) on the student's. With s = 0.5 and
+    `reduction="sequence_mean"` this is the mean over pairs of (SKL + SRKL)/2.
 
     Args:
-        teacher_responses: objective of responses from the data set or the teacher; None: `SkewKL(0.1)`.
-        student_responses: objective of the student's responses; None: `SkewReverseKL(0.1)`.
+        teacher_responses: D1, for responses of the dataset or the teacher; None: `SkewKL(0.1)`.
+        student_responses: D2, for the student's responses; None: `SkewReverseKL(0.1)`.
         teacher_share: s in [0, 1], or a schedule.
 
     Raises:
-        ValueError: an argument is out of its range; in a call, the column `source` is missing.
+        ValueError: an argument is out of range; in `forward`, `rows` has no entry "source".
 
     Reference: Ko et al., arXiv 2503.07067.
     """
@@ -189,3 +211,43 @@ class Contrastive(Composite):
         teacher = 2 * share * evaluate(self.teacher_responses, log_p, log_q, rows)
         student = 2 * (1 - share) * evaluate(self.student_responses, log_p, log_q, rows)
         return torch.where(source == SOURCES.index("student"), student, teacher)
+
+    @property
+    def is_f_divergence(self) -> bool:
+        """Whether both objectives are f-divergences."""
+        return self.not_f_divergence() is None
+
+    def not_f_divergence(self) -> str | None:
+        """Name of the first objective that is not an f-divergence."""
+        return first_not_f_divergence((self.teacher_responses, self.student_responses))
+
+    def components(self) -> dict[str, Divergence]:
+        """Both objectives, each on its own responses."""
+        return {
+            "teacher_responses": OnSource(self.teacher_responses, student=False),
+            "student_responses": OnSource(self.student_responses, student=True),
+        }
+
+
+@final
+class OnSource(Composite):
+    """A divergence on the responses of one source, NaN on the others; used to measure the sides of `Contrastive`.
+
+    Args:
+        divergence: the divergence.
+        student: True: the student's responses; False: those of the dataset and the teacher.
+    """
+
+    def __init__(self, divergence: Divergence, student: bool) -> None:
+        super().__init__()
+        self.divergence = divergence
+        self.student = student
+
+    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Divergence per token."""
+        selected = (column(rows, "source", "Contrastive") == SOURCES.index("student")) == self.student
+        return torch.where(selected, evaluate(self.divergence, log_p, log_q, rows), torch.nan)
+
+    def components(self) -> dict[str, Divergence]:
+        """The divergence's components, on the same responses."""
+        return {name: OnSource(part, self.student) for name, part in self.divergence.components().items()}

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from kd_lightning.atomic_io import atomic_file, atomic_folder
-from kd_lightning.distributed.checkpoint_io import NEEDED, AtomicCheckpointIO
+from kd_lightning.distributed.checkpoint_io import REQUIRED_KEYS, AtomicCheckpointIO, install_checkpoint_io
 
 
 def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    io.save_checkpoint({**dict.fromkeys(NEEDED), "weight": torch.ones(2)}, path)
+    io.save_checkpoint({**dict.fromkeys(REQUIRED_KEYS), "weight": torch.ones(2)}, path)
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -61,5 +63,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
 def test_a_checkpoint_with_anything_but_tensors_and_plain_values_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "foreign.ckpt"
     torch.save({"module": torch.nn.Linear(1, 1)}, path)
-    with pytest.raises(ValueError, match=r"foreign\.ckpt is no checkpoint that can be read safely"):
+    with pytest.raises(ValueError, match=r"foreign\.ckpt is not a checkpoint that can be read safely"):
         AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+
+
+def test_a_checkpoint_io_that_the_user_has_chosen_is_kept() -> None:
+    class Custom(TorchCheckpointIO):
+        pass
+
+    strategy = SingleDeviceStrategy()
+    install_checkpoint_io(strategy)
+    assert type(strategy.checkpoint_io) is AtomicCheckpointIO
+    chosen = Custom()
+    strategy.checkpoint_io = chosen
+    install_checkpoint_io(strategy)
+    assert strategy.checkpoint_io is chosen
+
+
+def test_without_the_program_an_explicit_weights_only_false_is_respected(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({**dict.fromkeys(REQUIRED_KEYS), "module": torch.nn.Linear(1, 1)}, path)
+    strategy = SingleDeviceStrategy()
+    install_checkpoint_io(strategy)
+    assert isinstance(strategy.load_checkpoint(path, weights_only=False)["module"], torch.nn.Linear)
+    for weights_only in (None, True):
+        with pytest.raises(ValueError, match="is not a checkpoint that can be read safely"):
+            strategy.load_checkpoint(path, weights_only=weights_only)

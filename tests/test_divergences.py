@@ -350,10 +350,10 @@ def test_a_sum_hands_rows_on_and_moves_with_its_schedules() -> None:
         (lambda: AlphaDivergence(math.inf), "alpha must be a finite number, got inf"),
         (lambda: AlphaBeta(None, 1.0), "alpha must be a finite number, got None"),  # type: ignore[arg-type]
         (lambda: AlphaBeta(1.0, math.nan), "beta must be a finite number, got nan"),
-        (lambda: WeightedSum([], []), "divergences and weights must be equally many, at least one, got 0 and 0"),
+        (lambda: WeightedSum([], []), "divergences and weights must have the same length, at least 1, got 0 and 0"),
         (
             lambda: WeightedSum([ForwardKL()], [1.0, 2.0]),
-            "divergences and weights must be equally many, .* got 1 and 2",
+            "divergences and weights must have the same length, .* got 1 and 2",
         ),
         (lambda: WeightedSum([ForwardKL()], [-1.0]), r"weights\[0\] must be a finite number ≥ 0, got -1.0"),
         (lambda: WeightedSum([TotalVariation], [1.0]), r"divergences\[0\] must be a Divergence"),  # type: ignore[list-item]

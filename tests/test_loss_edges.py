@@ -121,9 +121,11 @@ class Averaged(LabelLoss):
 def test_a_part_that_does_not_give_one_value_per_token_is_named(gradient: bool) -> None:
     student, teacher = logits(2, 3, 200)
     student.requires_grad_(gradient)
-    with pytest.raises(ValueError, match=r"Unsummed must give one value per token, \[5\], got \[5, 200\]"):
+    with pytest.raises(
+        ValueError, match=r"Unsummed must return one value per token, shape \[5\], got \[5, 200\]: sum over"
+    ):
         distillation_loss(student, teacher, LABELS, objective=Unsummed())
-    with pytest.raises(ValueError, match=r"Averaged must give one value per token, \[5\], got \[\]"):
+    with pytest.raises(ValueError, match=r"Averaged must return one value per token, shape \[5\], got \[\]: sum over"):
         distillation_loss(student, teacher, LABELS, objective=ForwardKL(), ce_weight=0.5, label_loss=Averaged())
 
 

@@ -33,7 +33,13 @@ SHARES = {1: [8], 2: [5, 3], 4: [2, 2, 2, 2]}  # rows of each rank that reads
 
 
 def run(
-    folder: Path, rank: int = 0, ranks: int = 1, ckpt: Path | None = None, student: Any = None, **sizes: Any
+    folder: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    ckpt: Path | None = None,
+    student: Any = None,
+    strategy: str | None = None,
+    **sizes: Any,
 ) -> Run:
     """One step in each of some epochs under AdamW, with a checkpoint of each and the export."""
     torch.manual_seed(0)
@@ -42,8 +48,8 @@ def run(
     module = Run(student, teacher, TAID(), ce_weight=0.5)
     readers = ranks // sizes.get("tensor_parallel_size", 1)
     batch = split(rows(8, VOCABULARY), *SHARES[readers])[rank * readers // ranks]
-    strategy = FSDP2Strategy(**sizes) if ranks > 1 else "auto"
-    train(module, batch, folder, ckpt, devices=ranks, strategy=strategy, max_epochs=EPOCHS, gradient_clip_val=0.05)
+    chosen = strategy or (FSDP2Strategy(**sizes) if ranks > 1 else "auto")
+    train(module, batch, folder, ckpt, devices=ranks, strategy=chosen, max_epochs=EPOCHS, gradient_clip_val=0.05)
     return module
 
 
@@ -75,6 +81,9 @@ def on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
     for kind in ("file", "folder"):
         start = Path(folder) / kind / "epoch=0.ckpt"
         found[f"resumed from a {kind}"] = full_state_dict(run(Path(folder) / f"{kind} again", rank, 2, start).student)
+    ddp = run(Path(folder) / "ddp", rank, 2, Path(folder) / "folder" / "epoch=0.ckpt", strategy="ddp")
+    found["resumed by ddp"] = full_state_dict(ddp.student)
+    found["checkpoint IO"] = type(ddp.trainer.strategy.checkpoint_io).__name__
     spared = run(Path(folder) / "spared", rank, 2, activation_checkpointing=True, cpu_offload=True)
     found["spared"] = full_state_dict(spared.student)
     for name, student in (("uncut", tiny("bert")), ("odd", tiny("llama", vocab_size=VOCABULARY + 1))):
@@ -142,9 +151,15 @@ def test_one_device_goes_on_with_the_checkpoint_and_exports_the_same_bytes(
         assert (folder / kind / "student" / name).read_bytes() == (tmp_path / "over" / "student" / name).read_bytes()
 
 
+def test_ddp_resumes_from_a_folder_without_a_plugin(two: Two, one: Run) -> None:
+    for found in two[1]:
+        assert found["checkpoint IO"] == "AtomicCheckpointIO"
+        assert_same_student(found["resumed by ddp"], full_state_dict(one.student))
+
+
 def test_heads_that_cannot_be_split(two: Two) -> None:
     for found in two[1]:
-        assert found["uncut"].startswith("strategy.tensor_parallel_size must be 1 where the student cannot be cut")
+        assert found["uncut"].startswith("strategy.tensor_parallel_size must be 1 for a student that cannot be split")
         assert found["odd"] == "strategy.tensor_parallel_size must divide the student's vocabulary, 81, got 2"
 
 
@@ -156,7 +171,7 @@ def test_a_checkpoint_with_a_missing_file_is_refused(two: Two, tmp_path: Path) -
         if path.name != "rank-00001.safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
     assert AtomicCheckpointIO().load_checkpoint(whole)["global_step"] == 1
-    with pytest.raises(ValueError, match=r"the checkpoint is not whole: rows .* are in none of its files"):
+    with pytest.raises(ValueError, match=r"the checkpoint is incomplete: no file has rows .* of"):
         AtomicCheckpointIO().load_checkpoint(folder)
 
 
@@ -211,7 +226,7 @@ def test_layers_are_the_outermost_lists_that_share_nothing() -> None:
         (
             4,
             {"shard_size": 4, "tensor_parallel_size": 2},
-            r"strategy\.shard_size .* rows on 2 of them each, got 4",
+            r"strategy\.shard_size .* \(groups of 2 read the same rows\), got 4",
         ),
     ],
 )

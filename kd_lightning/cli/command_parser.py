@@ -1,13 +1,30 @@
-"""What the program does beside the trainer's verbs: a file a command, each with `main(words)`."""
+"""The commands of the program, and the parser of those that are not LightningCLI's."""
 
 from __future__ import annotations
 
 import argparse
 from typing import NoReturn
 
+TRAINER_COMMANDS = {
+    "fit": "Distill a student, evaluate it on the test rows, and export it under --trainer.default_root_dir.",
+    "validate": "Evaluate a student on the validation rows.",
+    "test": "Evaluate a student on the test rows.",
+    "predict": "Generate a student's responses for the test rows.",
+}
+
+
+# Each is a module of `kd_lightning.cli` with `main(args) -> exit status or None`.
+OTHER_COMMANDS = {
+    "generate": "generate responses to a file of prompts, with a model or a server",
+    "preflight": "check a run for common misconfigurations before it starts",
+    "compare": "compare finished or running runs",
+    "cache": "cache the teacher's outputs for the data",
+    "plan": "estimate the memory of a run on each of many ranks, without the hardware",
+}
+
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that raises a ValueError in the place of leaving the program."""
+    """A parser that raises a ValueError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raise it."""

@@ -1,42 +1,42 @@
-"""Collectives over Python objects and tensors, and checks that all ranks agree."""
+"""Collectives over Python objects and tensors, and a check that all ranks agree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 T = TypeVar("T")
 
 
-def all_gather_objects(mine: T, ranks: int) -> list[T]:
-    """What every rank gives, in the order of ranks, on every rank; all of them must ask, or the only one.
+def all_gather_objects(value: T, ranks: int) -> list[T]:
+    """The values of all ranks, in their order, on every rank. A collective: all ranks must call it.
 
     Args:
-        mine: this rank's; can be pickled.
-        ranks: how many there are.
+        value: of this rank; can be pickled.
+        ranks: number of ranks; 1: nothing is sent.
     """
     if ranks == 1:
-        return [mine]
-    found: list[Any] = [None] * ranks
-    dist.all_gather_object(found, mine)
-    return found
+        return [value]
+    gathered = [value] * ranks
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
-def check_ranks_agree(mine: Mapping[str, str]) -> None:
-    """Compare what every rank says of itself with what rank 0 says; called by all ranks, or by the only one.
+def check_ranks_agree(values: Mapping[str, str]) -> None:
+    """Check that all ranks have the same values. A collective: all ranks must call it.
 
     Args:
-        mine: texts by what they describe.
+        values: texts by what they describe.
 
     Raises:
-        ValueError: on every rank alike, with the rank, what it describes and the first line that differs.
+        ValueError: on every rank, with the rank, the name of the value and the first line that differs.
     """
-    everyone = all_gather_objects(dict(mine), dist.get_world_size() if dist.is_initialized() else 1)
+    everyone = all_gather_objects(dict(values), dist.get_world_size() if dist.is_initialized() else 1)
     for rank, other in enumerate(everyone):
         for name in sorted(other.keys() | everyone[0].keys()):
             theirs, first = other.get(name, ""), everyone[0].get(name, "")
@@ -48,13 +48,18 @@ def check_ranks_agree(mine: Mapping[str, str]) -> None:
                 )
 
 
-def sum_over_ranks(trainer: Any) -> Callable[[Tensor], Tensor]:
-    """Sums a tensor over the ranks; every rank must ask."""
-    if trainer is None or trainer.world_size == 1 or not torch.distributed.is_initialized():
+def sum_over_ranks(trainer: Trainer | None) -> Callable[[Tensor], Tensor]:
+    """A function that sums a tensor over all ranks, with the result on the CPU. All ranks must call that function.
+
+    Args:
+        trainer: of the run; None, or a run of one process: tensors are returned as they are.
+    """
+    if trainer is None or trainer.world_size == 1 or not dist.is_initialized():
         return lambda x: x
+    strategy = trainer.strategy
 
     def total(x: Tensor) -> Tensor:
-        summed: Tensor = trainer.strategy.reduce(x.to(trainer.strategy.root_device), reduce_op="sum")
+        summed: Tensor = strategy.reduce(x.to(strategy.root_device), reduce_op="sum")
         return summed.cpu()
 
     return total

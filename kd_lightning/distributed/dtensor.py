@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-TENSOR = "tensor"  # the dimension of a mesh along which a vocabulary is split
+TENSOR = "tensor"
+"""Name of the mesh dimension over which a vocabulary is split."""
 
 
-# ------------------------------------------------------------------------------------------------ shards and the whole
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of the tensor only."""
+    """Whether this rank holds only a shard of the tensor."""
     return isinstance(tensor, DTensor)
 
 
@@ -26,31 +26,35 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered on every rank; one that is not sharded as it is."""
+    """The full tensor, gathered on every rank; a tensor that is not sharded as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     if TENSOR not in (tensor.device_mesh.mesh_dim_names or ()):
-        return _there(tensor).full_tensor()
-    return _gathered(_part(tensor), tensor.device_mesh.get_group(TENSOR))  # torch says it would do this badly
+        return _on_mesh_device(tensor).full_tensor()
+    # `DTensor.full_tensor` warns that it redistributes these placements inefficiently
+    return _all_gather(vocabulary_shard(tensor), tensor.device_mesh.get_group(TENSOR))
 
 
-def _part(tensor: DTensor) -> Tensor:
-    """The rows of this rank's part of the vocabulary, gathered from those that share it."""
+def vocabulary_shard(tensor: DTensor) -> Tensor:
+    """The rows of this rank's part of the vocabulary, gathered from the ranks that share that part.
+
+    The full tensor if it is not split over the vocabulary.
+    """
     names = tensor.device_mesh.mesh_dim_names or ()
     if TENSOR not in names:
-        return _there(tensor).full_tensor()
-    held = local_shard(_there(tensor))
+        return _on_mesh_device(tensor).full_tensor()
+    held = local_shard(_on_mesh_device(tensor))
     if len(names) == 1:
         return held
     part = len(tensor) // tensor.device_mesh[TENSOR].size()
     group = tensor.device_mesh.get_group("shard")
-    padded = held.new_zeros(-(-part // group.size()), *held.shape[1:])  # the last of them may hold fewer
+    padded = held.new_zeros(-(-part // group.size()), *held.shape[1:])  # the last ranks may hold fewer rows
     padded[: len(held)] = held
-    return _gathered(padded, group)[:part]
+    return _all_gather(padded, group)[:part]
 
 
-def _there(tensor: DTensor) -> DTensor:
-    """The same shard where ranks talk: an offloaded one comes from host memory."""
+def _on_mesh_device(tensor: DTensor) -> DTensor:
+    """The same shard on the device of the collectives: an offloaded one is copied from host memory."""
     held = local_shard(tensor)
     if held.device.type == tensor.device_mesh.device_type:
         return tensor
@@ -60,31 +64,31 @@ def _there(tensor: DTensor) -> DTensor:
     )
 
 
-def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     pieces = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(pieces, part.contiguous(), group=group)
     return torch.cat(pieces)
 
 
 def row_range(tensor: DTensor) -> tuple[int, int]:
-    """First row of the whole tensor that this rank holds, and the one after its last; equal where it holds none."""
+    """Start and stop of the rows of the full tensor that this rank holds; (0, 0) if it holds none."""
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return (offset[0], offset[0] + shape[0]) if shape[0] else (0, 0)
 
 
 def is_first_replica(tensor: DTensor) -> bool:
     """Whether this rank is the first of those that hold the same rows."""
-    place = tensor.device_mesh.get_coordinate()
-    assert place is not None
-    return all(i == 0 for i, kind in zip(place, tensor.placements, strict=True) if kind.is_replicate())
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return all(i == 0 for i, kind in zip(coordinate, tensor.placements, strict=True) if kind.is_replicate())
 
 
 def shard_like(read: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
     """A tensor sharded like another one.
 
     Args:
-        read: gives rows of the whole tensor.
-        like: the tensor in whose place it will stand; one that is not sharded gets all rows.
+        read: `read(start, stop)` returns these rows of the full tensor.
+        like: the tensor that it is like; if that one is not sharded, all rows are read.
     """
     if not isinstance(like, DTensor):
         return read(0, len(like))
@@ -95,11 +99,11 @@ def shard_like(read: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
 
 
 def full_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """The state of a model with every tensor whole, on the CPU; names that are one tensor stay one.
+    """The state of a model with full tensors on the CPU; tied tensors stay tied. A collective: all ranks must call it.
 
     Args:
-        model: any module; all ranks call this together.
-        keep: whether this rank wants the result; otherwise it is empty.
+        model: any module.
+        keep: whether this rank needs the result; False: it is empty.
     """
     state: dict[str, Tensor] = {}
     found: dict[int, Tensor] = {}
@@ -121,7 +125,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, types and bytes of tensors; of sharded ones, all ranks call this together."""
+    """SHA-256 over names, dtypes, shapes and bytes of tensors. A collective if they are sharded."""
     found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -1,19 +1,76 @@
-"""FSDP2: wrap student and teacher, layer by layer."""
+"""FSDP2: shard student and teacher, layer by layer."""
 
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from kd_lightning.engine.head import Head
+
+R = TypeVar("R")
+
+
+class ShardableStudent(nn.Module):
+    """Base class of the module that is sharded as the student: the model and what reads it under one forward."""
+
+    student: nn.Module
+
+    @abstractmethod
+    def head(self) -> Head | None:
+        """The student's LM head with its current weights; None if the model cannot be split into backbone and head."""
+
+    @abstractmethod
+    def call(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """`function(*args, **kwargs)` with the parameters gathered, for what reads them outside of `forward`."""
+
+
+class ShardableTeacher(Protocol):
+    """What a strategy needs of a teacher."""
+
+    @property
+    def head(self) -> Head | None:
+        """The teacher's LM head; None if the model cannot be split into backbone and head."""
+
+    def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Replace the model by what `wrap` returns; called again, nothing happens."""
+
+
+class ShardableModule(Protocol):
+    """What a strategy needs of the Lightning module."""
+
+    @property
+    def model(self) -> ShardableStudent | None:
+        """The student with its loss; None before `configure_model`."""
+
+    @property
+    def teacher(self) -> ShardableTeacher | None:
+        """The teacher, if there is one."""
+
+
+class ShardingOptions(TypedDict):
+    """Arguments of `shard_student` and `shard_teacher`."""
+
+    mesh: DeviceMesh
+    layer_mesh: NotRequired[DeviceMesh]
+    layer_dtype: torch.dtype | None
+    offload_policy: OffloadPolicy
 
 
 class Root(nn.Module):
-    """What holds the parameters around the layers: whatever reads them runs inside its forward, and finds them whole.
+    """Owner of the parameters outside of the layers; what reads them runs inside its forward, where they are gathered.
 
     Args:
         model: the model.
@@ -23,35 +80,36 @@ class Root(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `function(*args, **kwargs)` gives."""
+    def forward(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """`function(*args, **kwargs)`."""
         return function(*args, **kwargs)
 
 
 def shard_student(
-    model: nn.Module,
+    model: ShardableStudent,
     mesh: DeviceMesh,
     layer_mesh: DeviceMesh | None = None,
     layer_dtype: torch.dtype | None = None,
     offload_policy: OffloadPolicy | None = None,
 ) -> None:
-    """Shard a `StudentWithLoss`: each layer by itself, the rest as one group that is there from forward to backward.
+    """Shard a student in place: each layer by itself, the rest as one group that stays gathered until backward.
 
     Args:
-        model: the student with its loss; both are left in their place.
+        model: the student with its loss.
         mesh: one dimension to shard over; or two: to replicate and to shard over.
         layer_mesh: the same for the layers; None: `mesh`.
-        layer_dtype: what layers are gathered and computed in; None: as they are. Gradients are summed in fp32.
-        offload_policy: where the shards are.
+        layer_dtype: dtype that layers are gathered and computed in; None: that of the parameters. Gradients are
+            reduced in fp32.
+        offload_policy: where the shards are kept; None: on the device.
     """
-    student: Any = model.student
     shard = functools.partial(fully_shard, offload_policy=offload_policy or OffloadPolicy())
     for layer in transformer_layers(model):
-        shard(layer, mesh=layer_mesh or mesh, mp_policy=_policy(layer_dtype))
-    shard(model, mesh=mesh, mp_policy=_policy(None))
+        shard(layer, mesh=layer_mesh or mesh, mp_policy=_precision(layer_dtype))
+    sharded = shard(model, mesh=mesh, mp_policy=_precision(None))
     register_fsdp_forward_method(model, "call")
     model.register_forward_hook(_reshard_unless_training)
-    student.generate = _inside(model.call, student.generate, then=model.reshard)  # type: ignore[arg-type]
+    hf: Any = model.student  # `generate` of this one object is replaced
+    hf.generate = _gathered(model.call, hf.generate, after=sharded.reshard)
 
 
 def shard_teacher(
@@ -61,41 +119,46 @@ def shard_teacher(
     layer_dtype: torch.dtype | None = None,
     offload_policy: OffloadPolicy | None = None,
 ) -> Root:
-    """Shard a frozen model, and give what its parameters are gathered by: nothing is whole longer than it is read.
+    """Shard a frozen model in place; parameters stay gathered only while they are read.
 
     Args:
-        model: a Hugging Face model; left in its place.
+        model: a Hugging Face model.
         mesh: as for `shard_student`.
         layer_mesh: as for `shard_student`.
         layer_dtype: as for `shard_student`.
         offload_policy: as for `shard_student`.
+
+    Returns:
+        A module that gathers the parameters around a call: `root(function, *args)`.
     """
-    hf: Any = model
     root = Root(model)
     shard = functools.partial(fully_shard, offload_policy=offload_policy or OffloadPolicy(), reshard_after_forward=True)
     for layer in transformer_layers(model):
-        shard(layer, mesh=layer_mesh or mesh, mp_policy=_policy(layer_dtype))
-    shard(root, mesh=mesh, mp_policy=_policy(None))
-    hf.generate = _inside(root, hf.generate)
+        shard(layer, mesh=layer_mesh or mesh, mp_policy=_precision(layer_dtype))
+    shard(root, mesh=mesh, mp_policy=_precision(None))
+    hf: Any = model  # `generate` of this one object is replaced
+    hf.generate = _gathered(root, hf.generate)
     return root
 
 
-def _inside(root: Callable[..., Any], generate: Callable[..., Any], then: Callable[[], Any] | None = None) -> Any:
-    """Let a model's `generate` run with the parameters around the layers gathered; all ranks call it equally often."""
+def _gathered(
+    root: Callable[..., Any], generate: Callable[..., R], after: Callable[[], object] | None = None
+) -> Callable[..., R]:
+    """`generate` with the parameters outside of the layers gathered; all ranks must call it equally often."""
 
     @functools.wraps(generate)
-    def gathered(*args: Any, **kwargs: Any) -> Any:
-        kwargs["synced_gpus"] = True  # ranks that are done go on gathering for the others
-        found = root(generate, *args, **kwargs)
-        if then is not None:
-            then()
+    def gathered(*args: Any, **kwargs: Any) -> R:
+        kwargs["synced_gpus"] = True  # ranks that have finished continue to gather for the others
+        found: R = root(generate, *args, **kwargs)
+        if after is not None:
+            after()
         return found
 
     return gathered
 
 
 def transformer_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a model: members of its outermost `ModuleList`s that share no parameter with the rest."""
+    """The repeated layers of a model: members of its outermost `ModuleList`s that share no parameter with the rest."""
     found: dict[int, nn.Module] = {}
     _collect(model, found)
     owners: dict[int, set[int]] = {}
@@ -122,12 +185,13 @@ def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
             _collect(child, found)
 
 
-def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-    """Inputs are left to autocast, as on one device."""
+def _precision(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Inputs are cast by autocast, as on one device."""
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def _reshard_unless_training(module: Any, args: Any, output: Any) -> None:
-    """Without a backward nobody would: the whole parameters would outlive the next change of the shards."""
+def _reshard_unless_training(module: nn.Module, args: object, output: object) -> None:
+    """Free the gathered parameters if there is no backward to do it: they would be stale after the next update."""
     if not torch.is_grad_enabled():
+        assert isinstance(module, FSDPModule)
         module.reshard()

@@ -1,4 +1,4 @@
-"""The norm of gradients that are sharded in several ways, and clipping by it."""
+"""Norm of gradients that are sharded in different ways, and clipping by it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kd_lightning.distributed.dtensor import local_shard
 
 @torch.no_grad()
 def clip_norm(parameters: Iterable[Tensor], bound: float, device: torch.device) -> Tensor:
-    """Scale gradients so that their norm over all ranks is at most `bound`, wherever each of them is sharded.
+    """Scale gradients so that their norm over all ranks is at most `bound`, however each of them is sharded.
 
     Args:
-        parameters: the same on every rank; those without a gradient are left out.
+        parameters: the same on every rank; those without a gradient are skipped.
         bound: > 0.
-        device: where ranks talk.
+        device: of the collectives.
 
     Returns:
-        The norm before.
+        The norm before clipping.
     """
     parameters = list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -34,32 +34,32 @@ def clip_norm(parameters: Iterable[Tensor], bound: float, device: torch.device) 
 
 
 def gradient_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Norm of all gradients over all ranks, 0-d, wherever each of them is sharded; the host waits for nothing.
+    """Norm of all gradients over all ranks, 0-d, however each of them is sharded. Does not synchronize with the host.
 
     Args:
-        parameters: the same on every rank; those without a gradient are left out.
-        device: where ranks talk.
+        parameters: the same on every rank; those without a gradient are skipped.
+        device: of the collectives.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros((), device=device)
-    if not any(isinstance(grad, DTensor) for grad in grads):  # the same on every rank
+    if not any(isinstance(grad, DTensor) for grad in grads):  # replicated: the same on every rank
         norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads])
         norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device, torch.float32) for norm in norms]))
         return norm
     total = torch.zeros((), device=device)
     for grad in grads:
-        total += (torch.linalg.vector_norm(local_shard(grad), dtype=torch.float32) ** 2).to(device) / _copies(grad)
+        total += (torch.linalg.vector_norm(local_shard(grad), dtype=torch.float32) ** 2).to(device) / _replicas(grad)
     dist.all_reduce(total)
     return total.sqrt()
 
 
-def _copies(tensor: Tensor) -> int:
-    """On how many ranks each element is."""
+def _replicas(tensor: Tensor) -> int:
+    """Number of ranks that hold each element."""
     ranks = dist.get_world_size()
     if not isinstance(tensor, DTensor):
         return ranks
-    for i, kind in enumerate(tensor.placements):
-        if not kind.is_replicate():
+    for i, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
             ranks //= tensor.device_mesh.size(i)
     return ranks

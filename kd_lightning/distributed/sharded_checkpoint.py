@@ -1,12 +1,13 @@
-"""Checkpoints as folders: each rank writes its rows of every tensor, and any number of ranks reads what it needs.
+"""Checkpoints as folders: each rank writes its rows of every tensor; any number of ranks can read them.
 
-A folder holds `meta.pt`, the checkpoint with an empty (meta) tensor wherever one is sharded, and one safetensors file a
-rank, which knows at what row its pieces start.
+A folder holds `meta.pt`, the checkpoint with an empty (meta) tensor for every sharded one, and one safetensors file per
+rank. The metadata of each file gives the first row of its pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ META = "meta.pt"
 
 
 def map_tensors(tree: Any, leaf: Callable[[str, Tensor], Any], path: str = "") -> Any:
-    """A copy of nested dicts, lists and tuples with `leaf(path, tensor)` in the place of every tensor."""
+    """A copy of nested dicts, lists and tuples with `leaf(path, tensor)` for every tensor."""
     if isinstance(tree, Tensor):
         return leaf(path, tree)
     if isinstance(tree, dict):
@@ -33,15 +34,15 @@ def map_tensors(tree: Any, leaf: Callable[[str, Tensor], Any], path: str = "") -
 
 
 def write_rank_file(checkpoint: dict[str, Any], folder: Path, rank: int) -> None:
-    """Write what this rank holds of a checkpoint; rank 0 also writes what is not sharded.
+    """Write the shards of this rank; rank 0 also writes everything that is not sharded.
 
     Args:
         checkpoint: the same on every rank but for the shards.
-        folder: there already, and empty.
+        folder: exists and is empty.
         rank: of this process.
     """
     pieces: dict[str, Tensor] = {}
-    places: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     names: dict[tuple[int, int], str] = {}  # tied tensors are one piece under two names
 
     def leaf(path: str, tensor: Tensor) -> Tensor:
@@ -51,55 +52,76 @@ def write_rank_file(checkpoint: dict[str, Any], folder: Path, rank: int) -> None
         if is_first_replica(tensor) and stop > start:
             piece = local_shard(tensor).detach().cpu().contiguous()
             name = names.setdefault((piece.data_ptr(), piece.numel()), path)
-            pieces[name], places[path] = piece, f"{start} {name}"
+            pieces[name], metadata[path] = piece, f"{start} {name}"
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
     rest = map_tensors(checkpoint, leaf)
-    if pieces:  # a rank whose rows others write too has none
-        save_file(pieces, folder / f"rank-{rank:05d}.safetensors", metadata=places)
+    if pieces:  # a rank that holds only replicas of other ranks' rows has none
+        save_file(pieces, folder / f"rank-{rank:05d}.safetensors", metadata=metadata)
     if rank == 0:
         torch.save(rest, folder / META)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one tensor in one file."""
+
+    start: int
+    name: str
+    file: safe_open
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`, counted from the first row of the piece."""
+        rows: Tensor = self.file.get_slice(self.name)[start:stop]  # type: ignore[no-untyped-call]
+        return rows
+
+    @property
+    def stop(self) -> int:
+        """The row after the last one."""
+        return self.start + int(self.file.get_slice(self.name).get_shape()[0])  # type: ignore[no-untyped-call]
+
+
 class ShardReader:
-    """Rows of the tensors in a folder that `write_part` has filled.
+    """Reads rows of the tensors in the folder of a sharded checkpoint.
 
     Args:
         folder: the checkpoint.
 
     Raises:
-        ValueError: a file in it is broken.
+        ValueError: a file of the folder is corrupt.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._found: dict[str, list[tuple[int, str, Any]]] = {}  # first row, name, file
-        for part in sorted(folder.glob("rank-*.safetensors")):
+        self._pieces: dict[str, list[_Piece]] = {}
+        for path in sorted(folder.glob("rank-*.safetensors")):
             try:
-                file = safe_open(part, framework="pt")
+                file = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"{part} is no part of a checkpoint: {error}") from error
-            for path, place in (file.metadata() or {}).items():  # type: ignore[no-untyped-call]
-                start, name = place.split(" ", 1)
-                self._found.setdefault(path, []).append((int(start), name, file))
+                raise ValueError(f"{path} is corrupt, it is not a shard of a checkpoint: {error}") from error
+            for tensor, location in (file.metadata() or {}).items():  # type: ignore[no-untyped-call]
+                start, name = location.split(" ", 1)
+                self._pieces.setdefault(tensor, []).append(_Piece(int(start), name, file))
 
     def read(self, path: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the tensor at `path`.
 
         Raises:
-            ValueError: some of them are in no file.
+            ValueError: no file has some of them.
         """
-        parts = []
+        found = []
         at = start
-        for first, name, file in sorted(self._found.get(path, []), key=lambda found: found[0]):
-            piece = file.get_slice(name)
-            last = first + piece.get_shape()[0]
-            if first <= at < min(last, stop):
-                parts.append(piece[at - first : min(last, stop) - first])
+        for piece in sorted(self._pieces.get(path, []), key=lambda piece: piece.start):
+            last = piece.stop
+            if piece.start <= at < min(last, stop):
+                found.append(piece.rows(at - piece.start, min(last, stop) - piece.start))
                 at = min(last, stop)
         if at < stop:
-            raise ValueError(f"the checkpoint is not whole: rows {at} to {stop} of {path} are in none of its files")
-        return torch.cat(parts)
+            raise ValueError(f"the checkpoint is incomplete: no file has rows {at} to {stop} of {path}")
+        return torch.cat(found)
 
-    def whole(self, tree: Any) -> Any:
-        """The tree with every tensor that was sharded whole."""
-        return map_tensors(tree, lambda path, tensor: self.read(path, 0, len(tensor)) if tensor.is_meta else tensor)
+    def load_full(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint with every sharded tensor in full."""
+        full: dict[str, Any] = map_tensors(
+            checkpoint, lambda path, tensor: self.read(path, 0, len(tensor)) if tensor.is_meta else tensor
+        )
+        return full

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from kd_lightning.distributed.dtensor import TENSOR, _part
+from kd_lightning.distributed.dtensor import TENSOR, vocabulary_shard
 from kd_lightning.engine.head import Head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def split_vocabulary(model: Any, mesh: DeviceMesh, role: str) -> None:
-    """Give each rank of a group its part of a model's head (and of its embedding, where they are one).
+
+def split_vocabulary(model: PreTrainedModel, mesh: DeviceMesh, role: str) -> None:
+    """Split the LM head of a model (and its embedding, if the two are tied) over the ranks of a mesh, in place.
 
     Args:
-        model: a Hugging Face model.
-        mesh: one dimension, called `tensor`.
-        role: `student` or `teacher`, for the error.
+        model: a causal LM with a plain LM head.
+        mesh: one dimension, named `tensor`.
+        role: `student` or `teacher`, for the error message.
 
     Raises:
-        ValueError: the vocabulary cannot be divided by the size of the group.
+        ValueError: the vocabulary is not divisible by the size of the mesh.
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied, learns = head.weight is embedding.weight, head.weight.requires_grad
+    head: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
+    tied, trainable = head.weight is embedding.weight, head.weight.requires_grad
     if len(head.weight) % mesh.size():
         raise ValueError(
             f"strategy.tensor_parallel_size must divide the {role}'s vocabulary, {len(head.weight)}, got {mesh.size()}"
@@ -35,11 +40,14 @@ def split_vocabulary(model: Any, mesh: DeviceMesh, role: str) -> None:
         parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
         head.weight = embedding.weight
     for parameter in (*head.parameters(), *(embedding.parameters() if tied else ())):
-        parameter.requires_grad_(learns)
+        parameter.requires_grad_(trainable)
 
 
 def head_on_rank(head: Head) -> Head:
-    """A head with what this rank needs of it: its part of a vocabulary that is split, else all; ranks ask together."""
+    """The LM head with the weights that this rank computes with: its part of a split vocabulary, else all of them.
+
+    A collective where the weights are sharded: all ranks must call it.
+    """
     if not isinstance(head.weight, DTensor):
         return head
     mesh = head.weight.device_mesh
@@ -47,7 +55,7 @@ def head_on_rank(head: Head) -> Head:
     bias = head.bias
     return dataclasses.replace(
         head,
-        weight=_part(head.weight),
-        bias=_part(bias) if isinstance(bias, DTensor) else bias,
+        weight=vocabulary_shard(head.weight),
+        bias=vocabulary_shard(bias) if isinstance(bias, DTensor) else bias,
         group=mesh.get_group(TENSOR) if split else None,
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from kd_lightning.divergences import Divergence, evaluate, one_a_token
+from kd_lightning.divergences import Divergence, check_one_per_token, evaluate
 from kd_lightning.engine.compile import BREAK_EVEN, Compiled
 from kd_lightning.functional import FLOOR
 from kd_lightning.label_losses import LabelLoss
@@ -154,7 +154,9 @@ class TokenLoss(nn.Module):
 
         values: dict[str, Tensor] = {}
         values["ce"], g = _differentiate(
-            lambda log_q: one_a_token(self.label_loss, self.label_loss(log_q.clamp_min(FLOOR), columns), log_q.shape),
+            lambda log_q: check_one_per_token(
+                self.label_loss, self.label_loss(log_q.clamp_min(FLOOR), columns), log_q.shape
+            ),
             student.label_log_prob(label_t),
             weights * ce_weight if gradient else None,
         )

@@ -17,23 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd_lightning.assistants import ArithmeticMixture
-from kd_lightning.divergences import (
-    AlphaBeta,
-    AlphaDivergence,
-    Divergence,
-    ForwardKL,
-    GeneralizedJSD,
-    ReverseKL,
-    SymmetricKL,
-    TotalVariation,
-    WeightedSum,
-)
-from kd_lightning.objectives import Contrastive, Objective
+from kd_lightning.divergences import Divergence
 
-F_DIVERGENCES = (ForwardKL, ReverseKL, SymmetricKL, GeneralizedJSD, TotalVariation, AlphaDivergence)
 Transform = tuple[float, float | None]  # a head's scale and soft-cap
 
 
@@ -112,34 +99,17 @@ class TopKLogits:
         tile.scatter_(-1, ids, self.known.log_probs[a:b].to(tile.dtype))
 
 
-def check_lower_bound(divergence: Divergence | nn.Module, monitors: Mapping[str, Divergence] | None = None) -> None:
-    """See that k + 1 outcomes give a lower bound of an objective, and of what is measured beside it.
+def check_lower_bound(divergence: Divergence, monitors: Mapping[str, Divergence] | None = None) -> None:
+    """Check that k + 1 outcomes give a lower bound of an objective and of every monitor.
 
     Raises:
-        ValueError: a part is no f-divergence; it is named.
+        ValueError: a component is not an f-divergence; the message names it.
     """
     for part in (divergence, *(monitors or {}).values()):
-        name = _foreign(part)
+        name = part.not_f_divergence()
         if name is not None:
             raise ValueError(
-                f"{name} cannot be read from a teacher's top k: only f-divergences are lower bounds there (forward and "
-                "reverse KL, JSD, total variation, α, skewed); keep hidden states instead (--kind hidden)"
+                f"{name} cannot be computed from a teacher's top-k log-probabilities: only f-divergences are lower "
+                "bounds there (forward and reverse KL, JSD, total variation, α-divergence, skewed KL, and your own "
+                "classes with is_f_divergence = True): cache hidden states instead (--kind hidden)"
             )
-
-
-def _foreign(part: Any) -> str | None:
-    """Name of the first part that is no f-divergence of teacher and student."""
-    if isinstance(part, Objective):
-        if part.assistant is not None and not isinstance(part.assistant, ArithmeticMixture):
-            return f"{type(part).__name__} (its assistant is {type(part.assistant).__name__})"
-        return _foreign(part.divergence)
-    inner: list[Any] = []
-    if isinstance(part, WeightedSum):
-        inner = list(part.parts)
-    elif isinstance(part, Contrastive):
-        inner = [part.teacher_responses, part.student_responses]
-    elif isinstance(part, AlphaBeta):
-        return None if part.alpha + part.beta == 1 else f"AlphaBeta(alpha={part.alpha}, beta={part.beta})"
-    elif not isinstance(part, F_DIVERGENCES):
-        return type(part).__name__
-    return next((name for name in map(_foreign, inner) if name is not None), None)

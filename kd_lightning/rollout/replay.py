@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.distributed.checkpoint_io import ResizableState
 from kd_lightning.models.generate import Sampling
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import Batch, gather_rows, pad_rows
 from kd_lightning.schedules import Linear, Weight, check_number, check_weight, value
 
 
-class ReplayBuffer(nn.Module):
+class ReplayBuffer(nn.Module, ResizableState):
     """Rows of batches, first in, first out; its tensors are part of the `state_dict` and grow as they fill.
 
     Args:
@@ -76,7 +77,7 @@ class ReplayBuffer(nn.Module):
         found = {name: column[:, :width] if column.ndim == 2 else column for name, column in found.items()}
         return {name: column.long() if column.dtype == torch.int32 else column for name, column in found.items()}
 
-    def fit_to(self, state: Mapping[str, Tensor]) -> None:
+    def resize_to(self, state: Mapping[str, Tensor]) -> None:
         """Have columns of the names and shapes of a state that will be loaded."""
         for name in self.columns:
             del self._buffers[name]
@@ -86,7 +87,7 @@ class ReplayBuffer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the shapes of what is loaded."""
-        self.fit_to({key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)})
+        self.resize_to({key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.distributed.fsdp2 import ShardableStudent
 from kd_lightning.distributed.vocab_parallel import head_on_rank
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
@@ -21,7 +22,7 @@ MODEL_INPUTS = ("input_ids", "attention_mask")
 NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
 
 
-class StudentWithLoss(nn.Module):
+class StudentWithLoss(ShardableStudent):
     """Student and loss under one forward, body -> head -> loss: what DDP and FSDP2 wrap as a whole.
 
     Args:

@@ -24,7 +24,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["beta", "1", "ReverseKL", "ForwardKL"],
     ),
     "skew at its end": (["--model.objective", "SkewKL", "--model.objective.alpha", "1.0"], ["alpha", "1"]),
-    "misspelt class": (["--model.objective", "FowardKL"], ["objective", "class FowardKL (did you mean ForwardKL?)"]),
+    "misspelt class": (
+        ["--model.objective", "FowardKL"],
+        ["objective", "unknown class FowardKL (did you mean ForwardKL?)"],
+    ),
     "class of one's own that is not there": (
         ["--model.objective", "test_bad_input.Nope"],
         ["model.objective: test_bad_input.Nope cannot be imported from /", "has no attribute 'Nope'"],
@@ -38,7 +41,7 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["--model.monitors", '{"mine": "FowardKL"}'],
         [
             "model.monitors",
-            "there is no class FowardKL (did you mean ForwardKL?); the classes are AMiD, AdaptiveKL",
+            "unknown class FowardKL (did you mean ForwardKL?): pass one of AMiD, AdaptiveKL",
             "ForwardKL",
         ],
     ),
@@ -49,13 +52,19 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "misspelt argument of the data": (["--data.batchsize", "3"], ["batchsize", "did you mean batch_size?"]),
     "rate that is no number": (["--model.optimizer.lr", "abc"], ["model.optimizer.lr must be float, got 'abc'"]),
-    "argument an optimizer does not take": (["--model.optimizer.foo", "3"], ["AdamW has no argument 'foo'", "lr"]),
+    "argument an optimizer does not take": (
+        ["--model.optimizer.foo", "3"],
+        ["AdamW has no argument 'foo': pass one of params, lr"],
+    ),
     "abbreviated argument": (["--trainer.max_step", "7"], ["--trainer.max_step 7 (did you mean --trainer.max_steps?)"]),
     "misspelt middle": (["--model.optimiser.lr", "1"], ["(did you mean --model.optimizer.lr?)"]),
-    "an argument like none": (["--zzz", "1"], ["--zzz 1; --help lists"]),
+    "an argument like none": (["--zzz", "1"], ["--zzz 1: --help lists the arguments"]),
     "a part without its class": (
         ["--model.objective", "TAID", "--model.objective.teacher_weight.step_size", "0.01"],
-        ["model.objective.teacher_weight: it is not said which Schedule: give --model.objective.teacher_weight CLASS"],
+        [
+            "missing class for --model.objective.teacher_weight: pass --model.objective.teacher_weight CLASS (one of "
+            "Cosine, Linear, ResponseGap, TAIDSchedule)"
+        ],
     ),
     "misspelt argument in a file": (
         ["--config", '{"trainer": {"max_step": 7}}'],
@@ -88,10 +97,12 @@ def test_a_bad_argument(case: tuple[list[str], list[str]], tmp_path: Path, capfd
     assert not (tmp_path / "root" / "config.yaml").exists()
 
 
-def test_a_misspelt_verb(capfd: pytest.CaptureFixture[str]) -> None:
-    refused([], ["a verb must be given: fit, ", "preflight"], capfd)
+def test_a_misspelt_command(capfd: pytest.CaptureFixture[str]) -> None:
+    refused([], ["missing command: pass one of fit, ", "preflight"], capfd)
     refused(
-        ["prefligth", "--config", "quickstart"], ["no verb prefligth (did you mean preflight?)", "fit", "plan"], capfd
+        ["prefligth", "--config", "quickstart"],
+        ["unknown command 'prefligth' (did you mean preflight?)", "fit", "plan"],
+        capfd,
     )
 
 

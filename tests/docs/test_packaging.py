@@ -91,7 +91,7 @@ def test_the_installed_package_is_whole_in_an_empty_folder(site: Path, tmp_path:
 import pathlib, sys
 import kd_lightning
 from kd_lightning import assets
-from kd_lightning.cli import program as cli
+from kd_lightning.cli import configs
 site = pathlib.Path(sys.argv[1])
 package = pathlib.Path(kd_lightning.__file__).parent
 assert package == site / "kd_lightning", package
@@ -99,7 +99,7 @@ assert (package / "py.typed").is_file()
 for name in ("teacher", "student", "train", "validation", "test"):
     path = pathlib.Path(assets.resolve(f"asset:{name}"))
     assert site in path.parents and path.exists(), path
-assert pathlib.Path(cli.shipped_config("quickstart")) == package / "configs" / "quickstart.yaml"
+assert pathlib.Path(configs.shipped_config("quickstart")) == package / "configs" / "quickstart.yaml"
 """
     # -P and -I would hide the folder too: it goes first in the path, before an editable installation of this tree.
     run(tmp_path, "-c", program, str(site), PYTHONPATH=str(site))

@@ -15,14 +15,14 @@ import pytest
 
 import kd_lightning
 import runs
-from kd_lightning.cli import program as cli
+from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
 from locations import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in PAGES}
 DOCUMENTED = re.findall(r"^::: kd_lightning\.([\w.]+)$", "\n".join(TEXTS.values()), re.MULTILINE)
-OWN = tuple(cli.COMMANDS)
+OWN = tuple(OTHER_COMMANDS)
 MY_FILE = """
 from kd_lightning import Divergence
 
@@ -38,11 +38,11 @@ class MyDivergence(SquaredHellinger):
 PARSE = """
 import json, sys
 from kd_lightning.cli import program as cli
+from kd_lightning.cli import trainer_cli
 sys.path.append("")
-build = cli.build_cli
-nothing = {name: lambda self, *_: None for name in ("instantiate_classes", "_run_subcommand")}
-cli.build_cli = lambda: type("Parsed", (build(),), nothing)
-cli.checkpoint_path = lambda name, root: name
+for name in ("instantiate_classes", "_run_subcommand"):
+    setattr(trainer_cli.TrainerCLI, name, lambda self, *_: None)
+trainer_cli.checkpoint_path = lambda name, root: name
 for words in json.load(sys.stdin):
     try:
         cli.run(words)
@@ -94,10 +94,10 @@ def test_every_public_name_has_one_place() -> None:
 
 
 def test_every_command_and_every_callback_of_the_program_has_its_place() -> None:
-    assert {f"cli.{name}.main" for name in cli.COMMANDS} <= set(DOCUMENTED)
-    for verb in cli.VERBS:
+    assert {f"cli.{name}.main" for name in OTHER_COMMANDS} <= set(DOCUMENTED)
+    for verb in TRAINER_COMMANDS:
         assert f"`{verb}`" in TEXTS["reference/commands.md"], verb
-    source = Path(cli.__file__).read_text(encoding="utf-8")
+    source = (ROOT / "kd_lightning" / "cli" / "trainer_cli.py").read_text(encoding="utf-8")
     added = re.findall(r"add_lightning_class_args\((\w+), \"(\w+)\"\)", source)
     assert added
     for name, group in added:

@@ -1,6 +1,9 @@
-"""A teacher of k + 1 outcomes: f-divergences of them, value and gradient, never above the full ones."""
+"""A top-k teacher: values and gradients of f-divergences on k + 1 outcomes, never above those of all tokens."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from kd_lightning import (
     AlphaDivergence,
     AMiD,
     ArithmeticMixture,
+    Assistant,
+    Composite,
     Contrastive,
     DistillationLoss,
     Divergence,
@@ -27,9 +32,52 @@ from kd_lightning import (
     TotalVariation,
     WeightedSum,
 )
+from kd_lightning.divergences import evaluate
 from kd_lightning.engine.top_k import TopK, check_lower_bound, top_k
 
 V, K, H = 50, 6, 8
+
+
+class SquaredHellinger(Divergence):
+    """A custom f-divergence."""
+
+    is_f_divergence = True
+
+    def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square().sum(-1)
+
+
+class Undeclared(Divergence):
+    """The same divergence, not declared as an f-divergence."""
+
+    def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return SquaredHellinger()(log_p, log_q)
+
+
+class Halved(Assistant):
+    """A custom assistant that keeps the lower bound: the arithmetic mean of both models."""
+
+    keeps_lower_bound = True
+
+    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        return torch.logaddexp(log_p, log_q) - math.log(2)
+
+
+class Doubled(Composite):
+    """A custom composite that is an f-divergence because its component is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = SquaredHellinger()
+
+    @property
+    def is_f_divergence(self) -> bool:
+        return self.inner.is_f_divergence
+
+    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        return 2 * evaluate(self.inner, log_p, log_q, rows)
+
+
 BOUNDS: dict[str, Divergence] = {
     "forward": ForwardKL(),
     "reverse": ReverseKL(),
@@ -44,6 +92,9 @@ BOUNDS: dict[str, Divergence] = {
     "SRKL, detached": SkewReverseKL(0.1, detach_assistant=True),
     "sum": WeightedSum([ForwardKL(), SkewReverseKL(0.2)], [0.5, 2.0]),
     "reversed": Objective(ReverseKL(), ArithmeticMixture(0.4), ("assistant", "student")),
+    "custom": SquaredHellinger(),
+    "custom, skewed": Objective(SquaredHellinger(), Halved(), ("teacher", "assistant")),
+    "custom composite": WeightedSum([Doubled(), ForwardKL()], [1.0, 0.5]),
 }
 
 
@@ -83,6 +134,20 @@ def test_it_is_the_divergence_of_the_outcomes(objective: Divergence) -> None:
     torch.testing.assert_close(parts.values["teacher_nll"], full.values["teacher_nll"], atol=1e-5, rtol=0)
 
 
+def test_a_custom_f_divergence_equals_a_slow_loop_over_k_plus_one_outcomes() -> None:
+    student, _, labels, known = example()
+    loss = DistillationLoss(SquaredHellinger(), reduction="sum").from_logits(student, known, labels).loss
+    slow = 0.0
+    for row, t in (labels != -100).nonzero().tolist():
+        q = student[row, t].softmax(-1).tolist()
+        ids = known.ids[row, t].tolist()
+        outcomes = list(zip(known.log_probs[row, t].exp().tolist(), (q[v] for v in ids), strict=True))
+        outcomes.append((math.exp(float(known.log_tail[row, t])), 1 - math.fsum(q[v] for v in ids)))
+        slow += math.fsum(0.5 * (math.sqrt(a) - math.sqrt(b)) ** 2 for a, b in outcomes)
+    assert len(outcomes) == K + 1
+    assert float(loss.detach()) == pytest.approx(slow, rel=1e-6)
+
+
 def test_hidden_states_and_logits_agree() -> None:
     _, _, labels, known = example(torch.float32)
     hidden, head = torch.randn(2, 5, H), Head(torch.randn(V + 3, H), torch.randn(V + 3), scale=0.4, softcap=2.0)
@@ -119,10 +184,12 @@ def test_the_label_is_always_known_and_the_rest_adds_up() -> None:
         (WeightedSum([ForwardKL(), AdaptiveKL()], [1.0, 1.0]), "AdaptiveKL"),
         (Contrastive(SkewKL(0.1), TAID()), "TAID"),
         (Objective(AdaptiveKL()), "AdaptiveKL"),
+        (Undeclared(), "Undeclared"),
+        (WeightedSum([SquaredHellinger(), Undeclared()], [1.0, 1.0]), "Undeclared"),
     ],
 )
 def test_what_is_no_lower_bound_is_refused(part: Divergence, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}.* cannot be read from a teacher's top k"):
+    with pytest.raises(ValueError, match=f"{name}.* cannot be computed from a teacher's top-k log-probabilities"):
         check_lower_bound(part)
     with pytest.raises(ValueError, match=name):
         check_lower_bound(ForwardKL(), {"mine": part})

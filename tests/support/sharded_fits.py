@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from kd_lightning.callbacks.export import HFExport
-from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from tiny_fits import Batch
 
 
@@ -27,7 +26,6 @@ def train(module: Any, batch: Batch, folder: Path, start: Path | None, **setting
         accelerator="cpu",
         logger=False,
         callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1), HFExport()],
-        plugins=[AtomicCheckpointIO()],
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,8 +1,9 @@
-"""What a loss is made of: head and tail add up to forward KL, parts to the objective, and no bit changes by seeing."""
+"""Components of a loss: top and tail sum to forward KL, terms to the objective, and logging them changes no bit."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kd_lightning import AdaptiveKL, DistillationModule, ForwardKL, ReverseKL, SymmetricKL, WeightedSum
-from kd_lightning.divergences import Divergence, evaluate
+from kd_lightning.divergences import Composite, Divergence, evaluate
 from kd_lightning.functional import forward_kl, head_mask, log_softmax
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.objectives import AMiD, Contrastive, SkewKL, SkewReverseKL
@@ -64,7 +65,7 @@ def test_a_head_of_more_tokens_than_are_looked_at_first(mu: float) -> None:
     torch.testing.assert_close(PartialKL("tail", mu)(log_p, log_q), torch.where(inside, 0.0, terms).sum(-1))
 
 
-def test_parts_by_name() -> None:
+def test_components_by_name() -> None:
     both = ["forward_kl", "reverse_kl"]
     assert list(objective_components(SymmetricKL())) == list(objective_components(AdaptiveKL())) == both
     assert list(objective_components(AMiD(SymmetricKL(), 0.0, 0.5))) == both
@@ -75,6 +76,48 @@ def test_parts_by_name() -> None:
     ]  # fmt: skip
     assert list(objective_components(Contrastive())) == ["teacher_responses", "student_responses"]
     assert objective_components(ForwardKL()) == objective_components(SkewKL()) == {}
+
+
+class Custom(Composite):
+    """A custom composite; `kd` is also the name of a value that the loss reports itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = SymmetricKL(0.3)
+        self.kd = ReverseKL()
+        self.weight = Linear(0.0, 1.0)
+
+    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        return evaluate(self.near, log_p, log_q, rows) + self.weight() * evaluate(self.kd, log_p, log_q, rows)
+
+
+def test_a_custom_composite_shows_its_components() -> None:
+    names = ["near", "near_forward_kl", "near_reverse_kl", "kd"]
+    assert list(objective_components(Custom())) == names
+    assert list(objective_components(AMiD(Custom(), 0.0, 0.5))) == names
+    log_p, log_q = problem()
+    labels = torch.zeros(len(log_p), dtype=torch.long)
+    loss = component_loss(Custom())
+    sums = component_sums(loss, loss.from_logits(log_q, log_p, labels))
+    assert sums.keys() == {f"component/{name}" for name in (*names, "head_kl", "tail_kl")}
+    expected = {"near": SymmetricKL(0.3), "near_forward_kl": ForwardKL(), "near_reverse_kl": ReverseKL()}
+    for name, part in {**expected, "kd": ReverseKL()}.items():
+        total, weight = sums[f"component/{name}"]
+        torch.testing.assert_close(total, evaluate(part, log_p, log_q).sum())
+        assert weight == len(labels)
+
+
+def test_a_custom_divergence_names_its_own_components() -> None:
+    class Mean(Divergence):
+        def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+            return (ForwardKL()(log_p, log_q) + ReverseKL()(log_p, log_q)) / 2
+
+        def components(self) -> dict[str, Divergence]:
+            return {"covering": ForwardKL(), "seeking": ReverseKL()}
+
+    assert list(objective_components(WeightedSum([Mean(), ForwardKL()], [1.0, 1.0]))) == [
+        "mean", "mean_covering", "mean_seeking", "forward_kl"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,223 @@
+"""LightningCLI with this program's arguments, defaults and callbacks.
+
+Importing this module takes seconds, as it imports Lightning and transformers: `program.run` imports it when needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import kd_lightning.assistants
+import kd_lightning.divergences
+import kd_lightning.label_losses
+import kd_lightning.objectives
+import kd_lightning.rollout
+import kd_lightning.schedules
+import kd_lightning.strategies
+import kd_lightning.teachers  # noqa: F401 - imported so that configs can use short class names
+from kd_lightning.callbacks.baselines import Baselines
+from kd_lightning.callbacks.checkpoint import RunCheckpoint
+from kd_lightning.callbacks.export import HFExport
+from kd_lightning.callbacks.generation_eval import GenerationQuality
+from kd_lightning.callbacks.predictions import Predictions
+from kd_lightning.callbacks.progress import progress
+from kd_lightning.callbacks.regenerate import Regeneration
+from kd_lightning.callbacks.report import Report
+from kd_lightning.callbacks.results import ResultsTable
+from kd_lightning.callbacks.run_config import RunConfig
+from kd_lightning.callbacks.samples import Samples
+from kd_lightning.callbacks.tensorboard import Dashboard
+from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
+from kd_lightning.cli.configs import checkpoint_path, register_config_loader
+from kd_lightning.cli.error_messages import explain, unknown_argument
+from kd_lightning.data import InstructionDataModule
+from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
+from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.module import DistillationModule
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Callback)
+
+
+class TrainerCLI(LightningCLI):
+    """Parses one of `fit`, `validate`, `test` and `predict`, builds its objects, and runs it.
+
+    Args:
+        args: arguments of the command line.
+        start: False: build `model`, `datamodule` and `trainer`, and run nothing.
+        change: is called with the parsed configuration of the command before objects are built from it.
+    """
+
+    model: DistillationModule
+    datamodule: LightningDataModule
+    trainer: Trainer
+    subcommand: str
+
+    def __init__(
+        self, args: Sequence[str], *, start: bool = True, change: Callable[[Namespace], None] | None = None
+    ) -> None:
+        self._start, self._change = start, change
+        super().__init__(
+            DistillationModule,
+            InstructionDataModule,
+            subclass_mode_data=True,  # `--data ContrastiveDataModule`; InstructionDataModule by default
+            save_config_callback=None,  # `RunConfig` saves it
+            seed_everything_default=42,
+            trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1, "enable_model_summary": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs=_parser_kwargs(),
+            args=list(args),
+        )
+
+    # ------------------------------------------------------------------------------------------------------ arguments
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the groups `checkpoint` to `predictions`, and `baseline`."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(HFExport, "export")
+        parser.add_lightning_class_args(ResultsTable, "results")
+        parser.add_lightning_class_args(GenerationQuality, "generation")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Predictions, "predictions")
+        text = "folder of another run, for example a supervised one, to draw as a constant line in this run's charts"
+        parser.add_argument("--baseline", type=str | None, default=None, help=text)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        actions: Any = parser._subcommands_action  # jsonargparse has no public way to list the subcommands
+        for choice in actions._choices_actions:
+            choice.help = TRAINER_COMMANDS[choice.dest]  # Lightning takes the first lines of Trainer's documentation
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse as Lightning does; the message on an unknown argument names the nearest known one.
+
+        Raises:
+            ValueError: an argument is unknown or invalid.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ValueError(unknown_argument(explain(error), self._parser("fit"))) from None
+
+    def _parse_ckpt_path(self) -> None:
+        """Skip Lightning's step: checkpoints hold no hyperparameters, and a resumed run uses the given arguments."""
+
+    @property
+    def parsed(self) -> Namespace:
+        """The parsed configuration of the command."""
+        found: Namespace = self.config[self.subcommand]
+        return found
+
+    @property
+    def built(self) -> Namespace:
+        """The configuration of the command with its objects built."""
+        found: Namespace = self.config_init[self.subcommand]
+        return found
+
+    # -------------------------------------------------------------------------------------------------------- objects
+    def before_instantiate_classes(self) -> None:
+        """Apply `change`, refuse Lightning's FSDP, and resolve `--ckpt_path last`.
+
+        Raises:
+            ValueError: the strategy cannot hold two models, or there is no such checkpoint.
+        """
+        config = self.parsed
+        if self._change is not None:
+            self._change(config)
+        strategy = config.trainer.strategy
+        name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
+        if name.split(".")[-1].lower() in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
+            raise ValueError(
+                f"trainer.strategy {name} is not supported: it wraps one model and cannot hold a sharded teacher next "
+                "to the student: use fsdp2"
+            )
+        if config.ckpt_path:
+            config.ckpt_path = checkpoint_path(config.ckpt_path, self.root)
+
+    @property
+    def root(self) -> str:
+        """The run's folder."""
+        return self.parsed.trainer.default_root_dir or os.getcwd()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer, with the program's logger, checkpoint IO and callbacks."""
+        config = self.built.trainer
+        if config.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(self.root, name="", version="tensorboard")
+        kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
+        kwargs["callbacks"] = self._callbacks(config)
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, config: Namespace) -> list[Callback]:
+        """The user's callbacks and those of the program that have no group of arguments."""
+        callbacks: list[Callback] = _as_list(config.callbacks)
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(progress())
+        if self.subcommand == "fit":
+            saved = self.parsed.clone()
+            saved.ckpt_path = None
+            text = self._parser("fit").dump(saved, skip_none=False)
+            callbacks += [RunConfig(text), Baselines(saved.baseline), Dashboard(text), Report()]
+        return callbacks
+
+    def callbacks_of(self, kind: type[C]) -> list[C]:
+        """The Trainer's callbacks of a class."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a helper of Lightning
+        return [callback for callback in callbacks if isinstance(callback, kind)]
+
+    # ------------------------------------------------------------------------------------------------------------ run
+    def before_fit(self) -> None:
+        """Refuse what callbacks cannot work with, and a ROOT that is taken or not writable, before anything is written.
+
+        Raises:
+            ValueError: it names what must change.
+        """
+        for regeneration in self.callbacks_of(Regeneration):
+            regeneration.check(self.model)
+        export: HFExport = self.built.export
+        export.resuming = bool(self.parsed.ckpt_path)
+        if is_fast_dev_run(self.trainer):
+            return
+        export.check(self.trainer.default_root_dir)
+        if not export.resuming:
+            for run_config in self.callbacks_of(RunConfig):
+                run_config.look(self.trainer.default_root_dir)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._start:
+            super()._run_subcommand(subcommand)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+
+def _as_list(value: T | Sequence[T] | None) -> list[T]:
+    """The plugins or callbacks of a configuration, which may be one, several or none, as a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]  # type: ignore[list-item]
+
+
+def _parser_kwargs() -> dict[str, Any]:
+    """Arguments of the parsers: `--help` with a short usage line instead of one that lists every argument."""
+    usage = "kd-lightning {} --config NAME_OR_FILE [--GROUP.ARGUMENT VALUE ...]"
+    commands = {name: {"description": text, "usage": usage.format(name)} for name, text in TRAINER_COMMANDS.items()}
+    description = "Distill a causal language model. `kd-lightning COMMAND --help` lists the arguments of a command."
+    description += " `--data.help` and `--data.help ContrastiveDataModule` list those of the data."
+    others = "; ".join(f"{name}: {text}" for name, text in OTHER_COMMANDS.items())
+    return {
+        "exit_on_error": False,
+        "allow_abbrev": False,
+        "prog": "kd-lightning",
+        "parser_mode": register_config_loader(),
+        "usage": f"kd-lightning {{{','.join([*TRAINER_COMMANDS, *OTHER_COMMANDS])}}} ...",
+        "description": description,
+        "epilog": f"Other commands: {others}.",
+        **commands,
+    }

@@ -1,0 +1,32 @@
+"""Divergences of the student q from the teacher p, one value per token."""
+
+from kd_lightning.divergences.alpha import AlphaBeta, AlphaDivergence
+from kd_lightning.divergences.base import (
+    Composite,
+    Divergence,
+    check_divergence,
+    check_one_per_token,
+    evaluate,
+    first_not_f_divergence,
+)
+from kd_lightning.divergences.kl import AdaptiveKL, ForwardKL, GeneralizedJSD, ReverseKL, SymmetricKL
+from kd_lightning.divergences.total_variation import TotalVariation
+from kd_lightning.divergences.weighted_sum import WeightedSum
+
+__all__ = [
+    "AdaptiveKL",
+    "AlphaBeta",
+    "AlphaDivergence",
+    "Composite",
+    "Divergence",
+    "ForwardKL",
+    "GeneralizedJSD",
+    "ReverseKL",
+    "SymmetricKL",
+    "TotalVariation",
+    "WeightedSum",
+    "check_divergence",
+    "check_one_per_token",
+    "evaluate",
+    "first_not_f_divergence",
+]

@@ -1,0 +1,122 @@
+r"""Base classes of divergences of the student q from the teacher p, one value per token.
+
+A custom divergence is a class with one method:
+
+    class Hellinger(Divergence):
+        is_f_divergence = True  # optional: the class can then be used with a top-k teacher
+
+        def forward(self, log_p, log_q):
+            return 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square().sum(-1)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+from torch import Size, Tensor, nn
+
+from kd_lightning.schedules import numbers
+
+
+class Divergence(nn.Module, ABC):
+    """Divergence of the student q from the teacher p: at least 0, and 0 if and only if they agree."""
+
+    @abstractmethod
+    def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Divergence in nats.
+
+        Args:
+            log_p: the teacher's log-probabilities, [..., V].
+            log_q: the student's log-probabilities, [..., V].
+
+        Returns:
+            One value per token, [...].
+        """
+
+    @property
+    def is_f_divergence(self) -> bool:
+        r"""Whether this is \(\sum_v q_v f(p_v / q_v)\) with f convex and f(1) = 0.
+
+        Only f-divergences can be computed from a teacher's top-k log-probabilities, where they are lower bounds. The
+        default is False; a custom f-divergence sets `is_f_divergence = True` in its class.
+        """
+        return False
+
+    def not_f_divergence(self) -> str | None:
+        """Name of the first component that is not an f-divergence of teacher and student, for error messages.
+
+        Returns:
+            None if `is_f_divergence` holds.
+        """
+        return None if self.is_f_divergence else type(self).__name__
+
+    def components(self) -> dict[str, Divergence]:
+        """Divergences that this one is made of, by name and without their weights.
+
+        The training logs show their means as `component/NAME`. A component that has components of its own shows those
+        too, as `component/NAME_INNER`.
+
+        Returns:
+            Empty by default.
+        """
+        return {}
+
+    def extra_repr(self) -> str:
+        """Constructor arguments."""
+        return numbers(self)
+
+
+class Composite(Divergence):
+    """A divergence made of other divergences; it also receives `rows`, extra inputs per token.
+
+    Its components are the divergences registered as its attributes. Override `components` to name others.
+    """
+
+    @abstractmethod
+    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Divergence in nats.
+
+        Args:
+            log_p: the teacher's log-probabilities, [..., V].
+            log_q: the student's log-probabilities, [..., V].
+            rows: extra inputs per token by name, each [...].
+
+        Returns:
+            One value per token, [...].
+        """
+
+    def components(self) -> dict[str, Divergence]:
+        """Every `Divergence` registered as an attribute, under the attribute's name."""
+        return {name: part for name, part in self.named_children() if isinstance(part, Divergence)}
+
+
+def evaluate(divergence: Divergence, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Value of any divergence, [...]; only a `Composite` receives the rows."""
+    values = divergence(log_p, log_q, rows) if isinstance(divergence, Composite) else divergence(log_p, log_q)
+    return check_one_per_token(divergence, values, log_q.shape[:-1])
+
+
+def check_one_per_token(part: nn.Module, values: Tensor, shape: Size) -> Tensor:
+    """The values, checked to be one per token.
+
+    Raises:
+        ValueError: the shape differs, for example because `forward` does not sum over the vocabulary.
+    """
+    if values.shape != shape:
+        raise ValueError(
+            f"{type(part).__name__} must return one value per token, shape {list(shape)}, got {list(values.shape)}: "
+            "sum over the vocabulary in forward"
+        )
+    return values
+
+
+def first_not_f_divergence(parts: Iterable[Divergence]) -> str | None:
+    """Name of the first component that is not an f-divergence; None if all are."""
+    return next((name for part in parts if (name := part.not_f_divergence()) is not None), None)
+
+
+def check_divergence(name: str, divergence: object) -> None:
+    """Raise a ValueError with the argument's name and value unless it is a `Divergence`."""
+    if not isinstance(divergence, Divergence):
+        raise ValueError(f"{name} must be a Divergence, got {divergence!r}")

@@ -1,0 +1,28 @@
+"""The program: what its import costs, and its help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
+from kd_lightning.cli.program import main
+from locations import ROOT
+
+
+@pytest.mark.parametrize("module", ["kd_lightning.cli", "kd_lightning.cli.program", "kd_lightning.cli.configs"])
+def test_its_import_is_cheap(module: str) -> None:
+    code = f"import sys, {module}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"torch", "lightning", "transformers", "jsonargparse", "tqdm", "yaml"} & set(done.stdout.split())
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, description in {**TRAINER_COMMANDS, **OTHER_COMMANDS}.items():
+        assert name in text
+        assert description in text
