@@ -160,7 +160,7 @@ class Regeneration(L.Callback):
             )
         datamodule.replace_responses(texts, self.side)
         teacher = student_and_teacher(module).teacher
-        for text in check_model_fits_data(student_of(module), teacher and teacher.model, datamodule):
+        for text in check_model_fits_data(student_of(module), None if teacher is None else teacher.model, datamodule):
             rank_zero_warn(text)
         if not is_fast_dev_run(trainer):
             folder = Path(trainer.default_root_dir) / "responses"

@@ -79,7 +79,8 @@ def generated_rows(batch: Batch, tokenizer: PreTrainedTokenizerBase, count: int)
         prompt = batch["input_ids"][row, :first][batch["attention_mask"][row, :first].bool()]
         response = labels[row][labelled[row]]
         texts = [
-            " ".join(tokenizer.decode(ids.tolist(), skip_special_tokens=True).split()) for ids in (prompt, response)
+            " ".join(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)).split())
+            for ids in (prompt, response)
         ]
         rows.append([texts[0], SOURCES[int(batch["source"][row])], texts[1], str(len(response))])
     return rows
