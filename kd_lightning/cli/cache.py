@@ -1,4 +1,4 @@
-"""What the teacher says about the data, written down once: `kd-lightning cache --config X --output DIR`."""
+"""Cache the teacher's outputs for every row of the data: `kd-lightning cache --config X --output DIR`."""
 
 from __future__ import annotations
 
@@ -6,94 +6,90 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.command_parser import CommandParser
+from kd_lightning.cli.prepared_run import PreparedFit
 from kd_lightning.cli.program import run
+from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
+from kd_lightning.training.student import StudentWithLoss
 
 FLAGS = "--output DIR [--kind hidden|top_k] [--k 64] [--dtype bfloat16|float32] [--shard_mib 256]"
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the teacher cache of the run that `fit` with the same words would be; interrupted, it goes on.
+    """Write the teacher cache of the run that `fit` with the same arguments would be. An interrupted cache is resumed.
 
-    `--kind hidden` keeps hidden states, exact for every loss up to the rounding of `--dtype` (bfloat16: 2⁻⁹ of each
-    number). `--kind top_k` keeps the `--k` most probable tokens, the label among them, and the mass of all others.
+    `--kind hidden` keeps hidden states: exact for every loss, up to the rounding of `--dtype` (bfloat16: a relative
+    error of at most 2⁻⁹). `--kind top_k` keeps the `--k` most probable tokens, always including the label, and the
+    total probability of all others.
 
     Args:
-        args: every word that `fit` takes, and the command's own.
+        args: all `fit` options, and the options of this command.
 
     Raises:
-        ValueError: an argument is out of its range, there is no teacher, the responses are written in the run, or the
-            folder is another cache's.
+        ValueError: an argument is out of its range, there is no teacher, responses are generated during the run, or
+            the folder holds another cache.
     """
-    own = CommandParser(
+    parser = CommandParser(
         prog="kd-lightning cache",
-        description="Write down what the teacher says about the data: every argument of `fit`, and these.",
+        description="Cache the teacher's outputs for the data. Accepts all `fit` options, and these.",
         usage=f"kd-lightning cache --config NAME_OR_FILE {FLAGS} [--GROUP.ARGUMENT VALUE ...]",
         allow_abbrev=False,
     )
-    own.add_argument("--output", type=Path, required=True, help="the folder; one that is there is gone on with")
-    own.add_argument("--kind", default="hidden", help="hidden: hidden states; top_k: the likeliest tokens and the rest")
-    own.add_argument("--k", type=int, default=64, help="tokens of each distribution (top_k)")
-    own.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
-    own.add_argument("--shard_mib", type=int, default=256, help="size of one file, and what a kill costs at most")
-    given, words = own.parse_known_args(list(args))
+    parser.add_argument("--output", type=Path, required=True, help="folder of the cache; an incomplete one is resumed")
+    parser.add_argument("--kind", default="hidden", help="hidden: hidden states; top_k: the most probable tokens")
+    parser.add_argument("--k", type=int, default=64, help="number of tokens of each distribution (top_k)")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
+    parser.add_argument("--shard_mib", type=int, default=256, help="size of a file: the work lost if interrupted")
+    given, fit_args = parser.parse_known_args(list(args))
     if given.shard_mib < 1:
         raise ValueError(f"--shard_mib must be at least 1, got {given.shard_mib}")
-    cli = run(["fit", *words], start=False)
-    module, datamodule = prepared(cli)
+    fit = PreparedFit(run(["fit", *fit_args], start=False), "cache")
+    student, teacher = load_models(fit)
     start = time.perf_counter()
-    with cli.trainer.precision_plugin.forward_context():
-        kept = fill_cache(
+    with fit.trainer.precision_plugin.forward_context():
+        cached = fill_cache(
             given.output,
-            module.teacher,
-            datamodule,
-            module.model.vocabulary,
+            teacher,
+            fit.datamodule,
+            student.vocabulary,
             kind=given.kind,
             dtype=given.dtype,
             k=given.k,
             shard_bytes=given.shard_mib << 20,
-            bar=cli.config_init["fit"].trainer.enable_progress_bar is not False,
+            bar=fit.config.trainer.enable_progress_bar is not False,
         )
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in given.output.glob("shard-*"))
     print(
-        f"{given.output}: {kept.tokens} tokens of {', '.join(kept.data)}, {size / max(kept.tokens or 1, 1):.0f} bytes "
-        f"each, {seconds:.1f} s",
+        f"{given.output}: {cached.tokens} tokens of {', '.join(cached.data)}, {size / max(cached.tokens or 1, 1):.0f} "
+        f"bytes per token, {seconds:.1f} s",
         file=sys.stderr,
     )
     return 0
 
 
-def prepared(cli: Any) -> tuple[Any, Any]:
-    """Module with its models, data module with its rows.
-
-    Args:
-        cli: what `cli.run(words, start=False)` returns.
+def load_models(fit: PreparedFit) -> tuple[StudentWithLoss, Teacher]:
+    """Student, and teacher on the run's device, after the rows are tokenized.
 
     Raises:
-        ValueError: there is no teacher to listen to, or nothing that is known before the run.
+        ValueError: there is no teacher to cache, or no responses before the run.
     """
-    module, datamodule = cli.model, cli.datamodule
-    if module.teacher is None:
-        raise ValueError("cache: model.teacher is null, and there is nothing to write down")
-    if isinstance(module.teacher, CachedTeacher):
-        raise ValueError(f"cache: model.teacher is a cache already ({module.teacher.path})")
-    writers = [module.responses, *(part for part in cli.trainer.callbacks if isinstance(part, Regeneration))]
-    if names := [type(writer).__name__ for writer in writers if writer is not None]:
+    teacher = fit.module.teacher
+    if teacher is None:
+        raise ValueError("cache: model.teacher is null: pass --model.teacher")
+    if isinstance(teacher, CachedTeacher):
+        raise ValueError(f"cache: model.teacher is already a cache ({teacher.path}): pass the teacher itself")
+    generators = [fit.module.responses, *fit.regenerations]
+    if names := [type(generator).__name__ for generator in generators if generator is not None]:
         raise ValueError(
-            f"cache: {names[0]} writes what is trained on while the run goes on, and a cache made before holds none of "
-            "it; what `kd-lightning generate` wrote to a file can be cached"
+            f"cache: {names[0]} generates responses during the run, which cannot be cached before it: leave it out, or "
+            "cache the responses that `kd-lightning generate` writes to a file"
         )
-    datamodule.use_tokenizer_of(module.tokenizer_name)
-    datamodule.setup("fit")
-    if datamodule.sources["test"]:
-        datamodule.setup("test")
-    datamodule.train_dataloader()  # pairs of responses are joined here
-    module.configure_model()
-    module.teacher.load(cli.trainer.strategy.root_device)
-    return module, datamodule
+    fit.datamodule.train_dataloader()  # joins pairs of responses
+    fit.module.configure_model()  # not `fit.model`: the student is not needed on the device
+    assert fit.module.model is not None
+    teacher.load(fit.device)
+    return fit.module.model, teacher

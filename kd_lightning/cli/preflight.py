@@ -1,4 +1,4 @@
-"""What would waste a run, found before it: `kd-lightning preflight --config X`."""
+"""Check a run for common misconfigurations before it starts: `kd-lightning preflight --config X`."""
 
 from __future__ import annotations
 
@@ -7,39 +7,42 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from kd_lightning.cli.command_parser import CommandParser
 from kd_lightning.cli.error_messages import expected, explain
-from kd_lightning.cli.preflight_checks import CHECKS, LAST
-from kd_lightning.cli.prepared_run import Finding, Setup
+from kd_lightning.cli.preflight_checks import DATA_CHECKS
+from kd_lightning.cli.preflight_model_checks import MODEL_CHECKS
+from kd_lightning.cli.prepared_run import Finding, PreparedFit
 from kd_lightning.cli.program import run
 from kd_lightning.console import progress_bar
 
+CHECKS = {**DATA_CHECKS, **MODEL_CHECKS}
+LAST = ("places",)  # if one of these is refused, the checks after it cannot run
+
 
 def main(args: Sequence[str]) -> int:
-    """Check the run that `fit` with the same words would be; one line a finding.
+    """Check the run that `fit` with the same arguments would be, and print one line per finding.
 
     Args:
-        args: every word that `fit` takes, and `--json FILE` for the findings as JSON too.
+        args: all `fit` options, and `--json FILE` to write the findings as JSON too.
 
     Returns:
-        1 where a finding is an error, otherwise 0.
+        1 if a finding is an error, otherwise 0.
 
     Raises:
-        ValueError: the words are not those of a run at all.
+        ValueError: the arguments are not those of a run.
     """
-    own = CommandParser(
+    parser = CommandParser(
         prog="kd-lightning preflight",
-        description="Check a run before it starts: every argument of `fit`, and --json FILE. Status 1 at an error.",
+        description="Check a run before it starts. Accepts all `fit` options, and --json FILE. Status 1 at an error.",
         usage="kd-lightning preflight --config NAME_OR_FILE [--json FILE] [--GROUP.ARGUMENT VALUE ...]",
         allow_abbrev=False,
     )
-    own.add_argument("--json", type=Path, default=None, help="write the findings to this file too")
-    given, words = own.parse_known_args(list(args))
+    parser.add_argument("--json", type=Path, default=None, help="write the findings to this file too")
+    given, fit_args = parser.parse_known_args(list(args))
     if given.json is not None:
         _check_json(given.json)
-    findings = examine(run(["fit", *words], start=False))
+    findings = examine(PreparedFit(run(["fit", *fit_args], start=False), "preflight"))
     for finding in findings:
         print(f"{finding.level}: {finding.check}: {finding.text}")
     errors = sum(finding.level == "error" for finding in findings)
@@ -51,9 +54,9 @@ def main(args: Sequence[str]) -> int:
 
 
 def _check_json(path: Path) -> None:
-    """Refuse a file that holds something else than findings, or that cannot be written, before anything is done."""
+    """Refuse, before the run is built, a file that holds something other than findings or cannot be written."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"--json {path} must be a file in a folder that is there")
+        raise ValueError(f"--json {path} must be a file in an existing folder")
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -63,24 +66,22 @@ def _check_json(path: Path) -> None:
             raise ValueError(f"--json {path} exists and holds no findings: choose another name, or remove it first")
 
 
-def examine(cli: Any) -> list[Finding]:
-    """All findings on what `fit` would train with, in the order of `checks.CHECKS`.
+def examine(fit: PreparedFit) -> list[Finding]:
+    """All findings on a run that is not started, in the order of `CHECKS`.
 
-    A check that cannot be made, because what it needs is itself refused, gives that refusal as its finding, once.
-
-    Args:
-        cli: what `cli.run(words, start=False)` returns.
+    If what a check needs is itself refused, the refusal is its finding; the same refusal is reported once.
     """
-    setup, findings, refused = Setup(cli.model, cli.datamodule, cli.trainer, cli.config_init["fit"]), [], set()
-    for check in progress_bar(CHECKS, "Preflight"):
+    findings: list[Finding] = []
+    refused: set[str] = set()
+    for name in progress_bar(list(CHECKS), "Preflight"):
         try:
-            findings += [Finding(level, check.__name__, text) for level, text in check(setup)]
+            findings += [Finding(level, name, text) for level, text in CHECKS[name](fit)]
         except Exception as error:
             if not expected(error):
                 raise
             if explain(error) not in refused:
-                findings.append(Finding("error", check.__name__, explain(error)))
+                findings.append(Finding("error", name, explain(error)))
                 refused.add(explain(error))
-            if check in LAST:
+            if name in LAST:
                 break
     return findings

@@ -1,18 +1,31 @@
-"""A run that has not started, as preflight sees it, and what it finds there."""
+"""A fit that is built and not started, as `preflight` and `cache` use it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Literal, cast
 
+import lightning.pytorch as L
+import torch
+from jsonargparse import Namespace
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kd_lightning.callbacks.regenerate import Regeneration
+from kd_lightning.cli.trainer_cli import TrainerCLI
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import DistillationDataModule
+from kd_lightning.functional import log_softmax
+from kd_lightning.models.backbone import logits
+from kd_lightning.module import DistillationModule
+from kd_lightning.training.student import StudentWithLoss
 
-Level = str  # "error": the run would be wasted; "warning": it may be; "note": for information
+Level = Literal["error", "warning", "note"]  # the run would be wasted; it may be; for information
+Findings = Iterator[tuple[Level, str]]
+
+TOKENS = 512  # labelled tokens of the first batch on which the two models are compared
 
 
 @dataclass(frozen=True)
@@ -21,8 +34,8 @@ class Finding:
 
     Attributes:
         level: "error", "warning" or "note".
-        check: the check that found it.
-        text: what it is, in the user's words.
+        check: name of the check that found it.
+        text: the message.
     """
 
     level: Level
@@ -30,23 +43,38 @@ class Finding:
     text: str
 
 
-class Setup:
-    """A run that has not started; its parts are loaded when a check first asks for them.
+class PreparedFit:
+    """A fit that is not started; models and data are loaded at their first use.
 
     Args:
-        module: the `DistillationModule`.
-        datamodule: its data.
-        trainer: built, not started.
-        config: the parsed configuration with its objects built.
+        cli: `program.run(args, start=False)`.
+        command: name of the command, for messages.
+
+    Raises:
+        ValueError: the data module is of a custom class, of which nothing is known.
     """
 
-    def __init__(self, module: Any, datamodule: DistillationDataModule, trainer: Any, config: Any) -> None:
-        self.module, self.trainer, self.config = module, trainer, config
-        self._datamodule = datamodule
+    def __init__(self, cli: TrainerCLI, command: str) -> None:
+        if not isinstance(cli.datamodule, DistillationDataModule):
+            name = type(cli.datamodule).__name__
+            raise ValueError(
+                f"{command} needs a data module of this package, such as InstructionDataModule, got {name}"
+            )
+        self.module: DistillationModule = cli.model
+        self.trainer: L.Trainer = cli.trainer
+        self.config: Namespace = cli.built
+        self.regenerations = cli.callbacks_of(Regeneration)
+        self.callbacks = cli.callbacks_of(L.Callback)
+        self._datamodule = cli.datamodule
+
+    @property
+    def device(self) -> torch.device:
+        """The run's device."""
+        return self.trainer.strategy.root_device
 
     @cached_property
     def datamodule(self) -> DistillationDataModule:
-        """The data, tokenised."""
+        """The data module, with its rows tokenized."""
         data = self._datamodule
         data.use_tokenizer_of(self.module.tokenizer_name)
         data.setup("fit")
@@ -55,44 +83,51 @@ class Setup:
         return data
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> StudentWithLoss:
         """Student with its loss, loaded, on the run's device."""
         self.module.configure_model()
-        device = self.trainer.strategy.root_device
         if self.module.teacher is not None:
-            self.module.teacher.to(device)
-        return self.module.model.to(device)
-
-    @cached_property
-    def batches(self) -> list[dict[str, Tensor]]:
-        """The first batches of training, on the run's device; of validation where the words to train on come later."""
-        if self.words_come_later and self.datamodule.sources["val"]:
-            return self.held_out
-        device = self.model.student.device
-        loader = self.datamodule.train_dataloader()
-        found = [batch for batch, _ in zip(loader, range(2), strict=False)]
-        return [{name: value.to(device) for name, value in batch.items()} for batch in found]
+            self.module.teacher.to(self.device)
+        assert self.module.model is not None
+        return self.module.model.to(self.device)
 
     @property
-    def words_come_later(self) -> bool:
-        """Whether a callback lets a model respond to the training prompts once the run has begun."""
-        writers = [callback for callback in self.trainer.callbacks if isinstance(callback, Regeneration)]
-        return any(self.datamodule.missing_responses(writer.side) for writer in writers)
+    def student(self) -> PreTrainedModel:
+        """The student, loaded, on the run's device."""
+        return cast(PreTrainedModel, self.model.student)
+
+    # -------------------------------------------------------------------------------------------------------- batches
+    @cached_property
+    def batches(self) -> list[dict[str, Tensor]]:
+        """The first two training batches; validation batches if the training responses are generated in the run."""
+        if self.generates_responses and self.datamodule.sources["val"]:
+            return self.held_out
+        return self._first(self.datamodule.train_dataloader(), 2)
 
     @cached_property
     def held_out(self) -> list[dict[str, Tensor]]:
-        """A few validation batches; of training where there is no validation."""
-        loader = self.datamodule.val_dataloader() if self.datamodule.sources["val"] else None
-        found = [] if loader is None else [batch for batch, _ in zip(loader, range(4), strict=False)]
-        device = self.model.student.device
-        return [{name: value.to(device) for name, value in batch.items()} for batch in found] or self.batches
+        """A few validation batches; training batches if there is no validation."""
+        loader = self.datamodule.val_dataloader() if self.datamodule.sources["val"] else ()
+        return self._first(loader, 4) or self.batches
 
+    def _first(self, loader: Iterable[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+        """The first batches of a loader, on the run's device."""
+        device = self.student.device
+        found = [batch for batch, _ in zip(loader, range(count), strict=False)]
+        return [{name: value.to(device) for name, value in batch.items()} for batch in found]
+
+    @property
+    def generates_responses(self) -> bool:
+        """Whether a callback generates responses to training prompts that have none, once the run has begun."""
+        return any(self.datamodule.missing_responses(regeneration.side) for regeneration in self.regenerations)
+
+    # ---------------------------------------------------------------------------------------------------------- values
     @cached_property
     def means(self) -> dict[str, float]:
         """Token means of the evaluation's values on `held_out`."""
         totals: dict[str, float] = {}
         count = 0
-        assert self.model is not None
+        assert self.model is not None  # loads it
         for batch in self.held_out:
             with self.trainer.precision_plugin.forward_context():
                 parts = self.module.evaluate_batch(batch)
@@ -101,7 +136,32 @@ class Setup:
                 totals[name] = totals.get(name, 0.0) + float(value.double().sum())
         return {name: total / count for name, total in totals.items()}
 
+    @cached_property
+    def student_log_probs(self) -> Tensor:
+        """The student's log-probabilities on labelled tokens of the first batch, [N, V]."""
+        model = self.model.student
+        model.eval()
+        with torch.no_grad():
+            found = logits(model, self.batches[0]["input_ids"], self.batches[0]["attention_mask"])
+        model.train()
+        return self._labelled(found)
+
+    @cached_property
+    def teacher_log_probs(self) -> Tensor | None:
+        """The teacher's, [N, V]; None without a teacher, and for one of which only the top k are known."""
+        if self.module.teacher is None:
+            return None
+        assert self.model is not None  # loads both
+        with torch.no_grad():
+            found = self.module.teacher.logits(self.batches[0])
+        return self._labelled(found) if isinstance(found, Tensor) else None
+
+    def _labelled(self, logits: Tensor) -> Tensor:
+        """Log-probabilities at the first `TOKENS` positions whose next token has a label."""
+        index = (self.batches[0]["labels"][:, 1:] != IGNORE_INDEX).reshape(-1).nonzero().squeeze(1)[:TOKENS]
+        return log_softmax(logits[:, :-1].reshape(-1, logits.shape[-1])[index])
+
     @property
-    def teacher_teaches(self) -> bool:
+    def trains_on_teacher(self) -> bool:
         """Whether the training loss reads the teacher."""
         return self.module.teacher is not None and not self.module.labels_only
