@@ -58,7 +58,7 @@ def calls(way: str, model_name: str, rows: int, batch_size: int, new: int) -> Ca
         writer = BatchGenerator(model, tokenizer, Sampling(new, 0.0))
         with tempfile.TemporaryDirectory() as folder:
             with ResponseFile(Path(folder) / "out.jsonl", [row for _, row in found], "m", {}) as file:
-                write_responses(file, writer.answers(prompts, batches_of_rank(plan)), bar=False)
+                write_responses(file, writer.generate(prompts, batches_of_rank(plan)), bar=False)
                 return sum(response.tokens for response in file.responses)
 
     return bare if way == "bare" else ours

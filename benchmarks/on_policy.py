@@ -33,7 +33,7 @@ import torch
 
 from kd_lightning import DistillationModule, InstructionDataModule
 from kd_lightning.data.collate import Collator, left_pad
-from kd_lightning.models.generate import generate
+from kd_lightning.models.generate import Sampling, generate
 from kd_lightning.rollout.batches import append
 from kd_lightning.teachers.hf import HFTeacher
 
@@ -98,7 +98,7 @@ class Bench:
         right = 0
         for part in (rows[n : n + 100] for n in range(0, len(rows), 100)):
             inputs = left_pad([row["prompt_ids"] for row in part], self.data.pad_id)
-            responses = generate(student, inputs["input_ids"], inputs["attention_mask"], 8)
+            responses = generate(student, inputs["input_ids"], inputs["attention_mask"], Sampling(8, temperature=0.0))
             texts = self.data.tokenizer.batch_decode(responses, skip_special_tokens=True)
             right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
         return right / len(rows)
@@ -109,7 +109,7 @@ class Bench:
         for n in range(0, len(rows), 100):
             inputs = left_pad([row["prompt_ids"] for row in rows[n : n + 100]], self.data.pad_id)
             prompt = (inputs["input_ids"], inputs["attention_mask"])
-            tokens = generate(module.student, *prompt, 32, temperature=1.0, seed=n)
+            tokens = generate(module.student, *prompt, Sampling(32), seed=n)
             ends = torch.tensor([self.data.tokenizer.eos_token_id])
             blank = {"labels": torch.full_like(prompt[0], -100)}
             batch = append(blank, prompt, tokens, ends, torch.ones(len(tokens), dtype=torch.bool))

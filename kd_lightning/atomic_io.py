@@ -1,4 +1,4 @@
-"""Writing that a kill or a full disk cannot half do: into a new name beside the old one, then one rename."""
+"""Atomic writes: a file is complete or absent. New content gets a temporary name and is renamed when complete."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from safetensors import SafetensorError
 
 
 def first_unused_path(named: Callable[[int], Path]) -> Path:
-    """The first of the paths that `named` gives to 1, 2 … on which nothing lies."""
+    """The first of `named(1)`, `named(2)`, … that does not exist."""
     return next(path for path in map(named, itertools.count(1)) if not path.exists())
 
 
 def disk_is_full(path: Path) -> bool:
-    """Whether the disk is full on which `path` lies: a writer may say something else then."""
+    """Whether the disk of `path` is full. Some writers report other errors then."""
     return shutil.disk_usage(path.parent).free < 1 << 16
 
 
-def _say_if_full(error: Exception, path: Path) -> None:
-    """Turn what a writer says on a full disk (an unexpected position, an iostream error) into the reason."""
+def _raise_if_disk_full(error: Exception, path: Path) -> None:
+    """Raise ENOSPC if the disk is full: writers report an unexpected position or an iostream error instead."""
     if disk_is_full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write to; it takes the place of `path` when the block ends well, and vanishes otherwise."""
+    """Yield a path to write to; it replaces `path` when the block succeeds, and is deleted otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -39,14 +39,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield part
         with open(part, "rb") as written:
             os.fsync(written.fileno())
-        if path.is_dir():  # a checkpoint that was written by many
+        if path.is_dir():  # a sharded checkpoint
             os.replace(path, old := path.with_name(f".{path.name}.old"))
             os.replace(part, path)
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(part, path)
     except (RuntimeError, SafetensorError) as error:
-        _say_if_full(error, path)
+        _raise_if_disk_full(error, path)
         raise
     finally:
         part.unlink(missing_ok=True)
@@ -54,16 +54,16 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to write to; it takes the place of `path` when the block ends well.
+    """Yield an empty folder to write to; it replaces `path` when the block succeeds, and is deleted otherwise.
 
-    A folder cannot be renamed over one that is not empty: the old one steps aside for the moment between two renames
-    and is deleted last, so that at every moment one whole folder is on the disk (`path`, or `.name.old` beside it).
+    A folder cannot be renamed onto one that is not empty. The old folder is renamed first and deleted last, so that a
+    complete folder exists at any time: `path`, or `.NAME.old` next to it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part, old = partial_folder(path), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
-        os.replace(old, path)  # killed between the two renames last time
+        os.replace(old, path)  # the last run was killed between the two renames
     for leftover in (part, old):
         _remove(leftover)
     part.mkdir()
@@ -74,14 +74,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
         _remove(old)
     except (RuntimeError, SafetensorError) as error:
-        _say_if_full(error, path)
+        _raise_if_disk_full(error, path)
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def partial_folder(path: Path) -> Path:
-    """The folder that `whole_folder(path)` yields, for those who write into it beside the one that opened it."""
+    """The folder that `atomic_folder(path)` yields, for other processes that write to it as well."""
     return path.with_name(f".{path.name}.part")
 
 

@@ -1,4 +1,4 @@
-"""Terminal output: progress bars, log levels, and warnings that are silenced."""
+"""Terminal output: progress bars, log levels, and silenced warnings."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-if TYPE_CHECKING:  # importing this module must stay cheap, and tqdm reads the environment when it is imported
+if TYPE_CHECKING:  # importing this module must be cheap, and tqdm reads the environment on import
     from lightning.pytorch import Trainer
 
 T = TypeVar("T")
 
 
 def progress_bar(items: Iterable[T], title: str, total: int | None = None, shown: bool = True) -> Iterator[T]:
-    """The items, with a bar of how many have passed: plain lines in a log, nothing below two seconds there.
+    """Iterate with a progress bar. In a log it prints plain lines, and none in the first two seconds.
 
     Args:
-        items: what is gone through.
-        title: what stands before the bar.
-        total: how many; None: as many as `len(items)` says.
-        shown: whether there is a bar.
+        items: any iterable.
+        title: of the bar.
+        total: number of items; None: `len(items)`.
+        shown: whether to show the bar.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -30,7 +30,7 @@ def progress_bar(items: Iterable[T], title: str, total: int | None = None, shown
 
 
 def enable_info_logging() -> None:
-    """Let the package's lines of information be seen, once, where nobody has set up logging."""
+    """Show the package's info messages, unless logging is configured already."""
     logger = logging.getLogger("kd_lightning")
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
@@ -38,11 +38,11 @@ def enable_info_logging() -> None:
 
 
 def progress_bar_enabled(trainer: Trainer) -> bool:
-    """Whether a run shows how far it is, and on this rank."""
+    """Whether the run shows progress bars, and on this rank."""
     return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
 
-# How tqdm, and so `datasets`, shows how far it is in a file: from two seconds on, a line every ten.
+# Progress bars of tqdm (and of `datasets`) in a log: after two seconds, one line every ten seconds.
 PLAIN_BARS = {
     "DELAY": "2",
     "MININTERVAL": "10",
@@ -51,16 +51,16 @@ PLAIN_BARS = {
 
 
 def silence_known_warnings() -> None:
-    """Silence what a user can do nothing about; each line says why."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # calls that Lightning makes, not the user
+    """Silence warnings that a user cannot act on; a comment next to each gives the reason."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # raised by calls of Lightning
     for pattern in (
-        r".*does not have many workers.*",  # the bundled data is tokenised once and needs none
+        r".*does not have many workers.*",  # the bundled data is tokenized once and needs none
         r".*module\(s\) in eval mode at the start of training.*",  # dropout-free parts of Hugging Face models
-        r".*Checkpoint directory .* exists and is not empty.*",  # a resume writes where it wrote
-        r".*LightningCLI's args parameter is intended to run from within Python.*",  # names of configs are expanded
+        r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run writes to the same folder
+        r".*LightningCLI's args parameter is intended to run from within Python.*",  # config names are expanded
         r".*You have overridden `.*` in .* but have passed.*",
         r".*is smaller than the logging interval.*",  # short runs and tests
-        r".*callbacks used to create the checkpoint need to be provided.*",  # those of `fit` do nothing in `test`
+        r".*callbacks used to create the checkpoint need to be provided.*",  # not those of `fit` in `test`
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # inside Lightning
     ):
         warnings.filterwarnings("ignore", message=pattern)
@@ -72,7 +72,7 @@ def silence_known_warnings() -> None:
 
 
 def use_plain_progress_bars() -> None:
-    """Lines in the place of bars where nobody watches; tqdm reads this when it is first imported."""
+    """Print lines instead of bars if stderr is not a terminal. Call it before tqdm is imported, which reads this."""
     if not sys.stderr.isatty():
         for name, text in PLAIN_BARS.items():
             os.environ.setdefault(f"TQDM_{name}", text)

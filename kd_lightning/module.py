@@ -20,7 +20,7 @@ from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.loading import check_tokenizers
-from kd_lightning.models.lora import LoRA, exclude_base_weights
+from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.schedules import Schedule, Weight
@@ -147,7 +147,7 @@ class DistillationModule(AccumulatingModule):
         if not self.model.has_student:
             student, self._base_digest = self.student_source.load()
             if self._base_digest is not None:
-                exclude_base_weights(self)
+                exclude_frozen_weights(self, "model.student")
             self.model.set_student(student)
         if self.teacher is not None:
             self.teacher.attach(self.run_context())

@@ -1,4 +1,4 @@
-"""Seeds: integers that depend only on the seed of the run and on a position in it."""
+"""Seeds that depend only on the seed of the run and on the position in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def run_seed() -> int:
-    """The seed of the run, as `seed_everything` set it; 0 if none is set."""
+    """The seed of the run, set by `seed_everything`; 0 if none is set."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 

@@ -34,7 +34,7 @@ from kd_lightning.distributed.fsdp2 import (
     shard_student,
     shard_teacher,
 )
-from kd_lightning.distributed.sharded_checkpoint import ShardReader, map_tensors, write_rank_file
+from kd_lightning.distributed.sharded_checkpoint import ShardReader, map_tensors, state_dict_mismatches, write_rank_file
 from kd_lightning.distributed.vocab_parallel import split_vocabulary
 from kd_lightning.engine.head import Head
 from kd_lightning.models.hf_adapter import enable_activation_checkpointing
@@ -285,13 +285,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                     {n.removeprefix(f"{prefix}."): x for n, x in state.items() if n.startswith(f"{prefix}.")}
                 )
         own = self.model.state_dict()
-        problems = [f"missing {name!r}" for name in own if name not in state]
-        problems += [f"unexpected {name!r}" for name in state if name not in own]
-        problems += [
-            f"{name!r} has shape {list(state[name].shape)} in the checkpoint and {list(tensor.shape)} in the model"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
+        problems = state_dict_mismatches(own, state)
         if strict and problems:
             raise ValueError(f"the checkpoint belongs to another model or objective: {problems[0]}")
         with torch.no_grad():

@@ -21,7 +21,7 @@ from kd_lightning.cli.program import main
 from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from kd_lightning.distributed.dtensor import full_state_dict, local_shard
 from kd_lightning.distributed.fsdp2 import transformer_layers
-from kd_lightning.models.generate import generate
+from kd_lightning.models.generate import Sampling, generate
 from kd_lightning.strategies import FSDP2Strategy
 from sharded_fits import joined, train
 from tiny_fits import Batch, Run, assert_same_student, rows, split
@@ -65,7 +65,7 @@ def prompts(rank: int) -> Batch:
 
 def responses(model: Any, rank: int) -> Tensor:
     """The two ranks stop at different lengths."""
-    return generate(model, **prompts(rank), max_new_tokens=(3, 9)[rank])
+    return generate(model, **prompts(rank), sampling=Sampling((3, 9)[rank], temperature=0.0))
 
 
 def on_two_ranks(rank: int, folder: str) -> dict[str, Any]:

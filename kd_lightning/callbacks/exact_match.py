@@ -12,7 +12,7 @@ from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.base import DistillationDataModule, GenerationRow
 from kd_lightning.data.collate import left_pad
 from kd_lightning.distributed.trainer import data_parallel_rank
-from kd_lightning.models.generate import generate
+from kd_lightning.models.generate import Sampling, generate
 
 
 def greedy_responses(
@@ -47,12 +47,8 @@ def greedy_responses(
         batch = own or rows[:1]  # every rank runs a sharded model equally often
         inputs = left_pad([row["prompt_ids"] for row in batch], datamodule.pad_id)
         longest = max(len(ids) for ids in tokenizer([row["answer"] for row in batch])["input_ids"]) + 1
-        tokens = generate(
-            model,
-            inputs["input_ids"].to(device),
-            inputs["attention_mask"].to(device),
-            min(max_new_tokens, longest),
-        )
+        sampling = Sampling(min(max_new_tokens, longest), temperature=0.0)
+        tokens = generate(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), sampling)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         responses |= {row["index"]: text.strip() for row, text in zip(own, texts, strict=False)}
     return responses

@@ -188,7 +188,7 @@ class GenerationQuality(L.Callback):
         own = list(batches_of_rank(batches, rank=rank, ranks=ranks))
         own += [(0, batches[0])] * (-(-len(batches) // ranks) - len(own))  # ranks run a sharded model equally often
         shown = progress_bar(own, f"Answers, {split}, seed {seed}", shown=progress_bar_enabled(trainer))
-        gathered = all_gather_objects(dict(generator.answers(prompts, shown)), trainer.world_size)
+        gathered = all_gather_objects(dict(generator.generate(prompts, shown)), trainer.world_size)
         by_number = {number: response for part in gathered for number, response in part.items()}
         responses = [by_number[number] for number in range(len(rows))]
         metrics = quality(responses, [row["answer"] for row in rows])

@@ -19,7 +19,7 @@ from kd_lightning.callbacks.response_generation import PassGenerator
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import SIDES
 from kd_lightning.distributed.trainer import is_fast_dev_run
-from kd_lightning.generation.batch_generator import BatchGenerator, max_prompt_tokens, summary
+from kd_lightning.generation.batch_generator import BatchGenerator, summary
 from kd_lightning.generation.response_file import Response
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.generate import Sampling
@@ -118,7 +118,7 @@ class Regeneration(L.Callback):
             raise ValueError(f"Regeneration.when must be 'once' for a {kind}, got 'every_pass'")
         model = self._model(pl_module)
         BatchGenerator(model, datamodule.tokenizer, self.sampling)
-        max_prompt_tokens(model, self.sampling.max_new_tokens, datamodule.max_length)
+        self.sampling.max_prompt_tokens(model, datamodule.max_length)
         datamodule.add_before_pass(lambda number: self.generate_pass(trainer, pl_module, number))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:

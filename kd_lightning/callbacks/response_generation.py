@@ -19,10 +19,9 @@ from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.generation.batch_generator import (
-    Answers,
     BatchGenerator,
+    NumberedResponses,
     length_batches,
-    max_prompt_tokens,
     write_responses,
 )
 from kd_lightning.generation.response_file import Response, ResponseFile
@@ -66,7 +65,7 @@ class PassGenerator:
             folder: folder of the files.
             number: number of the pass, from 0; it determines the samples.
         """
-        longest = max_prompt_tokens(self.model, self.sampling.max_new_tokens, self.datamodule.max_length)
+        longest = self.sampling.max_prompt_tokens(self.model, self.datamodule.max_length)
         prompts = [row["prompt_ids"][-longest:] for row in rows]
         own = self._own_batches(trainer, prompts)
         order = list(dict.fromkeys(row for _, batch in own for row in batch))
@@ -76,10 +75,12 @@ class PassGenerator:
         title = f"{self.side}, pass {number}"
         with self._file(trainer, [rows[row] for row in order], folder, number, seed) as file:
             done = min(_gathered(trainer, {trainer.global_rank: _batches_done(file, own)}).values())
-            answers: Answers = ((line[row], response) for row, response in generator.answers(prompts, own[done:]))
-            write_responses(file, answers, progress_bar_enabled(trainer), title)
-            responses = {rows[row]["index"]: file.responses[number] for row, number in line.items()}
-        return _gathered(trainer, responses)
+            responses: NumberedResponses = (
+                (line[row], response) for row, response in generator.generate(prompts, own[done:])
+            )
+            write_responses(file, responses, progress_bar_enabled(trainer), title)
+            own_responses = {rows[row]["index"]: file.responses[number] for row, number in line.items()}
+        return _gathered(trainer, own_responses)
 
     def file_path(self, trainer: L.Trainer, folder: Path, number: int) -> Path:
         """This rank's file of a pass."""
@@ -98,7 +99,7 @@ class PassGenerator:
         weights = tensor_digest(itertools.chain(self.model.named_parameters(), self.model.named_buffers()))
         fields = [{"row_id": row["index"], "prompt": row["prompt"]} for row in rows]
         settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
-        return ResponseFile(self.file_path(trainer, folder, number), fields, weights[:16], settings, anew=True)
+        return ResponseFile(self.file_path(trainer, folder, number), fields, weights[:16], settings, start_over=True)
 
 
 def _batches_done(file: ResponseFile, batches: Sequence[NumberedBatch]) -> int:

@@ -22,7 +22,6 @@ from kd_lightning.generation.batch_generator import (
     BatchGenerator,
     batches_of_rank,
     length_batches,
-    max_prompt_tokens,
     summary,
     write_responses,
 )
@@ -140,12 +139,12 @@ def generate(
     tokenizer = load_tokenizer(str(model))
     with_template(tokenizer, None, _say)
     writer = BatchGenerator(network.to(place), tokenizer, how, seed)
-    text = TextTokenizer(tokenizer, max_length=max_prompt_tokens(network, max_new_tokens, max_length))
+    text = TextTokenizer(tokenizer, max_length=how.max_prompt_tokens(network, max_length))
     prompts = _prompts(text, questions)
     name = fingerprint(network, text)
     with ResponseFile(output, rows, name, {**sampling, "batch_size": batch_size}) as file:
         plan = length_batches([len(prompt) for prompt in prompts], batch_size)
-        _finish(file, lambda: writer.answers(prompts, batches_of_rank(plan, file.done)), progress)
+        _finish(file, lambda: writer.generate(prompts, batches_of_rank(plan, file.done)), progress)
 
 
 def _finish(file: ResponseFile, answers: Any, progress: bool) -> None:

@@ -6,7 +6,7 @@ rank. The metadata of each file gives the first row of its pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,3 +125,15 @@ class ShardReader:
             checkpoint, lambda path, tensor: self.read(path, 0, len(tensor)) if tensor.is_meta else tensor
         )
         return full
+
+
+def state_dict_mismatches(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> list[str]:
+    """Differences between two state dicts in names and shapes, each as the text of an error message."""
+    mismatches = [f"missing {name!r}" for name in model if name not in checkpoint]
+    mismatches += [f"unexpected {name!r}" for name in checkpoint if name not in model]
+    mismatches += [
+        f"{name!r} has shape {list(checkpoint[name].shape)} in the checkpoint and {list(tensor.shape)} in the model"
+        for name, tensor in model.items()
+        if name in checkpoint and checkpoint[name].shape != tensor.shape
+    ]
+    return mismatches

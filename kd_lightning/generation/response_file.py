@@ -1,4 +1,4 @@
-"""A file of responses that grows in the order of its rows, and that is gone on with after a kill."""
+"""A file of responses that is written in the order of its rows and can be resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, BinaryIO
 
 from kd_lightning.atomic_io import first_unused_path
 
-OURS = ("model", "sampling", "finish_reason", "response")
+RESERVED_FIELDS = ("model", "sampling", "finish_reason", "response")
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a model said.
+    """A response of a model.
 
     Args:
-        text: its words.
-        finish_reason: "eos": it ended them itself; "length": it was cut at `max_new_tokens`; a server may say more.
-        tokens: how many there were, the end among them.
+        text: without the token that ends it.
+        finish_reason: "eos": the model ended it; "length": it was cut off at `max_new_tokens`. Servers may have others.
+        tokens: number of tokens, the one that ends it included.
     """
 
     text: str
@@ -32,31 +32,31 @@ class Response:
 
 
 class OtherResponsesError(ValueError):
-    """The file holds something else than what would be written into it."""
+    """The file was written with other settings, another model or other data."""
 
 
 class ResponseFile:
-    """Lines of JSON, one a row: all of its fields, then `model`, `sampling`, `finish_reason` and `response`.
+    """JSON lines, one per row: all of its fields, then `model`, `sampling`, `finish_reason` and `response`.
 
-    A line begins with what is known before the response is: that is how each line that is there already is recognised,
-    and the half of one that a kill may leave. Anything else in the file is refused and left as it is. Used as a context
-    manager; a lock keeps a second process out.
+    The beginning of a line is known before its response is. An existing line is recognized by it, and so is an
+    incomplete last line after an interruption. A file with other lines is refused and left unchanged. Use it as a
+    context manager; a lock keeps other processes out.
 
     Args:
-        path: the file; one that is there is gone on with.
+        path: the file; an existing one is resumed.
         rows: fields of the rows.
-        model: what wrote the responses: the same text for the same weights.
-        sampling: how they were written.
-        anew: begin anew where the file holds anything else, in place of refusing it; what it holds goes to a file
-            beside it, `….earlier-1.jsonl`.
+        model: identifies the model: the same text for the same weights.
+        sampling: settings of generation.
+        start_over: start from scratch if an existing file has other lines, instead of an error. The old file is kept
+            next to it as `….earlier-1.jsonl`.
 
     Attributes:
-        done: rows that are in the file.
-        responses: of these.
+        done: number of rows in the file.
+        responses: of these rows.
 
     Raises:
-        ValueError: a row has a field of one of the four names.
-        OtherResponsesError: on entering, the file holds anything else, and it is not begun `anew`.
+        ValueError: a row has a field with one of the four names; on entering, another process writes the file.
+        OtherResponsesError: on entering, the file has other lines, and `start_over` is False.
     """
 
     def __init__(
@@ -65,23 +65,25 @@ class ResponseFile:
         rows: Sequence[Mapping[str, Any]],
         model: str,
         sampling: Mapping[str, Any],
-        anew: bool = False,
+        start_over: bool = False,
     ) -> None:
         self.path = Path(path)
         self.rows = rows
         self.model = model
         self.sampling = dict(sampling)
-        self.anew = anew
+        self.start_over = start_over
         self.responses: list[Response] = []
-        self._waiting: dict[int, Response] = {}
+        self._out_of_order: dict[int, Response] = {}
         self._file: BinaryIO
         for number, row in enumerate(rows, start=1):
-            if taken := [name for name in OURS if name in row]:
-                raise ValueError(f"row {number} has a field {taken[0]!r} already, which would be lost: rename it")
+            if taken := [name for name in RESERVED_FIELDS if name in row]:
+                raise ValueError(
+                    f"row {number} has a field {taken[0]!r}, which is reserved in files of responses: rename the field"
+                )
 
     @property
     def done(self) -> int:
-        """Rows that are in the file."""
+        """Number of rows in the file."""
         return len(self.responses)
 
     def __enter__(self) -> ResponseFile:
@@ -89,18 +91,18 @@ class ResponseFile:
         self._file = self.path.open("r+b" if self.path.exists() else "x+b")
         try:
             _lock(self._file)
-            self._recognise()
+            self._read_existing()
         except BlockingIOError:
             self._file.close()
             raise ValueError(f"{self.path} is being written by another process") from None
         except OtherResponsesError:
-            if not self.anew:
+            if not self.start_over:
                 self._file.close()
                 raise
             self.responses.clear()
             self._file.seek(0)
-            beside = first_unused_path(lambda n: self.path.with_name(f"{self.path.stem}.earlier-{n}.jsonl"))
-            beside.write_bytes(self._file.read())
+            archive = first_unused_path(lambda n: self.path.with_name(f"{self.path.stem}.earlier-{n}.jsonl"))
+            archive.write_bytes(self._file.read())
             self._file.seek(0)
             self._file.truncate()
         return self
@@ -111,56 +113,57 @@ class ResponseFile:
         self._file.close()
 
     def write(self, number: int, response: Response) -> None:
-        """Take the response to a row, and write it as soon as those to all rows before it are there.
+        """Add a response; it is written when the responses to all rows before it are there.
 
         Args:
-            number: of the row, from 0 on; one that is in the file already stays as it is.
-            response: to it.
+            number: of the row, from 0; a row that is already in the file is skipped.
+            response: to the row.
         """
         if number >= self.done:
-            self._waiting[number] = response
+            self._out_of_order[number] = response
         lines = []
-        while (following := self._waiting.pop(self.done, None)) is not None:
+        while (following := self._out_of_order.pop(self.done, None)) is not None:
             last = {"finish_reason": following.finish_reason, "response": following.text}
-            lines.append(self._head(self.done) + _dump(last)[1:].encode() + b"\n")
+            lines.append(self._prefix(self.done) + _dump(last)[1:].encode() + b"\n")
             self.responses.append(following)
         if lines:
             self._file.write(b"".join(lines))
             self._file.flush()
 
-    # ------------------------------------------------------------------------------------------------------- helpers
-    def _head(self, number: int) -> bytes:
-        """How the line of a row begins."""
+    def _prefix(self, number: int) -> bytes:
+        """The beginning of the line of a row."""
         return _dump({**self.rows[number], "model": self.model, "sampling": self.sampling})[:-1].encode() + b", "
 
-    def _recognise(self) -> None:
-        """Read the lines that are there and cut off half a line."""
-        whole = 0
+    def _read_existing(self) -> None:
+        """Read the existing lines and cut off an incomplete one."""
+        complete = 0
         for number, line in enumerate(self._file):
             if number >= len(self.rows):
-                raise self._refusal(f"it has more than the {len(self.rows)} rows of the data")
-            head = self._head(number)
+                raise self._error(f"it has more than the {len(self.rows)} rows of the data")
+            prefix = self._prefix(number)
             if not line.endswith(b"\n"):
-                if not (line.startswith(head) or head.startswith(line)):
-                    raise self._refusal(self._difference(number, line))
+                if not (line.startswith(prefix) or prefix.startswith(line)):
+                    raise self._error(self._mismatch(number, line))
                 break
-            if not line.startswith(head):
-                raise self._refusal(self._difference(number, line))
+            if not line.startswith(prefix):
+                raise self._error(self._mismatch(number, line))
             try:
                 row = json.loads(line)
                 self.responses.append(Response(row["response"], row["finish_reason"], 0))
             except (ValueError, KeyError):
-                raise self._refusal(f"line {number + 1} is broken") from None
-            whole += len(line)
-        if self._file.seek(0, os.SEEK_END) > whole:
-            self._file.truncate(whole)
-        self._file.seek(whole)
+                raise self._error(f"line {number + 1} is corrupt") from None
+            complete += len(line)
+        if self._file.seek(0, os.SEEK_END) > complete:
+            self._file.truncate(complete)
+        self._file.seek(complete)
 
-    def _refusal(self, reason: str) -> OtherResponsesError:
-        return OtherResponsesError(f"{self.path} cannot be gone on with: {reason}; it was left as it is")
+    def _error(self, reason: str) -> OtherResponsesError:
+        return OtherResponsesError(
+            f"cannot resume {self.path}: {reason} (the file is unchanged: choose another output, or delete it)"
+        )
 
-    def _difference(self, number: int, line: bytes) -> str:
-        """What another line than expected was written with."""
+    def _mismatch(self, number: int, line: bytes) -> str:
+        """Why a line is not the expected one."""
         try:
             row = json.loads(line)
             was, sampling = row["model"], row["sampling"]
@@ -171,12 +174,12 @@ class ResponseFile:
             return f"line {number + 1} is not a response to row {number + 1} of the data"
         if was != self.model:
             return f"line {number + 1} was written by another model ({was}, not {self.model})"
-        return f"line {number + 1} holds another row than the data"
+        return f"line {number + 1} belongs to another row than in the data"
 
 
 def _lock(file: BinaryIO) -> None:
-    """Keep other processes out; BlockingIOError where one is in."""
-    if importlib.util.find_spec("fcntl") is not None:  # not on every system
+    """Keep other processes out; BlockingIOError if another one has the lock."""
+    if importlib.util.find_spec("fcntl") is not None:  # not available on Windows
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

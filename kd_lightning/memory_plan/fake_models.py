@@ -55,16 +55,16 @@ def split_by_shapes(model: Any) -> tuple[nn.Module, Head]:
         with torch.no_grad():
             logits(model, ids, torch.ones_like(ids))
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{type(base).__name__} cannot be cut into body and head: {error}") from None
+        raise ValueError(f"{type(base).__name__} cannot be split into backbone and LM head: {error}") from None
     finally:
         for handle in handles:
             handle.remove()
     if body is base or len(entered) != 1 or not given or weight is None or weight.ndim != 2:
-        raise ValueError(f"{type(base).__name__} cannot be cut into body and head")
+        raise ValueError(f"{type(base).__name__} cannot be split into backbone and LM head")
     same = entered[0].untyped_storage()._cdata == given[0].untyped_storage()._cdata
     scaled = entered[0].shape == given[0].shape and bool(config_numbers(text_config(base), SCALES))
     if not (same or scaled):
-        raise ValueError(f"{type(base).__name__} cannot be cut into body and head: there are layers between")
+        raise ValueError(f"{type(base).__name__} cannot be split into backbone and LM head: there are layers between")
     return body, Head(weight, bias)
 
 

@@ -1,18 +1,18 @@
-"""Whether rows fit into a model: ids that it embeds, places that it has."""
+"""Checks that a model can read the rows: its embeddings have every token, its positions reach the longest row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.models.hf_adapter import input_embeddings, max_positions, num_embeddings
+from kd_lightning.models.hf_adapter import base_model, input_embeddings, max_positions, num_embeddings
 
 
 class LoadedRows(Protocol):
-    """What is compared with a model: a data module whose rows are loaded."""
+    """What is compared with a model: a data module with loaded rows."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -28,12 +28,12 @@ class LoadedRows(Protocol):
 def check_model_fits_data(
     student: nn.Module, teacher: nn.Module | None, datamodule: LoadedRows | None
 ) -> Iterator[str]:
-    """See that both models can read every row that is loaded; what is doubtful is yielded.
+    """Check that both models can read every loaded row, and yield warnings.
 
     Args:
         student: a Hugging Face causal LM.
-        teacher: the teacher's model; None: there is none in this process.
-        datamodule: a data module with its rows loaded; None: nothing is known of the rows.
+        teacher: the teacher's model; None: it is not in this process.
+        datamodule: a data module with loaded rows; None: the rows are not checked.
 
     Raises:
         ValueError: a token has no embedding, or a row is longer than the position embeddings.
@@ -45,20 +45,20 @@ def check_model_fits_data(
             yield from _check(role, model, datamodule)
 
 
-def _check(role: str, model: Any, datamodule: LoadedRows) -> Iterator[str]:
+def _check(role: str, model: nn.Module, datamodule: LoadedRows) -> Iterator[str]:
     embeddings = input_embeddings(model)
     known = num_embeddings(embeddings)
     if known is not None and len(datamodule.tokenizer) > known and (largest := datamodule.largest_id()) >= known:
         token = datamodule.tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"token {largest} ({token!r}) of the rows has no place in the {role}'s {known} embeddings: "
-            "resize_token_embeddings gives it one, or leave out the tokens that were added"
+            f"token {largest} ({token!r}) of the data is outside of the {role}'s {known} embeddings: call "
+            "resize_token_embeddings on the model, or do not add tokens to the tokenizer"
         )
-    places, longest = max_positions(model), datamodule.longest()
-    if places is None or longest <= places:
+    positions, longest = max_positions(base_model(model)), datamodule.longest()
+    if positions is None or longest <= positions:
         return
-    text = f"a row has {longest} tokens and the {role} max_position_embeddings of {places}: lower data.max_length"
+    text = f"a row has {longest} tokens and the {role} max_position_embeddings of {positions}: lower data.max_length"
     learned = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not embeddings)
-    if any(places <= part.num_embeddings <= places + 2 for part in learned):
+    if any(positions <= part.num_embeddings <= positions + 2 for part in learned):
         raise ValueError(text)
     yield text

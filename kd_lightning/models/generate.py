@@ -1,4 +1,4 @@
-"""Let a causal language model write: prompts in, response tokens out."""
+"""Responses of a causal language model: left-padded prompts in, response tokens out."""
 
 from __future__ import annotations
 
@@ -9,80 +9,119 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kd_lightning.models.hf_adapter import eos_token_ids, max_positions
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Refuse settings of generation that are out of range.
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    Args:
+        max_new_tokens: longest response, at least 1.
+        temperature: samples of softmax(logits / temperature), > 0; 0: greedy.
+        top_p: sample from the most likely tokens that together have this probability, in (0, 1].
 
     Raises:
-        ValueError: it names the one that is.
+        ValueError: an argument is out of its range.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not temperature >= 0 or temperature == float("inf"):
-        raise ValueError(f"temperature must be a number >= 0 (0: the likeliest token each time), got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number >= 0 (0: greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    def max_prompt_tokens(self, model: PreTrainedModel, max_length: int | None) -> int:
+        """The longest prompt that leaves room for a response.
+
+        Args:
+            model: generates the responses.
+            max_length: of prompt and response together; None: as long as the model can read.
+
+        Raises:
+            ValueError: there is no room for a prompt.
+        """
+        limits = {"max_length": max_length, "the model's max_position_embeddings": max_positions(model)}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        for name, limit in given.items():
+            if self.max_new_tokens >= limit:
+                raise ValueError(
+                    f"max_new_tokens must be less than {name} of {limit}, to leave room for a prompt, "
+                    f"got {self.max_new_tokens}"
+                )
+        return min(given.values(), default=1 << 30) - self.max_new_tokens
+
+    def check(self, model: PreTrainedModel, max_length: int | None) -> None:
+        """Check that a model can end a response, and that there is room for a prompt.
+
+        Args:
+            model: generates the responses.
+            max_length: of the data, in tokens; None: not known.
+
+        Raises:
+            ValueError: one of them is not the case.
+        """
+        require_eos_token_ids(model)
+        self.max_prompt_tokens(model, max_length)
 
 
 def generate(
-    model: Any,
+    model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,
-    max_new_tokens: int = 32,
+    sampling: Sampling,
     *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     seed: int = 0,
     processors: Sequence[LogitsProcessor] = (),
     together: bool = False,
 ) -> Tensor:
-    """Responses to left-padded prompts, dropout off.
+    """Responses to left-padded prompts, without dropout.
 
     Args:
-        model: a causal LM; its mode (train or eval) is put back afterwards.
+        model: a causal LM; its mode (train or eval) is restored afterwards.
         input_ids: prompts, padded on the left, [B, T].
-        attention_mask: 1 where there is a token, [B, T].
-        max_new_tokens: longest response, > 0.
-        temperature: 0: the likeliest token each time; otherwise samples of softmax(logits / temperature).
-        top_p: sample from the likeliest tokens that together have this mass, in (0, 1].
-        seed: of the samples; the generators outside are left as they were.
-        processors: change the logits of each token before temperature and `top_p`.
-        together: all ranks write until the last of them has finished, as what they compute with is spread over them.
+        attention_mask: 1 for tokens, 0 for padding, [B, T].
+        sampling: how responses are sampled. Other settings of the model's generation config (`top_k`, penalties) are
+            not used: they would change the distribution.
+        seed: of the samples; torch's global generators are left unchanged.
+        processors: change the logits of each token before temperature and `top_p` are applied.
+        together: all ranks continue until the last of them has finished, because what they compute with is sharded.
 
     Returns:
-        Response tokens, [B, up to max_new_tokens]; after the end of a response, padding.
-
-    Raises:
-        ValueError: a setting is out of its range.
+        Response tokens, [B, up to max_new_tokens]; padding after the end of a response.
     """
-    check_sampling(max_new_tokens, temperature, top_p)
     config = model.generation_config
     eos = config.eos_token_id
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
-    # top_k, repetition penalties and the like that a folder brings along would make another distribution of it
-    plain = {"top_k": 0, "top_p": top_p, "temperature": temperature, "repetition_penalty": 1.0, "min_p": None}
-    sampling: dict[str, Any] = {"do_sample": True, **plain} if temperature > 0 else {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        options |= {"top_k": 0, "repetition_penalty": 1.0, "min_p": None}
     if processors:
-        sampling["logits_processor"] = LogitsProcessorList(processors)
+        options["logits_processor"] = LogitsProcessorList(processors)
     training = model.training
     device = input_ids.device
     if any(part.training for part in model.modules()):
-        model.eval()
+        model.eval()  # type: ignore[no-untyped-call]
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            tokens: Tensor = model.generate(
+            tokens: Tensor = model.generate(  # type: ignore[operator]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=pad,
                 use_cache=True,
                 synced_gpus=together,
-                **sampling,
+                **options,
             )
     finally:
         if training:
@@ -99,95 +138,57 @@ def require_eos_token_ids(model: PreTrainedModel) -> list[int]:
     found = eos_token_ids(model)
     if not found:
         raise ValueError(
-            "the student's generation config has no eos_token_id, so its responses would never end: set it in "
+            "the model's generation config has no eos_token_id, so its responses would never end: set it in "
             "generation_config.json"
         )
     return found
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are sampled.
-
-    Args:
-        max_new_tokens: longest response, at least 1.
-        temperature: > 0; 0: the likeliest token each time.
-        top_p: mass of the likeliest tokens that are sampled from, in (0, 1].
-
-    Raises:
-        ValueError: a setting is out of its range.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_sampling(self.max_new_tokens, self.temperature, self.top_p)
-
-    def check(self, student: Any, max_length: int | None) -> None:
-        """Refuse a student that cannot end a response, and prompts without room before one.
-
-        Args:
-            student: the model that will write.
-            max_length: of the data, in tokens; None: not known.
-
-        Raises:
-            ValueError: it names what does not fit.
-        """
-        require_eos_token_ids(student)
-        limits = {"data.max_length": max_length, "the student's max_position_embeddings": max_positions(student)}
-        for name, limit in limits.items():
-            if limit is not None and self.max_new_tokens >= limit:
-                raise ValueError(
-                    f"max_new_tokens must leave room for a prompt within {name} of {limit}, got {self.max_new_tokens}"
-                )
-
-
 class RestrictVocabulary(LogitsProcessor):
-    """Only the first tokens of the vocabulary: those that another model knows too.
+    """Generate only the first tokens of the vocabulary: those that another model has as well.
 
     Args:
-        vocabulary: how many.
+        vocabulary: number of tokens.
     """
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores, −inf outside."""
+        """The scores, −inf outside of the vocabulary."""
         scores[:, self.vocabulary :] = -torch.inf
         return scores
 
 
 class TeacherMixture(LogitsProcessor):
-    r"""Logits of \(a\,p + (1-a)\,q\), q the writing model's distribution and p another model's on the same tokens.
+    r"""Logits of \(a\,p + (1-a)\,q\), with q of the generating model and p of another model for the same tokens.
 
     Args:
-        model: the other model, a causal LM of the same tokens.
+        model: the other model, a causal LM with the same tokens.
         share: a in [0, 1].
-        temperature: of both, > 0.
+        temperature: of both distributions, > 0.
         attention_mask: of the prompts, [B, T].
     """
 
-    def __init__(self, model: Any, share: float, temperature: float, attention_mask: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, share: float, temperature: float, attention_mask: Tensor) -> None:
         self.model = model
         self.share = share
         self.temperature = temperature
         self.mask = attention_mask
-        self._places = "position_ids" in inspect.signature(model.forward).parameters
-        self._cache: Any = None
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._cache: Cache | None = None
         self._read = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The mixture's logits, such that the writing model's `temperature` gives the mixture itself."""
+        """Logits that the temperature of generation turns into the mixture."""
         new = input_ids[:, self._read :]
         grown = input_ids.shape[1] - self.mask.shape[1]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(new), grown)], 1)
-        places = (self.mask.cumsum(1) - 1).clamp_min(0)[:, self._read :]
-        inputs = {"input_ids": new, "attention_mask": self.mask, "use_cache": True, "cache": self._cache}
-        if self._places:  # the others count by the attention mask, or not at all
-            inputs["position_ids"] = places
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, self._read :]
+        inputs: dict[str, Any] = {"input_ids": new, "attention_mask": self.mask, "use_cache": True}
+        inputs["cache"] = self._cache
+        if self._takes_positions:  # other models take them from the attention mask, or have none
+            inputs["position_ids"] = positions
         out = self.model(**inputs)
         self._cache, self._read = out.cache, input_ids.shape[1]
         width = min(scores.shape[-1], out.logits.shape[-1])

@@ -1,8 +1,9 @@
-"""A student that learns in low-rank adapters: PEFT inside, its own weights frozen, and plain weights in the export."""
+"""LoRA students: adapters of PEFT train, the base weights are frozen, and the export has plain merged weights."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,27 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
-if TYPE_CHECKING:  # a second to import, and only a student with adapters needs it
+if TYPE_CHECKING:  # takes a second to import, and only a student with adapters needs it
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
 
 
 ALL_LINEAR = "all-linear"
-PREFIX = "base_model.model."  # of a plain model's names inside a `PeftModel`
+PREFIX = "base_model.model."  # of parameter names inside a `PeftModel`
 
 
 @dataclass
 class LoRA:
-    r"""Learnt beside a frozen weight W: \(W + \frac{\alpha}{r} B A\), with A [r, in] and B [out, r], B = 0 first.
+    r"""Low-rank adapters of frozen weights W: \(W + \frac{\alpha}{r} B A\), A [r, in] and B [out, r], at first B = 0.
 
     Args:
         r: rank, at least 1.
         alpha: strength, > 0; None: 2r.
-        dropout: of what enters A, in [0, 1).
-        targets: names of the layers (`q_proj`, or a longer end such as `0.self_attn.q_proj`), or `all-linear`: every
-            linear layer but the head.
-        dora: learn the length of W's rows as well (DoRA, arXiv 2402.09353).
+        dropout: of the inputs of A, in [0, 1).
+        targets: names of layers (`q_proj`, or a longer suffix such as `0.self_attn.q_proj`), or `all-linear`: every
+            linear layer except the LM head.
+        dora: also train the norms of the rows of W (DoRA, arXiv 2402.09353).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -49,28 +52,27 @@ class LoRA:
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ValueError(f"lora.alpha must be > 0 or null (2r), got {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout must lie in [0, 1), got {self.dropout}")
+            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
             raise ValueError(f"lora.targets must name at least one layer or be {ALL_LINEAR!r}, got {self.targets!r}")
 
 
-def add_adapters(model: nn.Module, lora: LoRA) -> PeftModel:
-    """The model with fresh adapters, which alone require a gradient.
+def add_adapters(model: PreTrainedModel, lora: LoRA) -> PeftModel:
+    """Add new adapters to a model; only they require a gradient.
 
     Args:
         model: a plain Hugging Face causal language model; its layers are replaced in place.
-        lora: what to put where.
+        lora: settings of the adapters.
 
     Raises:
-        ValueError: a target matches no layer (the model's layers are named), is a kind of layer that has no adapter, or
-            shares its weight with another layer; the model has adapters already.
+        ValueError: a target matches no layer (the message lists the layers), or shares its weight with another layer;
+            the model has adapters already.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     if adapter_layers(model):
-        raise ValueError("lora: the student has adapters already; give the plain model, or leave lora out")
-    hf: Any = model
+        raise ValueError("lora: the student has adapters already: pass the plain model, or remove lora")
     names = ALL_LINEAR
     if lora.targets != ALL_LINEAR:
         names = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)  # type: ignore[assignment]
@@ -86,8 +88,8 @@ def add_adapters(model: nn.Module, lora: LoRA) -> PeftModel:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's own call
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")  # of a linear layer beside Conv1D
-        student: PeftModel = get_peft_model(hf, config)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")  # a linear layer next to Conv1D
+        student: PeftModel = get_peft_model(model, config)
     return student
 
 
@@ -102,18 +104,20 @@ def _check_targets(model: nn.Module, targets: list[str]) -> None:
         found = [name for name in layers if name == target or name.endswith(f".{target}")]
         if not found:
             short = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise ValueError(f"lora.targets: {target!r} is no layer of {type(model).__name__}; its layers are {short}")
+            raise ValueError(
+                f"lora.targets: {target!r} is not a layer of {type(model).__name__}; its layers are {short}"
+            )
         for name in found:
             others = [other for other in owners[id(layers[name].weight)] if other != name]
             if others:
                 raise ValueError(
-                    f"lora.targets: {name!r} shares its weight with {others[0]!r}, which an exported student could no "
-                    f"longer do: leave {target!r} out"
+                    f"lora.targets: {name!r} shares its weight with {others[0]!r}, which merged weights could not: "
+                    f"remove {target!r}"
                 )
 
 
 def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The layers of a model that carry an adapter, by name."""
+    """The layers of a model that have an adapter, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: part for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
@@ -121,10 +125,10 @@ def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model says what it said before it had adapters.
+    """Inside the context, the model computes what it computed without adapters.
 
-    PEFT's own switch turns the adapters' `requires_grad` off and on again as well, which is not everywhere undone:
-    a copy of a parameter that a strategy makes inside would learn nothing for good.
+    PEFT's `disable_adapter` also switches the adapters' `requires_grad` off and on. A strategy that copies a parameter
+    inside the context would keep it off, so only the private flag of the layers is set here.
     """
     layers = [(layer, layer.disable_adapters) for layer in adapter_layers(model).values()]
     for layer, _ in layers:
@@ -136,39 +140,41 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = before
 
 
-def exclude_base_weights(module: nn.Module) -> None:
-    """From now on `module.state_dict()` holds no frozen parameter of its `model.student`, and loading misses none.
+def exclude_frozen_weights(module: nn.Module, name: str) -> None:
+    """Leave the frozen parameters of a submodule out of `module.state_dict()`, and do not expect them when it loads.
 
     Args:
-        module: has its student, whose frozen parameters come from elsewhere, as `model.student` or is given it later.
+        module: the module whose state is saved.
+        name: of the submodule, such as `model.student`; it need not exist yet.
     """
-    module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_post_hook(_accept_without_frozen)  # type: ignore[no-untyped-call]
+    drop, accept = functools.partial(_drop_frozen, name), functools.partial(_accept_without_frozen, name)
+    module.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(accept)  # type: ignore[no-untyped-call]
 
 
-def _frozen(module: nn.Module) -> set[str]:
+def _frozen(name: str, module: nn.Module) -> set[str]:
     parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, x in parameters if name.startswith("model.student.") and not x.requires_grad}
+    return {key for key, x in parameters if key.startswith(f"{name}.") and not x.requires_grad}
 
 
-def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in _frozen(module):
-        state.pop(prefix + name, None)
+def _drop_frozen(name: str, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    for key in _frozen(name, module):
+        state.pop(prefix + key, None)
 
 
-def _accept_without_frozen(module: nn.Module, found: Any) -> None:
-    frozen = _frozen(module)
-    found.missing_keys[:] = [name for name in found.missing_keys if name not in frozen]
+def _accept_without_frozen(name: str, module: nn.Module, keys: _IncompatibleKeys) -> None:
+    frozen = _frozen(name, module)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key not in frozen]
 
 
 def merged_state_dict(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a student with adapters is without them: every adapter multiplied into its weight, names as a plain model's.
+    """The state of a plain model: every adapter is merged into its weight, and names are those without PEFT.
 
-    One layer at a time: there is no second copy of the model.
+    Works on one layer at a time, without a second copy of the model.
 
     Args:
-        student: its layers say how; nothing in it changes.
-        state: the student's tensors by name, each of them whole.
+        student: a model with adapters; it does not change.
+        state: the full tensors of the student by name.
     """
     layers = adapter_layers(student)
     merged: dict[str, Tensor] = {}
@@ -182,35 +188,36 @@ def merged_state_dict(student: nn.Module, state: Mapping[str, Tensor]) -> dict[s
     return merged
 
 
-def save_adapter(student: Any, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapter as PEFT keeps it, for `PeftModel.from_pretrained(model, folder)`.
+def save_adapter(student: PeftModel, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapter in the format of PEFT, for `PeftModel.from_pretrained(model, folder)`.
 
     Args:
         student: a model with adapters.
-        state: its tensors by name, each of them whole.
-        folder: is there already.
+        state: its full tensors by name.
+        folder: exists.
     """
-    student.save_pretrained(folder, state_dict=dict(state), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a form to be filled in
+    student.save_pretrained(str(folder), state_dict=dict(state), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty template of a model card
 
 
 def _above(name: str) -> Iterator[str]:
-    """Names of the modules that hold the tensor of this name."""
+    """Names of the modules that contain the tensor of this name, innermost first."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
 
 
-def _merged(layer: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The plain layer with the adapter in its weight, from tensors that may lie elsewhere than the layer's own."""
-    own = [*layer.named_parameters(), *layer.named_buffers()]
+def _merged(layer: BaseTunerLayer, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The plain layer with the adapter merged into its weight, computed from `tensors` instead of the layer's own."""
+    module: Any = layer  # a layer of PEFT is an `nn.Module`, which its base class does not declare
+    own = [*module.named_parameters(), *module.named_buffers()]
     memo: dict[int, Any] = {
         id(old): nn.Parameter(tensors[name].detach().clone(), requires_grad=False)
         if isinstance(old, nn.Parameter)
         else tensors.get(name, old).detach().clone()
         for name, old in own
     }
-    twin = copy.deepcopy(layer, memo)
+    twin = copy.deepcopy(module, memo)
     twin.merge()
     base: nn.Module = twin.get_base_layer()
     return base

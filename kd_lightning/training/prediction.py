@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def greedy_responses(student: nn.Module, batch: Mapping[str, Tensor], max_new_tokens: int) -> tuple[Tensor, Tensor]:
@@ -21,8 +25,10 @@ def greedy_responses(student: nn.Module, batch: Mapping[str, Tensor], max_new_to
     Returns:
         Token ids [B, up to max_new_tokens], and whether each response has ended [B]; False: it was cut.
     """
-    from kd_lightning.models.generate import generate
+    from kd_lightning.models.generate import Sampling, generate
 
-    responses = generate(student, batch["input_ids"], batch["attention_mask"], max_new_tokens)
+    model = cast("PreTrainedModel", student)  # or PEFT's wrapper of one
+    sampling = Sampling(max_new_tokens, temperature=0.0)
+    responses = generate(model, batch["input_ids"], batch["attention_mask"], sampling)
     ends = torch.tensor(eos_token_ids(base_model(student)), dtype=responses.dtype, device=responses.device)
     return responses, torch.isin(responses, ends).any(1)

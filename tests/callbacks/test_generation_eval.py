@@ -87,4 +87,4 @@ def test_a_student_that_never_ends_is_refused_before_the_first_step(
     (student / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
     words = [*runs.little(tmp_path / "run"), "--data.train", str(runs.little_data(tmp_path))]
     assert main([*words, "--model.student", str(student), "--generation.every_n_validations", "1"]) == 1
-    assert "no end of sequence" in capsys.readouterr().err
+    assert "has no eos_token_id" in capsys.readouterr().err

@@ -130,15 +130,15 @@ def test_a_student_that_says_nothing_more(
     said: Response, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, capfd: Any
 ) -> None:
     """It is counted, what was said before is learned again, and no loss is NaN; before the first pass it is refused."""
-    own, calls = BatchGenerator.answers, []
+    own, calls = BatchGenerator.generate, []
 
-    def answers(writer: Any, prompts: Any, numbered: Any) -> Any:
+    def generate(writer: Any, prompts: Any, numbered: Any) -> Any:
         calls.append(writer)
         if len(calls) < 3:  # the teacher, and the student before its first pass
             return own(writer, prompts, numbered)
         return ((row, said) for _, rows in numbered for row in rows)
 
-    monkeypatch.setattr(BatchGenerator, "answers", answers)
+    monkeypatch.setattr(BatchGenerator, "generate", generate)
     root = tmp_path / "root"
     words = [word.replace("contrastive.yaml", "own.yaml") for word in contrastive(root, data, steps=8)]
     text = json.loads((tmp_path / "contrastive.yaml").read_text())

@@ -158,7 +158,7 @@ CHANGES: dict[str, tuple[Callable[[bytes], bytes], list[str], str]] = {
     "a row more": (lambda old: old + old.splitlines(keepends=True)[0], [], "more than the 40 rows"),
     "a text": (lambda old: b"My diary\n", [], "line 1 is not a response to row 1"),
     "a text without end": (lambda old: b"My diary", [], "line 1 is not a response to row 1"),
-    "a broken line": (lambda old: old.replace(b'"}\n', b"\n", 1), [], "line 1 is broken"),
+    "a broken line": (lambda old: old.replace(b'"}\n', b"\n", 1), [], "line 1 is corrupt"),
 }
 
 
@@ -270,7 +270,7 @@ def test_ends_and_reasons() -> None:
     # only an end; a word and either end; padding after it; no end at all
     tokens = [[1, 0, 0], [word, 1, 0], [word, 7, word], [word, word, word]]
     writer = BatchGenerator(Parrot(tokens, [1, 7]), tokenizer, Sampling(3))
-    found = dict(writer.answers([[5]] * 4, [(0, [0, 1, 2, 3])]))
+    found = dict(writer.generate([[5]] * 4, [(0, [0, 1, 2, 3])]))
     assert [found[n].finish_reason for n in range(4)] == ["eos", "eos", "eos", "length"]
     assert [found[n].tokens for n in range(4)] == [1, 2, 2, 3]
     once = tokenizer.decode([word])
@@ -280,7 +280,7 @@ def test_ends_and_reasons() -> None:
 def test_prompts_go_where_the_model_computes_not_where_its_parameters_wait() -> None:
     model = Parrot([[5, 1]], 1).to("meta")  # in a run: shards in host memory, computed with on a card
     writer = BatchGenerator(model, load_tokenizer("asset:student"), Sampling(2), device=torch.device("cpu"))
-    assert [response.tokens for _, response in writer.answers([[5]], [(0, [0])])] == [2]
+    assert [response.tokens for _, response in writer.generate([[5]], [(0, [0])])] == [2]
 
 
 def test_dropout_is_off_and_the_mode_comes_back() -> None:
@@ -288,12 +288,12 @@ def test_dropout_is_off_and_the_mode_comes_back() -> None:
     tokenizer = load_tokenizer("asset:student")
     prompts = [tokenizer("Define the noun below.\ncat").input_ids]
     writer = BatchGenerator(model.train(), tokenizer, Sampling(8, 0.0))
-    first = dict(writer.answers(prompts, [(0, [0])]))
+    first = dict(writer.generate(prompts, [(0, [0])]))
     assert model.training
-    assert first == dict(writer.answers(prompts, [(0, [0])]))
+    assert first == dict(writer.generate(prompts, [(0, [0])]))
     inputs = left_pad(prompts, 0)
     tokens = model.eval().generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert writer.read(tokens[:, inputs["input_ids"].shape[1] :]) == [first[0]]
+    assert writer.decode(tokens[:, inputs["input_ids"].shape[1] :]) == [first[0]]
 
 
 @pytest.mark.parametrize("device", ["foo", "meta"])
@@ -302,15 +302,15 @@ def test_a_device_that_is_not_here(device: str, data: Path, tmp_path: Path, capf
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_where_a_file_is_begun_anew_its_words_are_kept_beside_it(tmp_path: Path) -> None:
+def test_where_a_file_is_started_over_the_old_one_is_kept(tmp_path: Path) -> None:
     path, rows = tmp_path / "pass.jsonl", [{"prompt": "a"}, {"prompt": "b"}]
     for n, model in enumerate(("first", "second", "third")):
         before = path.read_bytes() if n else b""
-        with ResponseFile(path, rows, model, {}, anew=True) as file:
+        with ResponseFile(path, rows, model, {}, start_over=True) as file:
             assert file.done == 0
             file.write(0, Response("words", "eos", 1))
         if n:
             assert (tmp_path / f"pass.earlier-{n}.jsonl").read_bytes() == before
-    with ResponseFile(path, rows, "third", {}, anew=True) as file:
+    with ResponseFile(path, rows, "third", {}, start_over=True) as file:
         assert file.done == 1
     assert len(list(tmp_path.iterdir())) == 3

@@ -124,7 +124,7 @@ def test_a_student_with_adapters_is_cut_like_a_plain_one(model_type: str) -> Non
 
 def test_an_adapter_on_the_head_is_seen() -> None:
     student = add_adapters(tiny("llama", **UNTIED), LoRA(targets=["lm_head"]))
-    with pytest.raises(ValueError, match="an adapter sits on its head"):
+    with pytest.raises(ValueError, match="its LM head has an adapter"):
         body_and_head(student)
 
 

@@ -136,16 +136,16 @@ BIASED = {"bert-generation", "codegen", "ctrl", "gptj", "phi", "xlm"}
 
 # No cut: why, in a word of the error.
 UNCUT: dict[str, tuple[dict[str, Any], str]] = {
-    "bert": ({"is_decoder": True}, "more between"),
-    "big_bird": ({"is_decoder": True}, "more between"),
+    "bert": ({"is_decoder": True}, "more than a matrix"),
+    "big_bird": ({"is_decoder": True}, "more than a matrix"),
     "dory": ({}, "more parameters"),  # a factor for every token, learnt
-    "electra": ({"is_decoder": True, "embedding_size": 16}, "by its last layer alone"),
-    "modernbert-decoder": ({}, "cannot be called alone"),
+    "electra": ({"is_decoder": True, "embedding_size": 16}, "by its LM head alone"),
+    "modernbert-decoder": ({}, "cannot be called by itself"),
     "rembert": (
         {"is_decoder": True, "input_embedding_size": 32, "output_embedding_size": 32},
-        "more between",
+        "more than a matrix",
     ),
-    "roberta": ({"is_decoder": True}, "more between"),
+    "roberta": ({"is_decoder": True}, "more than a matrix"),
 }
 
 

@@ -41,7 +41,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(model_type: str) -> None:
 
 def test_an_encoder_with_a_decoder_is_refused() -> None:
     config = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot be cut"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot be split"):
         body_and_head(T5ForConditionalGeneration(config))
 
 
@@ -139,7 +139,7 @@ def test_a_wrapped_model_is_cut_where_its_base_is() -> None:
 
 
 def test_tokens_that_only_the_wrapper_adds_are_noticed() -> None:
-    with pytest.raises(ValueError, match="Wrapped cannot be cut"):
+    with pytest.raises(ValueError, match="Wrapped cannot be split"):
         body_and_head(Wrapped(tiny("llama"), virtual=2))
 
 
@@ -149,7 +149,7 @@ def test_an_adapter_on_the_head_is_refused(name: str) -> None:
     layer = nn.Linear(32, VOCABULARY, bias=False)
     layer.add_module(name, model.lm_head)
     model.lm_head = layer
-    with pytest.raises(ValueError, match="an adapter sits on its head"):
+    with pytest.raises(ValueError, match="its LM head has an adapter"):
         body_and_head(model)
 
 
@@ -168,7 +168,7 @@ class CappedBehind(nn.Module):
 
 
 def test_a_factor_that_the_configuration_does_not_name_is_noticed() -> None:
-    with pytest.raises(ValueError, match="more between"):
+    with pytest.raises(ValueError, match="more than a matrix"):
         body_and_head(CappedBehind(tiny("llama")))
 
 
