@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd_lightning.callbacks.base import ChecksBeforeStart
+from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import GenerationRow
@@ -92,7 +93,9 @@ def check_callbacks(fit: PreparedFit) -> Findings:
         if data.sources[split]:
             limited_batches(loader(), limit_batches(fit.trainer, split))
     for callback in fit.callbacks:
-        if isinstance(callback, ChecksBeforeStart) and callback not in fit.regenerations:  # see `check_responses`
+        if isinstance(callback, Regeneration):
+            continue  # `check_responses` has checked it
+        if isinstance(callback, ChecksBeforeStart):
             callback.check_before_start(fit)
     return iter(())
 
