@@ -1,4 +1,4 @@
-"""A run as one page."""
+"""The report of a run."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ def test_what_another_run_left_is_set_aside_and_not_read(tmp_path: Path) -> None
     assert "Test rows" not in (root / "report.md").read_text()
     assert left and all((root / "earlier-1" / path).read_bytes() == content for path, content in left.items())
     assert main([*runs.little(root, steps=3, test=True), *given, "--data.test", "null", "--ckpt_path", "last"]) == 0
-    assert [step for step, _ in RunFolder.read(root).scalars["val/ce"]] == [0, 1, 2]  # its own, gone on with
+    assert [step for step, _ in RunFolder.read(root).scalars["val/ce"]] == [0, 1, 2]  # its own curve, resumed
     assert not (root / "earlier-2").exists()

@@ -1,4 +1,4 @@
-"""What a run shows of the words it trains on: scalars by name, and samples to be read."""
+"""What a run shows of generated responses: scalars by name, and samples as text."""
 
 from __future__ import annotations
 

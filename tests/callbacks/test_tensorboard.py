@@ -1,4 +1,4 @@
-"""What a run is held against, and what TensorBoard shows of it."""
+"""Baselines of a run, and its TensorBoard dashboard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VALIDATED = ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps",
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps, beside an earlier one."""
+    """A run of four steps, and an earlier one as its baseline."""
     folder = tmp_path_factory.mktemp("runs")
     data = ["--data.train", str(runs.little_data(folder)), *VALIDATED]
     assert main([*runs.little(folder / "sft", "sft"), *data]) == 0
@@ -54,7 +54,7 @@ def test_the_layout_names_scalars_that_are_there(root: Path) -> None:
     assert "custom_scalars__config__" in events(root / "run").Tags()["tensors"]
 
 
-def test_figures_and_the_config_in_words(root: Path) -> None:
+def test_figures_and_the_config_as_text(root: Path) -> None:
     accumulator = events(root / "run")
     parts = "forward KL on the top and the tail of the teacher"
     for name in ("agreement by position in the response", "probability of the label", parts):
@@ -63,7 +63,7 @@ def test_figures_and_the_config_in_words(root: Path) -> None:
     assert "max_steps: 4" in text
 
 
-def test_hyper_parameters_stand_beside_final_metrics_and_no_scalar_is_made_up(root: Path) -> None:
+def test_hyperparameters_come_with_final_metrics_and_no_scalar_is_invented(root: Path) -> None:
     accumulator = events(root / "run")
     content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     session = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
@@ -112,7 +112,7 @@ def test_another_logger_falls_back_quietly(tmp_path: Path) -> None:
 
 
 class Service(Logger):
-    """Stands in for wandb or MLflow: knows metrics and parameters, and nothing of TensorBoard's own."""
+    """A logger like those of wandb or MLflow, without the methods of TensorBoard's writer."""
 
     seen: ClassVar[dict[str, list[tuple[int | None, float]]]] = {}
     name, version = "service", "0"
@@ -141,7 +141,7 @@ def test_a_service_gets_every_number_and_is_asked_for_nothing_else(tmp_path: Pat
 
 
 def test_no_metric_has_a_point_before_it_was_measured(root: Path) -> None:
-    """Read from the raw records, where TensorBoard's hyper-parameters would have left a zero."""
+    """Read from the raw records, where TensorBoard's hyperparameters would leave a zero."""
     (file,) = (root / "run" / "tensorboard").glob("events.out.tfevents.*")
     points: dict[str, list[tuple[int, float]]] = {}
     for event in EventFileLoader(str(file)).Load():
