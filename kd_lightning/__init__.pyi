@@ -24,10 +24,10 @@ from kd_lightning.label_losses import ClippedPolicyGradient as ClippedPolicyGrad
 from kd_lightning.label_losses import CrossEntropy as CrossEntropy
 from kd_lightning.label_losses import LabelLoss as LabelLoss
 from kd_lightning.label_losses import SampledReverseKL as SampledReverseKL
-from kd_lightning.losses import DistillationLoss as DistillationLoss
-from kd_lightning.losses import LossParts as LossParts
-from kd_lightning.losses import distillation_loss as distillation_loss
-from kd_lightning.losses import fused_distillation_loss as fused_distillation_loss
+from kd_lightning.losses.distillation import DistillationLoss as DistillationLoss
+from kd_lightning.losses.functional import distillation_loss as distillation_loss
+from kd_lightning.losses.functional import fused_distillation_loss as fused_distillation_loss
+from kd_lightning.losses.loss_parts import LossParts as LossParts
 from kd_lightning.metrics.bucketed import ByPosition as ByPosition
 from kd_lightning.metrics.bucketed import BySource as BySource
 from kd_lightning.metrics.per_token import NLL as NLL

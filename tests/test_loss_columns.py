@@ -191,8 +191,8 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
         ({"temperature": math.nan}, "temperature must be a finite number > 0, got nan"),
         ({"reduction": "mean"}, "reduction must be one of token_mean, sequence_mean, sum, none, got 'mean'"),
         ({"label_loss": Forward()}, "label_loss must be a LabelLoss or None, got"),
-        ({"chunk": -512}, "chunk must be a number of rows > 0 or None, got -512"),
-        ({"chunk": 0}, "chunk must be a number of rows > 0 or None, got 0"),
+        ({"chunk": -512}, "chunk must be a number of tokens > 0 or None, got -512"),
+        ({"chunk": 0}, "chunk must be a number of tokens > 0 or None, got 0"),
         ({"monitors": {"kd": Forward()}}, "monitors must not be named .*, got 'kd'"),
         ({"monitors": {"x": 3}}, r"monitors\['x'\] must be a Divergence, got 3"),
     ],
@@ -215,10 +215,10 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
             r"student_hidden must have .* \[3, 5\].*\[3, 4, 4\]",
         ),
         ({"teacher_hidden": torch.zeros(B - 1, T, HT)}, r"teacher_hidden must have .* \[3, 5\].*\[2, 5, 6\]"),
-        ({"student_hidden": torch.zeros(B, T, HS + 1)}, r"student_hidden has width 5 .* student_head reads 4"),
-        ({"teacher_head": torch.zeros(V, HT + 1)}, r"teacher_hidden has width 6 .* teacher_head reads 7"),
+        ({"student_hidden": torch.zeros(B, T, HS + 1)}, r"student_hidden has width 5 .* student_head expects 4"),
+        ({"teacher_head": torch.zeros(V, HT + 1)}, r"teacher_hidden has width 6 .* teacher_head expects 7"),
         ({"teacher_head": None}, "teacher_head must be given with teacher_hidden"),
-        ({"teacher_hidden": None}, "ce_weight must be 1 where there is no teacher, got 0.0"),
+        ({"teacher_hidden": None}, "ce_weight must be 1 without a teacher, got 0.0"),
         (
             {"student_hidden": torch.zeros(B, T, HS, device="meta")},
             "on one device, got student on cpu and meta, .* labels on cpu",
@@ -237,5 +237,5 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], message: str
 def test_monitors_need_a_teacher() -> None:
     problem = Problem()
     loss = DistillationLoss(Forward(), ce_weight=1.0, monitors={"x": Forward()})
-    with pytest.raises(ValueError, match="monitors need a teacher, and there is none: x"):
+    with pytest.raises(ValueError, match="monitors need a teacher, got none: remove x"):
         loss.from_logits(problem.logits()[0], None, problem.labels)

@@ -137,7 +137,7 @@ def test_columns_with_names_of_the_loss_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("label_gradient", "must not be named"), ("a.b", "without a dot"), ("", "without a dot")]
+    ("name", "reason"), [("label_gradient", "must not be named"), ("a.b", "without a dot"), ("", "not empty")]
 )
 def test_monitors_whose_names_cannot_be_reported_are_refused(name: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"monitors .*{reason}.*'{name}'"):

@@ -114,7 +114,7 @@ class GenerationQuality(L.Callback):
             return
         BatchGenerator(student, datamodule.tokenizer, self.sampling)
         splits = [split for split in ("val", "test") if split in datamodule.splits]
-        rows = [row for split in splits for row in datamodule.generation_rows(split)[: self.rows]]
+        rows = [row for split in splits for row in datamodule.generation_rows(split, self.rows)]
         longest = max(len(row["prompt_ids"]) for row in rows)
         positions = max_positions(student)
         if positions is not None and longest + self.sampling.max_new_tokens > positions:
@@ -180,7 +180,7 @@ class GenerationQuality(L.Callback):
     ) -> tuple[dict[str, float], list[str]]:
         """Metrics over all ranks, and the responses to the first rows."""
         datamodule = self._datamodule(trainer)
-        rows = datamodule.generation_rows(split)[: self.rows]
+        rows = datamodule.generation_rows(split, self.rows)
         prompts = [row["prompt_ids"] for row in rows]
         batches = length_batches([len(prompt) for prompt in prompts], self.batch_size)
         generator = BatchGenerator(model, datamodule.tokenizer, sampling, seed, module.device)
@@ -196,7 +196,7 @@ class GenerationQuality(L.Callback):
 
     def _show(self, trainer: L.Trainer, texts: Sequence[str]) -> None:
         """Add a table of samples to TensorBoard's text."""
-        rows = self._datamodule(trainer).generation_rows("val")[: len(texts)]
+        rows = self._datamodule(trainer).generation_rows("val", len(texts))
         teacher_texts = self._teacher[1] if self._teacher is not None else ["–"] * len(rows)
         cells = [
             [" ".join(text.split()) for text in (row["prompt"], row["answer"], teacher, student)]

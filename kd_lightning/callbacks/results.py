@@ -114,7 +114,7 @@ class ResultsTable(L.Callback):
         loader = datamodule.test_dataloader()
         batches = limited_batches(loader, trainer.limit_test_batches)
         means = token_means(trainer, student_and_teacher(module), loader, batches)
-        return means, self._rows_of_task(datamodule.generation_rows("test")[: batches * datamodule.batch_size])
+        return means, self._rows_of_task(datamodule.generation_rows("test", batches * datamodule.batch_size))
 
     def _rows_of_task(self, rows: list[GenerationRow]) -> list[GenerationRow]:
         tasks = {row["row"].get("task") for row in rows}

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.metrics.bucketed import response_positions
 from kd_lightning.reporting import figures
@@ -65,8 +65,8 @@ class Dashboard(L.Callback):
         """Add a batch to the sums."""
         if not isinstance(outputs, Mapping) or "agreement" not in outputs:
             return
-        labels = batch["labels"][:, 1:]
-        position = response_positions(labels)[labels != IGNORE_INDEX].clamp(max=POSITIONS - 1)
+        positions = response_positions(batch["labels"][:, 1:])[next_token_mask(batch["labels"])]
+        position = positions.clamp(max=POSITIONS - 1)
         agreement = outputs["agreement"].float()
         ones = torch.ones_like(agreement)
         kl, top = (

@@ -1,11 +1,11 @@
-"""Runs side by side: `kd-lightning compare ROOT… --output report.md`."""
+"""Compare runs: `kd-lightning compare ROOT… --output report.md`."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -19,32 +19,32 @@ from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing,
 CURVES = {
     "val/ce": "validation NLL per answer token",
     "val/forward_kl": "validation forward KL to the teacher",
-    "val/agreement": "share of tokens where both put the same one first",
+    "val/agreement": "share of tokens with the same most probable token",
 }
 SHARED = {"teacher": "teacher", "student_before": "student before"}
-SAME = 1e-3  # relative: the same rows in batches of another size
-Cell = tuple[float, float] | None  # mean and, with repetitions, standard deviation (NaN for one run)
+SAME = 1e-3  # relative difference: the same rows in batches of another size
+Cell: TypeAlias = tuple[float, float] | None  # mean and standard deviation over repetitions (NaN for one run)
 
 
 def main(args: Sequence[str]) -> int:
-    """Compare finished or running folders.
+    """Compare finished or running runs by their folders. Runs that differ only in seeds are averaged.
 
     Args:
         args: folders, `--output FILE` for a Markdown page, `--different_data` to allow runs on different rows.
 
     Raises:
-        ValueError: a folder is not that of a run; the runs were not measured on the same rows; the page exists.
+        ValueError: a folder is not that of a run; the runs were evaluated on different rows; the page exists.
     """
     parser = CommandParser(
-        prog="kd-lightning compare", description="Runs side by side; runs that differ in seeds alone are averaged."
+        prog="kd-lightning compare", description="Compare runs. Runs that differ only in seeds are averaged."
     )
     parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of a run (--trainer.default_root_dir)")
     parser.add_argument("--output", type=Path, help="write a Markdown page with curves to this file")
-    parser.add_argument("--different_data", action="store_true", help="allow runs on different rows, and say so")
+    parser.add_argument("--different_data", action="store_true", help="allow runs on different rows, with a note")
     given = parser.parse_args(list(args))
     if given.output is not None and given.output.exists():
         raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
-    roots = {Path(root).resolve(): root for root in reversed(given.roots)}  # one that is named twice is one
+    roots = {Path(root).resolve(): root for root in reversed(given.roots)}  # without duplicates
     runs = [RunFolder.read(root) for root in progress_bar(list(reversed(roots.values())), "Runs")]
     notes = same_rows(runs, given.different_data)
     groups, repeated = other_seeds(repetitions(runs))
@@ -59,19 +59,19 @@ def main(args: Sequence[str]) -> int:
 
 
 def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
-    """Refuse to put figures on different rows side by side, or say that it is done.
+    """Notes on data that differ between the runs.
 
     Raises:
-        ValueError: they differ, and it is not allowed.
+        ValueError: the data differ, and this is not allowed.
     """
     notes = []
     for name in DATA:
         split = f"{name.removeprefix('data.')} rows"
-        told = all(split in run.rows for run in runs)
+        hashed = all(split in run.rows for run in runs)
         found: dict[str, str] = {}
         for run in runs:
-            digest = f" ({run.rows[split]})" if told else ""
-            found.setdefault(digest or str(resolved_source(run.config.get(name))), f"{run.config.get(name)}{digest}")
+            rows = f" ({run.rows[split]})" if hashed else ""
+            found.setdefault(rows or str(resolved_source(run.config.get(name))), f"{run.config.get(name)}{rows}")
         if len(found) > 1:
             notes.append(f"{name} differs: {', '.join(sorted(found.values()))}")
     teachers: dict[str, list[float]] = {}
@@ -80,19 +80,23 @@ def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
             same = repr([run.config.get(name) for name in ("model.teacher", "model.teacher_kwargs")])
             teachers.setdefault(same, []).append(run.results["teacher"]["nll"] or 0.0)
     if any(max(nlls) - min(nlls) > SAME * max(nlls) for nlls in teachers.values()) and not notes:
-        notes.append("the same teacher, or the same files, have changed: its own row differs between the runs")
+        notes.append("the results of one teacher differ between the runs: its files, or the test rows, have changed")
     if notes and not allowed:
         raise ValueError(
-            f"the runs are not on the same data ({'; '.join(notes)}): --different_data compares them anyway"
+            f"the runs are not on the same data ({'; '.join(notes)}): pass --different_data to compare them anyway"
         )
     return [f"**Not the same data**: {note}" for note in notes]
 
 
 def other_seeds(groups: Sequence[Sequence[RunFolder]]) -> tuple[list[list[RunFolder]], list[str]]:
-    """Of runs with the same seeds, which are no repetitions, the first that has ended (or the first); the others."""
+    """Drop runs with equal seeds, which are no repetitions.
+
+    Returns:
+        The groups, with one run per seed (a finished one if there is one), and a note on each run that was dropped.
+    """
     kept, notes = [], []
     for group in groups:
-        first: dict[tuple[Any, Any], RunFolder] = {}
+        first: dict[tuple[object, object], RunFolder] = {}
         for run in sorted(group, key=lambda run: not run.ended):
             if run is not first.setdefault(run.seeds, run):
                 notes.append(f"**Left out**: {run.root} has the seed of {first[run.seeds].root}, {run.seeds[0]}")
@@ -101,7 +105,7 @@ def other_seeds(groups: Sequence[Sequence[RunFolder]]) -> tuple[list[list[RunFol
 
 
 def titles(groups: Sequence[Sequence[RunFolder]]) -> list[str]:
-    """A name for each group: the folders', or their common beginning."""
+    """A name for each group: the folder's, or the common prefix of the folders'."""
     names = []
     for group in groups:
         folders = [run.root.name for run in group]
@@ -110,26 +114,24 @@ def titles(groups: Sequence[Sequence[RunFolder]]) -> list[str]:
             common = common[:-1]
         names.append(common.rstrip("_-.0123456789") or common or folders[0] if len(group) > 1 else folders[0])
     names = [f"{name} (run)" if name in SHARED.values() else name for name in names]
-    return [
-        name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)
-    ]  # two groups of one name are told apart by their place
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
 def table(groups: Sequence[Sequence[RunFolder]], names: Sequence[str]) -> dict[str, dict[str, Cell]]:
-    """Mean and spread of the closing tables, by row and column; the shared rows first."""
+    """Mean and standard deviation of the results tables, by row and column; rows that all runs share come first."""
     rows: dict[str, dict[str, Cell]] = {}
-    everyone = [run for group in groups for run in group]
+    runs = [run for group in groups for run in group]
     for key, title in SHARED.items():
-        kept = [run for run in everyone if run.results is not None and run.results.get(key) is not None]
+        kept = [run for run in runs if run.results is not None and run.results.get(key) is not None]
         if kept and (key == "teacher" or len({repr((run.results or {})[key]) for run in kept}) == 1):
             rows[title] = _means(kept[:1], key)
     for group, name in zip(groups, names, strict=True):
         finished = [run for run in group if run.results is not None]
         count = f" ({len(finished)} runs)" if len(finished) > 1 else ""
-        under_way = [run for run in group if not run.ended]
-        going = f", {len(under_way)} at step {max(run.step for run in under_way)}" if under_way else ""
-        going += ", no test rows" if not finished and not under_way else ""
-        rows[f"{name}{count}{going}"] = _means(finished, "student_after")
+        running = [run for run in group if not run.ended]
+        status = f", {len(running)} at step {max(run.step for run in running)}" if running else ""
+        status += ", no test rows" if not finished and not running else ""
+        rows[f"{name}{count}{status}"] = _means(finished, "student_after")
     return rows
 
 
@@ -145,7 +147,7 @@ def _means(runs: Sequence[RunFolder], key: str) -> dict[str, Cell]:
 
 
 def text_of(column: str, cell: Cell, best: Cell) -> str:
-    """A cell in words: mean ± spread, and a star where it is further from the best than the spread of both."""
+    """A cell as text: mean ± standard deviation, and a star if it differs significantly from the best."""
     if cell is None:
         return "–"
     scale, unit = (100, " %") if column == "exact_match" else (1, "")
@@ -172,8 +174,9 @@ def _cells(rows: dict[str, dict[str, Cell]]) -> list[list[str]]:
 
 
 EXPLAINED = (
-    "Mean ± standard deviation where a run was repeated with other seeds. A star: further from the best of its column "
-    "than the spread of both, √(s² + s²); without a star, or with one run a row, a difference is no finding."
+    "Mean ± standard deviation if a run was repeated with other seeds. A star: the difference from the best of the "
+    "column exceeds √(s² + s²) of both standard deviations. Without a star, or with one run per row, a difference is "
+    "not meaningful."
 )
 
 
@@ -195,7 +198,7 @@ def page(
     rows: dict[str, dict[str, Cell]],
     notes: Sequence[str],
 ) -> str:
-    """The comparison as one Markdown page with its figures inside."""
+    """The comparison as one Markdown page with embedded figures."""
     out = ["# Runs side by side", *notes, markdown_table(["run", *HEADINGS.values()], _cells(rows)), EXPLAINED]
     changed = differing([group[0] for group in groups])
     if changed:

@@ -8,21 +8,21 @@ from pathlib import Path
 from kd_lightning.cli.error_messages import did_you_mean
 from kd_lightning.reporting.moved_classes import update_class_paths
 
-CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # where the names after an option are looked up
+CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # folders of the shipped configs that an option names
 PARSER_MODE = "kd_lightning"  # jsonargparse's name of the loader registered below
 
 
 def config_folder() -> Path:
-    """Where the shipped configs lie: beside the modules in an installed package, one level up in the source tree."""
+    """Folder of the shipped configs: in the package if it is installed, next to it in the source tree."""
     installed = Path(__file__).parents[1] / "configs"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def shipped_config(name: str, option: str = "--config") -> str:
-    """The path of the shipped config called `name`; a path, or values in braces, comes back unchanged.
+    """The path of the shipped config `name`; a path, or values in braces, is returned unchanged.
 
     Raises:
-        ValueError: no file and no shipped config has this name.
+        ValueError: there is no file and no shipped config of this name.
     """
     if name.startswith("{") or Path(name).is_file():
         return name
@@ -32,7 +32,7 @@ def shipped_config(name: str, option: str = "--config") -> str:
         return str(path)
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     hint = did_you_mean(name, names)
-    raise ValueError(f"{option} {name}: no such file{hint}, and the shipped ones are {', '.join(names)}")
+    raise ValueError(f"{option} {name}: no such file{hint}: pass a path or one of {', '.join(names)}")
 
 
 def expand_configs(args: Sequence[str]) -> list[str]:
@@ -68,17 +68,21 @@ def register_config_loader() -> str:
 
 
 def checkpoint_path(name: str, root: str | Path) -> str:
-    """The file that `--ckpt_path` means: a path, or `last` under ROOT.
+    """The file of `--ckpt_path`: a path, or the newest `last` checkpoint under ROOT.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such checkpoint.
     """
     if name != "last":
         if not Path(name).exists():
-            raise ValueError(f"--ckpt_path {name}: there is no such checkpoint (or write 'last' to go on from ROOT)")
+            raise ValueError(
+                f"--ckpt_path {name}: no such checkpoint: pass an existing one, or 'last' to resume from ROOT"
+            )
         return name
     folder = Path(root) / "checkpoints"
     found = sorted(folder.glob("last*.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise ValueError(f"--ckpt_path last: {folder} holds no last*.ckpt to go on from")
+        raise ValueError(
+            f"--ckpt_path last: {folder} has no last*.ckpt to resume from: check --trainer.default_root_dir"
+        )
     return str(found[-1])

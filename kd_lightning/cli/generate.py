@@ -1,14 +1,13 @@
-"""Responses of a model to a file of prompts: `kd-lightning generate --model M --data FILE --output OUT.jsonl`."""
+"""Generate responses to a file of prompts: `kd-lightning generate --model M --data FILE --output OUT.jsonl`."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
 import torch
@@ -25,7 +24,7 @@ from kd_lightning.generation.batch_generator import (
     summary,
     write_responses,
 )
-from kd_lightning.generation.response_file import ResponseFile
+from kd_lightning.generation.response_file import Response, ResponseFile
 from kd_lightning.generation.server_generator import ServerGenerator
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.loading import load_causal_lm
@@ -33,20 +32,20 @@ from kd_lightning.models.openai_client import OpenAIClient
 
 
 def main(args: Sequence[str]) -> int:
-    """Run `generate` with what the words say.
+    """Run `generate` with the arguments of the command line.
 
     Args:
-        args: words of the command line after the command.
+        args: arguments after the command.
 
     Returns:
-        0; 130 where it was interrupted from the keyboard.
+        0; 130 if interrupted from the keyboard.
 
     Raises:
-        ValueError: what `generate` raises.
+        ValueError: see `generate`.
     """
     parser = jsonargparse.ArgumentParser(
         prog="kd-lightning generate",
-        description="A response of a model, or of a server, to every row of a file.",
+        description="Generate a response to every row of a file, with a model or a server.",
         usage="kd-lightning generate --model M --data FILE --output OUT.jsonl [--ARGUMENT VALUE ...]",
         exit_on_error=False,
     )
@@ -55,23 +54,9 @@ def main(args: Sequence[str]) -> int:
     try:
         generate(**given)
     except KeyboardInterrupt:
-        _say(f"interrupted: the same command goes on with {given['output']}")
+        _log(f"interrupted: run the same command again to resume {given['output']}")
         return 130
     return 0
-
-
-def _place(name: str) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        ValueError: there is none of that name here.
-    """
-    try:
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=place).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device must be auto, cpu or one that torch finds here, got {name!r}: {error}") from None
-    return place
 
 
 def generate(
@@ -90,89 +75,132 @@ def generate(
     patience: float = 180.0,
     progress: bool = True,
 ) -> None:
-    """Write a response to every row of the data, in its order, with all of the row's fields.
+    """Write a response to every row of the data, in its order, with all fields of the row.
 
-    A line of the output has the fields of its row, then `model` (a digest of weights and tokenizer, or the name a
-    server knows it by), `sampling`, `finish_reason` ("eos" or "length") and `response`. Interrupted at any moment and
-    called again, it goes on, and every response is what it would have been; an output that holds anything else, other
-    settings or other rows, is refused. Where the output is finished nothing is done.
+    A line of the output has the fields of its row, then `model` (a hash of weights and tokenizer, or the name of the
+    served model), `sampling`, `finish_reason` ("eos" or "length") and `response`. Generation is resumable: after an
+    interruption, the same call continues, and every response is the same as without the interruption. An output with
+    other settings or other rows is refused. If the output is complete, nothing is done.
 
     Args:
-        data: what `InstructionDataModule` reads; a row needs no answer, and one that is there is left out.
+        data: anything that `InstructionDataModule` reads; a row needs no answer, and an answer is ignored.
         output: a `.jsonl` file; never replaced.
-        model: folder, hub name or `asset:` name; with `server`: the name it serves, not needed if that is the only one.
-        max_new_tokens: longest response, at least 1.
-        temperature: of sampling; 0: the likeliest token each time.
-        top_p: sample from the likeliest tokens that together have this mass, in (0, 1].
-        batch_size: rows that are answered together, at least 1; with `server`: requests under way.
-        seed: of the samples.
-        max_length: longest prompt and response together; of a longer prompt the last tokens are kept. None: as many as
-            the model has places for.
-        dtype: of the weights, such as float32 or bfloat16; auto: what they are saved in.
-        device: cpu, cuda, cuda:1 …; auto: a GPU where there is one.
-        server: address of an OpenAI-compatible server that answers in the model's place.
-        patience: seconds for which a server that does not answer is asked again.
+        model: folder, hub name or `asset:` name; with `server`, the served model, optional if it is the only one.
+        max_new_tokens: longest response in tokens, at least 1.
+        temperature: sampling temperature; 0: greedy.
+        top_p: sample from the most probable tokens that together have this probability, in (0, 1].
+        batch_size: rows per batch, at least 1; with `server`: concurrent requests.
+        seed: seed of the samples.
+        max_length: longest prompt and response together, in tokens; a longer prompt keeps its last tokens. None: the
+            model's number of positions.
+        dtype: of the weights, such as float32 or bfloat16; auto: as saved.
+        device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
+        server: address of an OpenAI-compatible server that generates instead of a local model.
+        patience: seconds during which requests to a server that does not answer are retried.
         progress: show a progress bar.
 
     Raises:
         ValueError: an argument is out of its range; data or model cannot be read; the output holds something else; the
-            server refuses, is gone, or answers nonsense.
+            server refuses, does not answer, or sends invalid answers.
     """
-    how = Sampling(max_new_tokens, temperature, top_p)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
     for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("patience", patience, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if Path(output).suffix not in (".jsonl", ".ndjson"):
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
     if model is None and server is None:
-        raise ValueError("model must be a folder, hub name or asset: name (or give server), got None")
+        raise ValueError("model must be a folder, hub name or asset: name (or pass server), got None")
     found = list(read_rows(data, "train"))
-    rows, questions = [row for _, row in found], [parse_question(row, place) for place, row in found]
-    sampling = {**asdict(how), "seed": seed}
+    rows, questions = [row for _, row in found], [parse_question(row, line) for line, row in found]
+    settings = {**asdict(sampling), "seed": seed}
     if server is not None:
-        served = ServerGenerator(OpenAIClient(server, patience), model, how, seed)
-        with ResponseFile(output, rows, f"{served.model} (server)", sampling) as file:
-            _finish(file, lambda: served.generate(questions, file.done, batch_size), progress)
+        served = ServerGenerator(OpenAIClient(server, patience), model, sampling, seed)
+        with ResponseFile(output, rows, f"{served.model} (server)", settings) as file:
+            _write(file, served.generate(questions, file.done, batch_size), progress)
         return
-    place = _place(device)
-    network: Any = load_causal_lm(str(model), kwargs={"dtype": dtype}, role="model")
-    tokenizer = load_tokenizer(str(model))
-    with_template(tokenizer, None, _say)
-    writer = BatchGenerator(network.to(place), tokenizer, how, seed)
-    text = TextTokenizer(tokenizer, max_length=how.max_prompt_tokens(network, max_length))
-    prompts = _prompts(text, questions)
-    name = fingerprint(network, text)
-    with ResponseFile(output, rows, name, {**sampling, "batch_size": batch_size}) as file:
+    local = LocalModel(str(model), sampling, seed, max_length, dtype, device)
+    prompts = local.prompts(questions)
+    with ResponseFile(output, rows, local.fingerprint(), {**settings, "batch_size": batch_size}) as file:
+        _write(file, local.responses(prompts, file.done, batch_size), progress)
+
+
+class LocalModel:
+    """A model in this process, with its tokenizer and how its responses are sampled.
+
+    Args:
+        name: folder, hub name or `asset:` name.
+        sampling: how responses are sampled.
+        seed: of the samples.
+        max_length: longest prompt and response together, in tokens; None: the model's number of positions.
+        dtype: of the weights; auto: as saved.
+        device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
+
+    Raises:
+        ValueError: an argument is out of its range, or the model cannot be read.
+    """
+
+    def __init__(
+        self, name: str, sampling: Sampling, seed: int, max_length: int | None, dtype: str, device: str
+    ) -> None:
+        place = _device(device)
+        self.model = load_causal_lm(name, kwargs={"dtype": dtype}, role="model")
+        tokenizer = load_tokenizer(name)
+        with_template(tokenizer, None, _log)
+        self.model.to(place)  # type: ignore[arg-type]  # transformers wraps the method without its types
+        self.generator = BatchGenerator(self.model, tokenizer, sampling, seed)
+        self.text = TextTokenizer(tokenizer, max_length=sampling.max_prompt_tokens(self.model, max_length))
+
+    def fingerprint(self) -> str:
+        """A hash that changes with any weight, with the end-of-sequence tokens, and with how prompts are tokenized."""
+        model = self.model
+        weights = tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
+        parts = [weights, str(model.generation_config.eos_token_id), self.text.fingerprint()]
+        return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
+
+    def prompts(self, questions: Sequence[Conversation]) -> list[list[int]]:
+        """Token ids of the prompts; logs how many are truncated.
+
+        Raises:
+            ValueError: a prompt is empty.
+        """
+        prompts = [self.text.prompt(question)[1] for question in questions]
+        longest = self.text.max_length
+        if full := sum(len(prompt) == longest for prompt in prompts):
+            _log(f"{full} prompts have {longest} tokens or more: only the last {longest} tokens are kept")
+        if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt]:
+            raise ValueError(f"row {empty[0]} has an empty prompt")
+        return prompts
+
+    def responses(self, prompts: Sequence[list[int]], done: int, batch_size: int) -> Iterable[tuple[int, Response]]:
+        """Responses with the numbers of their rows, without the first `done` rows."""
         plan = length_batches([len(prompt) for prompt in prompts], batch_size)
-        _finish(file, lambda: writer.generate(prompts, batches_of_rank(plan, file.done)), progress)
+        return self.generator.generate(prompts, batches_of_rank(plan, done))
 
 
-def _finish(file: ResponseFile, answers: Any, progress: bool) -> None:
+def _device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device must be auto, cpu or a device of this machine, got {name!r}: {error}") from None
+    return device
+
+
+def _write(file: ResponseFile, responses: Iterable[tuple[int, Response]], progress: bool) -> None:
+    """Write the responses that are missing, and log a summary."""
     if file.done == len(file.rows):
-        _say(f"{file.path} is finished already: {summary(file.responses)}")
+        _log(f"{file.path} is complete already: {summary(file.responses)}")
         return
     if file.done:
-        _say(f"{file.path}: {file.done} of {len(file.rows)} responses are there, going on")
-    _say(f"{file.path}: {write_responses(file, answers(), progress)}")
+        _log(f"{file.path}: resuming after {file.done} of {len(file.rows)} responses")
+    _log(f"{file.path}: {write_responses(file, responses, progress)}")
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def fingerprint(model: Any, tokenizer: TextTokenizer) -> str:
-    """A text that changes with any weight, with the tokens that end a response, and with how prompts become tokens."""
-    weights = tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
-    parts = [weights, str(model.generation_config.eos_token_id), tokenizer.fingerprint()]
-    return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
-
-
-def _prompts(tokenizer: TextTokenizer, questions: Sequence[Conversation]) -> list[list[int]]:
-    """Token ids of the prompts; those that are too long are counted."""
-    prompts = [tokenizer.prompt(question)[1] for question in questions]
-    longest = tokenizer.max_length
-    if full := sum(len(prompt) == longest for prompt in prompts):
-        _say(f"{full} prompts have {longest} tokens or more; of longer ones the last {longest} are kept")
-    if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt]:
-        raise ValueError(f"row {empty[0]} has an empty prompt")
-    return prompts

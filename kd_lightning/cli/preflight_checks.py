@@ -71,7 +71,7 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
     data = fit.datamodule
     chats = [chat for chat in data.conversations("train", COMPARED) if chat.messages] if theirs.chat_template else []
     own, used = ChatTemplate(theirs, None, data.chat_template_kwargs), data.text_tokenizer.chat
-    if any(own.written(chat) != used.written(chat) for chat in chats):
+    if any(own.full_text(chat) != used.full_text(chat) for chat in chats):
         yield (
             "error",
             "the rows are rendered with another chat template than the teacher's: it reads an unknown format; set "

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.trainer_cli import TrainerCLI
-from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import DistillationDataModule
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.functional import log_softmax
 from kd_lightning.models.backbone import logits
 from kd_lightning.module import DistillationModule
@@ -131,7 +131,7 @@ class PreparedFit:
         for batch in self.held_out:
             with self.trainer.precision_plugin.forward_context():
                 parts = self.module.evaluate_batch(batch)
-            count += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            count += int(next_token_mask(batch["labels"]).sum())
             for name, value in parts.values.items():
                 totals[name] = totals.get(name, 0.0) + float(value.double().sum())
         return {name: total / count for name, total in totals.items()}
@@ -158,7 +158,7 @@ class PreparedFit:
 
     def _labelled(self, logits: Tensor) -> Tensor:
         """Log-probabilities at the first `TOKENS` positions whose next token has a label."""
-        index = (self.batches[0]["labels"][:, 1:] != IGNORE_INDEX).reshape(-1).nonzero().squeeze(1)[:TOKENS]
+        index = next_token_mask(self.batches[0]["labels"]).reshape(-1).nonzero().squeeze(1)[:TOKENS]
         return log_softmax(logits[:, :-1].reshape(-1, logits.shape[-1])[index])
 
     @property

@@ -121,8 +121,13 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """Every row of a split once over all ranks, with the same number of batches on each rank."""
 
     @abstractmethod
-    def generation_rows(self, split: str) -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split."""
+    def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
+        """Prompt and reference answer of the rows of a split.
+
+        Args:
+            split: `train`, `val` or `test`; loaded.
+            first: only the first rows, at most this many; None: all rows.
+        """
 
     @abstractmethod
     def conversations(self, split: str, first: int) -> list[Conversation]:
@@ -163,8 +168,8 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """
         self._before_pass.append(callback)
 
-    def _call_before_pass(self, number: int) -> None:
-        """Protected: a data module that accepts responses calls this before each pass over the training rows."""
+    def run_before_pass(self, number: int) -> None:
+        """Call the callbacks of `add_before_pass`; a data module that accepts responses does so before each pass."""
         for callback in self._before_pass:
             callback(number)
 
@@ -175,7 +180,7 @@ class NamesTokenizer(Protocol):
 
     @property
     def tokenizer_name(self) -> str | None:
-        """Folder or hub name; None where the model came as an object without one."""
+        """Folder or hub name; None if the model was passed as an object without one."""
 
 
 @runtime_checkable
@@ -199,13 +204,13 @@ def datamodule_of(trainer: L.Trainer | None) -> DistillationDataModule | None:
 
 
 def tokenizer_of(trainer: L.Trainer | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the run's data module, of any class; None where it has none."""
+    """The tokenizer of the run's data module, of any class; None if it has none."""
     datamodule = _attached(trainer)
     return datamodule.tokenizer if isinstance(datamodule, HasTokenizer) else None
 
 
 def max_length_of(trainer: L.Trainer | None) -> int | None:
-    """The `max_length` of the run's data module, of any class; None where it has none."""
+    """The `max_length` of the run's data module, of any class; None if it has none."""
     datamodule = _attached(trainer)
     return datamodule.max_length if isinstance(datamodule, HasMaxLength) else None
 

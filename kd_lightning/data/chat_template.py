@@ -1,4 +1,4 @@
-"""Chat templates: conversations -> text, and where in it the assistant speaks."""
+"""Chat templates: conversations -> text, and the character spans of the assistant's answers in it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kd_lightning.data.conversation import Conversation, Message
@@ -17,21 +18,21 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For tokenizers that have no template: `User: … Assistant: …`, each answer ended by the end-of-sequence token."""
+"""For tokenizers without a template: `User: … Assistant: …`; each answer ends with the end-of-sequence token."""
 
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_STAND_IN = "qzStandInzq"
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PLACEHOLDER = "qzStandInzq"
 
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """A conversation as text, with the spans of characters that count.
+    """A conversation as text, with the character spans of the answers.
 
     Args:
         text: the whole conversation.
-        spans: (start, end) of the assistant's words with their end of turn, in order.
-        unlocated: number of turns whose words could not be found for certain.
-        open: whether the text ends right after an answer, without any end of turn.
+        spans: (start, end) of each answer of the assistant with its end of turn, in order.
+        unlocated: number of answers whose position is not certain.
+        open: whether the text ends directly after an answer, without any end of turn.
     """
 
     text: str
@@ -41,21 +42,25 @@ class Located:
 
 
 class ChatTemplate:
-    """Renders conversations, and finds the assistant's words in them by what is certain.
+    """Renders conversations, and locates the assistant's answers in the text.
 
-    The words of a turn are what lies between the two parts of the text that stay the same when a stand-in takes the
-    turn's place. So nothing is assumed of a template: it may drop the thoughts of earlier turns, trim, or add text of
-    its own. Where the turn is no such insertion (thoughts laid out anew), the words run from the generation prompt to
-    the end of the turn, if the conversation truly goes on from that prompt. Else they are not located.
+    The conversation is rendered a second time with a placeholder instead of an answer: the answer is the text between
+    the two parts that both renderings share. So nothing is assumed about a template: it may drop the reasoning of
+    earlier turns, trim, or add its own text. If the answer is not such an insertion (the template rearranges the
+    reasoning), it reaches from the generation prompt to the end of the turn, provided that the conversation continues
+    from that prompt. Otherwise the answer is not located and has no labels.
 
     Args:
-        tokenizer: its own template is used where `template` is None.
+        tokenizer: its own template is used if `template` is None.
         template: a Jinja chat template.
         template_kwargs: variables for the template, the same for every row.
     """
 
     def __init__(
-        self, tokenizer: Any, template: str | None = None, template_kwargs: dict[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
@@ -65,19 +70,19 @@ class ChatTemplate:
         self._special = re.compile("|".join(re.escape(token) for token in longest_first) or "$^")
 
     def prompt(self, conversation: Conversation) -> str:
-        """The text a model answers: everything before the last answer, with the generation prompt.
+        """The prompt of a model: everything before the last answer, with the generation prompt.
 
         Raises:
             ValueError: the template refuses the conversation.
         """
         return self._render(conversation, conversation.question, ask=True)
 
-    def written(self, conversation: Conversation) -> str | None:
-        """The text of all turns; None where the template refuses the conversation."""
+    def full_text(self, conversation: Conversation) -> str | None:
+        """The text of all turns; None if the template refuses the conversation."""
         return self._try(conversation, conversation.messages)
 
     def locate(self, conversation: Conversation) -> Located:
-        """The text, and where the answers are.
+        """The text, and the spans of the answers.
 
         Raises:
             ValueError: the template refuses the conversation.
@@ -115,22 +120,22 @@ class ChatTemplate:
     def _try(self, conversation: Conversation, messages: list[Message], ask: bool = False) -> str | None:
         try:
             return self._render(conversation, messages, ask) if messages else ""
-        except ValueError:  # a template may refuse a part of a conversation that it takes as a whole
+        except ValueError:  # a template may refuse a part of a conversation that it accepts in full
             return None
 
     def _around(self, conversation: Conversation, messages: list[Message], turn: int) -> tuple[str, str] | None:
-        """The text before and after the words of a turn, when a stand-in says them."""
+        """The text before and after an answer, rendered with a placeholder instead of the answer."""
         content: Any = messages[turn].get("content")
-        content = [{"type": "text", "text": _STAND_IN}] if isinstance(content, list) else _STAND_IN
-        stand_in = [*messages[:turn], {"role": "assistant", "content": content}, *messages[turn + 1 :]]
-        text = self._try(conversation, stand_in)
-        if text is None or text.count(_STAND_IN) != 1:
+        content = [{"type": "text", "text": _PLACEHOLDER}] if isinstance(content, list) else _PLACEHOLDER
+        with_placeholder = [*messages[:turn], {"role": "assistant", "content": content}, *messages[turn + 1 :]]
+        text = self._try(conversation, with_placeholder)
+        if text is None or text.count(_PLACEHOLDER) != 1:
             return None
-        before, _, after = text.partition(_STAND_IN)
+        before, _, after = text.partition(_PLACEHOLDER)
         return before, after
 
     def _tail(self, conversation: Conversation, turn: int) -> str:
-        """What the template writes after the words of a turn that is the last one."""
+        """The text that the template writes after an answer in the last turn."""
         around = self._around(conversation, conversation.messages[: turn + 1], turn)
         return around[1] if around else ""
 
@@ -152,14 +157,14 @@ class ChatTemplate:
             return len(prompt), end + self._end_of_turn(self._tail(conversation, turn), around[1])
         whole = self._try(conversation, messages[: turn + 1])
         if whole is None or not text.startswith(whole) or not self._special.sub("", whole[len(prompt) :]).strip():
-            return None  # the end of a turn alone is nothing that was said
+            return None  # the end of turn alone is not an answer
         return len(prompt), len(whole.rstrip())
 
     def _end_of_turn(self, tail: str, rest: str) -> int:
-        """How many characters of `rest` (all that follows the words of a turn) still belong to the turn's end.
+        """Number of characters of `rest`, the text that follows an answer, that belong to the end of the turn.
 
-        `tail` is what follows the words when nothing else is said: the end of turn is what the two have in common, up
-        to its last special token, or without trailing blanks where it has none.
+        `tail` is the text after the answer if it is the last turn: the end of turn is the common prefix of the two, up
+        to its last special token, or without trailing blanks if it has none.
         """
         common = tail if rest.startswith(tail) else commonprefix([tail, rest])  # noqa: RUF071 - characters are meant
         ends = [match.end() for match in self._special.finditer(common)]
@@ -168,16 +173,16 @@ class ChatTemplate:
         return len(tail.rstrip()) if rest.startswith(tail.rstrip()) else 0
 
     def _is_open(self, text: str, span: tuple[int, int]) -> bool:
-        """Whether nothing follows the last answer, and nothing in it ends the turn."""
+        """Whether nothing follows the last answer, and it does not end with an end of turn."""
         return not text[span[1] :].strip() and not self._ends_turn(text[slice(*span)])
 
     def _ends_turn(self, span: str) -> bool:
         return any(match.end() == len(span.rstrip()) for match in self._special.finditer(span.rstrip()))
 
     def _marked(self, conversation: Conversation) -> Located | None:
-        """By the template's own marks, `{% generation %}`; None where it has none, or they do not fit the turns."""
+        """By the template's `{% generation %}` tags; None if it has none, or they do not match the turns."""
         template = self.tokenizer.get_chat_template(self.template, conversation.tools)
-        if not _MARKS.search(template):
+        if not _GENERATION_TAG.search(template):
             return None
         variables = {**self.tokenizer.special_tokens_map, **self._variables(conversation)}
         try:
@@ -190,8 +195,8 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses this row: {' '.join(str(error).split())}") from None
-        text, marks = str(rendered[0][0]), rendered[1]
-        spans = [(int(start), int(end)) for start, end in marks[0] if text[int(start) : int(end)].strip()]
+        text, marked = str(rendered[0][0]), rendered[1]
+        spans = [(int(start), int(end)) for start, end in marked[0] if text[int(start) : int(end)].strip()]
         turns = conversation.answer_turns
         speakers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if len(spans) == len(speakers):
@@ -206,3 +211,18 @@ class ChatTemplate:
             closed.append((start, end))
         is_open = bool(closed) and self._is_open(text, closed[-1])
         return Located(text, closed, unlocated=max(0, len(turns) - len(closed)), open=is_open)
+
+
+def read_template(template: str | None) -> str | None:
+    """A chat template from a file; a Jinja template is returned as it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if template is None or "{" in template:
+        return template
+    try:
+        with open(template, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"chat_template must be a Jinja template or a file that holds one, got {template!r}") from None

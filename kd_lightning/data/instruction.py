@@ -7,34 +7,38 @@ import os
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, NamesTokenizer, describe_rows
-from kd_lightning.data.collate import Collator, PromptCollator, TokenRows
+from kd_lightning.data.chat_template import read_template
+from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
 from kd_lightning.data.conversation import Conversation
+from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
+from kd_lightning.data.sources import as_list
 from kd_lightning.data.tokenization import Reader, TextTokenizer, load_tokenizer, prepare, with_template
+from kd_lightning.distributed.trainer import (
+    completed_epochs,
+    data_parallel_rank,
+    is_overfitting,
+    limit_batches,
+    stage_of,
+)
 from kd_lightning.seeding import run_seed
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SHORTEST = 8
-NOTES = {
-    "empty": "dropped without an answer",
-    "cut_away": "dropped with no answer within max_length={max_length}",
-    "truncated": "cut to max_length={max_length}",
-    "unlocated": "answers not located in the chat template's text and not counted",
-}
-"""What is said of each number of the report."""
 
 
 class InstructionDataModule(DistillationDataModule):
-    """Instructions and conversations, as batches on which only the assistant's words count.
+    """Instructions and conversations, as batches in which only the assistant's answers have labels.
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
     `completion` (plain texts, or lists of messages); or `messages` with several turns, of which every assistant turn
-    counts. The columns `tools` and `chat_template_kwargs` reach the chat template. What the user, the system or a tool
-    says never counts; the end of an answer does. Rows without an answer are dropped, longer ones cut on the right;
-    both are reported.
+    has labels. The columns `tools` and `chat_template_kwargs` are passed to the chat template. Turns of the user, the
+    system or a tool never have labels; the end of an answer does. Rows without an answer are dropped, longer ones are
+    truncated on the right; both are reported.
 
     Args:
         train: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, a `datasets` name
@@ -47,21 +51,21 @@ class InstructionDataModule(DistillationDataModule):
         max_length: longest sequence in tokens, at least 8.
         shuffle: a new order of the training rows every epoch; False: file order, rank r of N takes rows r, r + N, ….
         num_workers: processes that read ahead, at least 0.
-        group_by_length: rows of similar length share a batch, in shuffled windows; does nothing without `shuffle`.
-        chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's own.
+        group_by_length: rows of similar length share a batch, in shuffled windows; no effect without `shuffle`.
+        chat_template: a Jinja template, or a file that holds one, instead of the tokenizer's own.
         chat_template_kwargs: variables for the chat template.
-        seed: of the shuffling; None: the run's own (`seed_everything`), or 0 where none is set.
-        pin_memory: let batches lie in page-locked memory, for a GPU.
+        seed: of the shuffling; None: the run's own (`seed_everything`), or 0 if none is set.
+        pin_memory: copy batches to page-locked memory, for a GPU.
 
     Attributes:
-        report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (cut, but kept), `cut_away` (no
-            counted token left in `max_length`), and of `unlocated` answers (turns the template hides, not counted).
+        report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
+            left within `max_length`), and of `unlocated` answers (turns that the template hides, without labels).
 
     Raises:
-        ValueError: an argument is out of its range; in `setup`: data that cannot be read, or leaves nothing to count.
+        ValueError: an argument is out of its range; in `setup`: data that cannot be read, or no row with a label.
     """
 
-    read: Reader | None = None  # what turns files into rows; None: instructions and conversations
+    read: Reader | None = None  # turns files into rows; None: instructions and conversations
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class InstructionDataModule(DistillationDataModule):
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
         self.train, self.val, self.test = train, val, test
-        self.sources = {"train": listed(train), "val": listed(val), "test": listed(test)}
+        self.sources = {"train": as_list(train), "val": as_list(val), "test": as_list(test)}
         if not self.sources["train"]:
             raise ValueError(f"train must name at least one file, folder or data set, got {train!r}")
         self.tokenizer_source: str | PreTrainedTokenizerBase | None = tokenizer
@@ -96,7 +100,7 @@ class InstructionDataModule(DistillationDataModule):
         self.shuffle = shuffle
         self.num_workers = num_workers
         self.group_by_length = group_by_length
-        self.chat_template = _read_template(chat_template)
+        self.chat_template = read_template(chat_template)
         self.chat_template_kwargs = chat_template_kwargs
         self.seed = seed
         self.pin_memory = pin_memory
@@ -104,9 +108,8 @@ class InstructionDataModule(DistillationDataModule):
 
     # ---------------------------------------------------------------------------------------------------- preparation
     def prepare_data(self) -> None:
-        """Tokenise once per machine; the other ranks then find the result in the cache of `datasets`."""
-        state = getattr(self.trainer, "state", None)
-        self.setup(getattr(getattr(state, "fn", None), "value", "fit"))
+        """Tokenize once per machine; the other ranks then find the result in the cache of `datasets`."""
+        self.setup(stage_of(self.trainer))
 
     def setup(self, stage: str) -> None:
         """Load tokenizer and rows of the splits that `stage` needs."""
@@ -116,12 +119,15 @@ class InstructionDataModule(DistillationDataModule):
             if self.trainer is not None and isinstance(module := self.trainer.lightning_module, NamesTokenizer):
                 self.use_tokenizer_of(module.tokenizer_name)
             if self.tokenizer_source is None:
-                raise ValueError("tokenizer must be given where the student has no folder or name of its own, got None")
+                raise ValueError(
+                    "tokenizer must be given if the student was passed as an object without a folder or hub name, "
+                    "got None"
+                )
             self._tokenizer = load_tokenizer(self.tokenizer_source)
             with_template(self._tokenizer, self.chat_template, rank_zero_info)
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
-                self._rows[split] = self._load_split(split)
+                self._rows[split] = self.load_split(split)
 
     def use_tokenizer_of(self, model: str | None) -> None:
         """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer.
@@ -145,112 +151,80 @@ class InstructionDataModule(DistillationDataModule):
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
-        """How rows become token ids: tokenizer, template and length together."""
+        """How rows become token ids: tokenizer, chat template and maximum length."""
         return TextTokenizer(self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length)
 
-    def _load_split(self, split: str) -> Any:
-        """Protected: the rows of a split as a `datasets.Dataset`; fills `report[split]`."""
-        return self._kept(split, prepare(self.sources[split], split, self.text_tokenizer, self.read))
+    def load_split(self, split: str) -> Any:
+        """Read and tokenize a split, and fill `report[split]`; a subclass with other rows overrides it.
 
-    def _kept(self, split: str, rows: Any) -> Any:
-        """The rows that can be learned from; what became of the others is reported."""
-        columns = {name: rows[name][:] for name in ("empty", "first_counted", "full_length", "unlocated")}
-        first, empty = columns["first_counted"], columns["empty"]
-        kept = [n for n in range(len(rows)) if not empty[n] and 0 <= first[n] < self.max_length]
-        self.report[split] = {
-            "rows": len(rows),
-            "kept": len(kept),
-            "empty": sum(empty),
-            "truncated": sum(columns["full_length"][n] > self.max_length for n in kept),
-            "cut_away": sum(not e and f >= self.max_length for e, f in zip(empty, first, strict=True)),
-            "unlocated": sum(columns["unlocated"]),
-        }
-        self._tell(split)
+        Returns:
+            a `datasets.Dataset` with the columns of `prepare`.
+        """
+        return self.keep_usable(split, prepare(self.sources[split], split, self.text_tokenizer, self.read))
+
+    def keep_usable(self, split: str, rows: Any) -> Any:
+        """The rows that can be trained on; the others are counted in `report[split]`.
+
+        Raises:
+            ValueError: there are none.
+        """
+        kept, self.report[split] = usable_rows(rows, self.max_length)
+        rank_zero_info(report_line(split, self.report[split], self.max_length))
         if not kept:
-            needed = min((f + 1 for e, f in zip(empty, first, strict=True) if not e and f >= 0), default=0)
-            raise ValueError(_nothing_left(", ".join(self.sources[split]), self.max_length, needed, all(empty)))
+            raise no_usable_rows(self.sources[split], rows, self.max_length)
         return rows.select(kept)
 
-    def _tell(self, split: str) -> None:
-        counts = self.report[split]
-        texts = {name: text.format(max_length=self.max_length) for name, text in NOTES.items()}
-        notes = [f"{counts[name]} {text}" for name, text in texts.items() if counts[name]]
-        rank_zero_info(f"{split}: {counts['kept']} of {counts['rows']} rows" + "".join(f", {note}" for note in notes))
-
     # -------------------------------------------------------------------------------------------------------- loaders
-    def train_dataloader(self) -> Any:
-        """Batches of this rank, in an order that (seed, epoch) decides and that a checkpoint can go on with."""
-        if getattr(self.trainer, "overfit_batches", 0):  # Lightning wants a plain loader in file order then
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of this rank, in an order that depends on (seed, epoch) and resumes from a checkpoint."""
+        if is_overfitting(self.trainer):  # Lightning expects a plain loader in file order then
             return self._plain_loader("train")
         loader = self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
-        limit = getattr(self.trainer, "limit_train_batches", 1.0)
-        loader.sampler.start_at(self._passes(), 0)  # loaders may be built anew in every epoch
-        loader.sampler.pass_length = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
+        limit = limit_batches(self.trainer, "train")
+        loader.sampler.start_at(completed_epochs(self.trainer), 0)  # loaders may be rebuilt in every epoch
+        loader.sampler.limit_pass(int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader)))
         return loader
 
-    def _passes(self) -> int:
-        """How many passes are done; `current_epoch` of a checkpoint at the end of one does not count that one yet."""
-        loop = getattr(self.trainer, "fit_loop", None)
-        return 0 if loop is None else int(loop.epoch_progress.current.processed)
-
-    def val_dataloader(self) -> Any:
-        """Every row once over all ranks, in file order; longest first where all are read and `group_by_length`."""
+    def val_dataloader(self) -> ResumableLoader | list[dict[str, Tensor]]:
+        """Every row once over all ranks, in file order; longest first if all are read and `group_by_length`."""
         return self._evaluation_loader("val")
 
-    def test_dataloader(self) -> Any:
-        """Every row once over all ranks, in file order; longest first where all are read and `group_by_length`."""
+    def test_dataloader(self) -> ResumableLoader | list[dict[str, Tensor]]:
+        """Every row once over all ranks, in file order; longest first if all are read and `group_by_length`."""
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> ResumableLoader:
         """Prompts of the test rows in file order, padded on the left; `row_ids` number the rows of the file."""
         prompts = self.generation_rows("test")
-        rank, world_size = self._ranks()
+        rank, world_size = data_parallel_rank(self.trainer)
         lengths = [len(row["prompt_ids"]) for row in prompts]
         order = BatchOrder(lengths, self.batch_size, fill=True, rank=rank, world_size=world_size)
-        return ResumableLoader(
-            _Prompts(prompts), batch_size=None, sampler=order, collate_fn=PromptCollator(self.pad_id)
+        loader: ResumableLoader = ResumableLoader(
+            PromptRows(prompts), batch_size=None, sampler=order, collate_fn=PromptCollator(self.pad_id)
         )
+        return loader
 
-    def description(self) -> dict[str, str]:
-        """Every loaded split in a line that changes with its rows."""
-        return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
-
-    def longest(self) -> int:
-        """Tokens of the longest row that is loaded; of prompts, which a run has yet to answer, nothing is known."""
-        whole = [rows for rows in self._rows.values() if "length" in rows.column_names]
-        return max((max(rows["length"][:], default=0) for rows in whole), default=0)
-
-    def largest_id(self) -> int:
-        """The largest token id of the rows that are loaded."""
-        whole = [rows for rows in self._rows.values() if "input_ids" in rows.column_names]
-        return max((max(ids, default=0) for rows in whole for ids in rows["input_ids"]), default=0)
-
-    @property
-    def splits(self) -> list[str]:
-        """Splits that are loaded."""
-        return list(self._rows)
-
-    def every_row(self, split: str) -> Any:
-        """Every row of a split once over all ranks, and equally many batches on each; longest first."""
+    def every_row(self, split: str) -> ResumableLoader:
+        """Every row of a split once over all ranks, with the same number of batches on each rank; longest first."""
         return self._loader(split, shuffle=False, grouped=True, fill=True)
 
-    def _evaluation_loader(self, split: str) -> Any:
-        if split not in self._rows:
-            return []
-        if getattr(self.trainer, "overfit_batches", 0):
-            return self._plain_loader(split)
-        whole = getattr(self.trainer, f"limit_{split}_batches", 1.0) == 1.0  # the first few are no sample of long rows
-        grouped = self.group_by_length and self.shuffle and whole
-        return self._loader(split, shuffle=False, grouped=grouped, fill=True)
-
-    def _token_rows(self, split: str) -> tuple[Any, list[int]]:
-        """Protected: what the batches of a split are read from, and the number of tokens of each of its rows."""
+    def token_rows(self, split: str) -> tuple[Any, list[int]]:
+        """The data set that batches of a split are read from, and the number of tokens of each row."""
         rows = self._rows[split]
         return TokenRows(rows), rows["length"][:]
 
-    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> Any:
-        rows, lengths = self._token_rows(split)
-        rank, world_size = self._ranks()
+    def _evaluation_loader(self, split: str) -> ResumableLoader | list[dict[str, Tensor]]:
+        if split not in self._rows:
+            return []
+        if is_overfitting(self.trainer):
+            return self._plain_loader(split)
+        all_rows = limit_batches(self.trainer, split) == 1.0  # the longest rows would be a biased sample of the split
+        grouped = self.group_by_length and self.shuffle and all_rows
+        return self._loader(split, shuffle=False, grouped=grouped, fill=True)
+
+    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> ResumableLoader:
+        rows, lengths = self.token_rows(split)
+        rank, world_size = data_parallel_rank(self.trainer)
         order = BatchOrder(
             lengths,
             self.batch_size,
@@ -261,7 +235,7 @@ class InstructionDataModule(DistillationDataModule):
             rank=rank,
             world_size=world_size,
         )
-        return ResumableLoader(
+        loader: ResumableLoader = ResumableLoader(
             rows,
             batch_size=None,
             sampler=order,
@@ -269,82 +243,65 @@ class InstructionDataModule(DistillationDataModule):
             collate_fn=Collator(self.pad_id),
             pin_memory=self.pin_memory,
         )
+        return loader
 
-    def _plain_loader(self, split: str) -> Any:
-        rows, _ = self._token_rows(split)
-        return ResumableLoader(rows, batch_size=self.batch_size, collate_fn=Collator(self.pad_id))
-
-    def _ranks(self) -> tuple[int, int]:
-        spread = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
-        return spread["rank"], spread["num_replicas"]
+    def _plain_loader(self, split: str) -> ResumableLoader:
+        rows, _ = self.token_rows(split)
+        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=Collator(self.pad_id))
+        return loader
 
     @property
     def pad_id(self) -> int:
-        """The token id that fills padding; the attention mask, not the id, says what is padding."""
+        """The token id of padding; the attention mask, not the id, marks what is padding."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
         return 0
 
     # ------------------------------------------------------------------------------------------------------- the rows
-    def generation_rows(self, split: str) -> list[GenerationRow]:
-        """What is needed to let a model answer the rows of a split and to judge the answers.
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are loaded."""
+        return list(self._rows)
 
-        Returns:
-            per kept row `prompt_ids`, `prompt` (text), `answer` (the last one), `row` (the original fields) and `index`
-            (number of the row in its files).
+    def description(self) -> dict[str, str]:
+        """One line per loaded split that changes when its rows change."""
+        return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
+
+    def longest(self) -> int:
+        """Number of tokens of the longest loaded row; prompts without a response are not included."""
+        tokenized = [rows for rows in self._rows.values() if "length" in rows.column_names]
+        return max((max(rows["length"][:], default=0) for rows in tokenized), default=0)
+
+    def largest_id(self) -> int:
+        """The largest token id in the loaded rows."""
+        tokenized = [rows for rows in self._rows.values() if "input_ids" in rows.column_names]
+        return max((max(ids, default=0) for rows in tokenized for ids in rows["input_ids"]), default=0)
+
+    def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
+        """Prompt and reference answer of the rows of a split.
+
+        Args:
+            split: `train`, `val` or `test`; loaded.
+            first: only the first rows, at most this many; None: all rows.
         """
-        tokenizer = self.text_tokenizer
-        rows: list[GenerationRow] = []
-        for row in self._rows[split].select_columns(["row", "conversation", "row_id"]):
+        tokenizer, rows = self.text_tokenizer, self._rows[split].select_columns(["row", "conversation", "row_id"])
+        found: list[GenerationRow] = []
+        for row in rows if first is None else rows.select(range(min(first, len(rows)))):
             conversation = Conversation.load(row["conversation"])
             text, ids = tokenizer.prompt(conversation)
             fields = json.loads(row["row"])
-            rows.append(
+            found.append(
                 GenerationRow(prompt_ids=ids, prompt=text, answer=conversation.answer, row=fields, index=row["row_id"])
             )
-        return rows
+        return found
 
     def conversations(self, split: str, first: int) -> list[Conversation]:
-        """The first rows of a split, whatever their form."""
+        """The first rows of a split as conversations."""
         rows = self._rows[split]
         return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
 
     def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
-        """File and line of the rows with these `row_ids`, for messages."""
-        names = dict(zip(self._rows[split]["row_id"][:], self._rows[split]["place"][:], strict=True))
-        return [names[row_id] for row_id in row_ids if row_id in names]
-
-
-class _Prompts:
-    def __init__(self, rows: list[GenerationRow]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: list[int]) -> list[GenerationRow]:
-        return [self.rows[n] if n >= 0 else {**self.rows[0], "index": n} for n in indices]
-
-
-def listed(sources: str | list[str] | None) -> list[str]:
-    """One source, several or none, as a list of texts."""
-    return [sources] if isinstance(sources, str) else [os.fspath(source) for source in sources or []]
-
-
-def _read_template(template: str | None) -> str | None:
-    if template is None or "{" in template:
-        return template
-    try:
-        with open(template, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"chat_template must be a Jinja template or a file that holds one, got {template!r}") from None
-
-
-def _nothing_left(sources: str, max_length: int, needed: int, all_empty: bool) -> str:
-    if all_empty:
-        return f"{sources}: every answer is empty"
-    if needed > max_length:
-        return f"{sources}: no answer begins within max_length={max_length}: it must be at least {needed}"
-    return f"{sources}: no answer could be located in what the chat template writes: nothing to learn from"
+        """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""
+        locations = dict(zip(self._rows[split]["row_id"][:], self._rows[split]["location"][:], strict=True))
+        return [locations[row_id] for row_id in row_ids if row_id in locations]

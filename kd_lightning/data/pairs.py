@@ -1,4 +1,4 @@
-"""Two responses to one prompt: what a row of pairs may look like, and how two files of responses become pairs."""
+"""Pairs of responses to one prompt: the forms of a row, and two files of responses joined by prompt."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Pair:
     """Two responses to one prompt.
 
     Args:
-        teacher: prompt and the teacher's response; without an answer where that is missing.
-        student: the same with the student's.
-        dropped: why it cannot be learned from: "side_missing", "prompt_differs", "no_partner", or "" where it can.
+        teacher: prompt and the teacher's response; without an answer if that is missing.
+        student: the same with the student's response.
+        dropped: why it cannot be trained on: "side_missing", "prompt_differs" or "no_partner"; "" if it can.
     """
 
     teacher: Conversation
@@ -34,16 +34,16 @@ class Pair:
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a field of one side at least."""
+    """Whether a row has the field of at least one side."""
     return any(row.get(name) is not None for names in FIELDS for name in names)
 
 
-def parse_pair(row: Mapping[str, Any], place: str) -> Pair:
-    """What a row of pairs says.
+def parse_pair(row: Mapping[str, Any], location: str) -> Pair:
+    """Parse a row of pairs.
 
     Args:
-        row: the fields; null stands for a field that is not there.
-        place: where the row lies, for the message of an error.
+        row: the fields; null stands for a missing field.
+        location: file and line of the row, for error messages.
 
     Raises:
         ValueError: the row has no field of any side, no prompt, or a field of a wrong type.
@@ -52,61 +52,61 @@ def parse_pair(row: Mapping[str, Any], place: str) -> Pair:
         there = [name for name in names if row.get(name) is not None]
         if len(there) == 1:
             (name,) = there
-            half = parse_response(row, name, place)
+            half = parse_response(row, name, location)
             other = with_answer(half, None)
             halves = (half, other) if name == names[0] else (other, half)
             return Pair(*halves, "side_missing")
         if there:
-            teacher, student = (parse_response(row, name, place) for name in names)
+            teacher, student = (parse_response(row, name, location) for name in names)
             return Pair(teacher, student, "" if prompt_key(teacher) == prompt_key(student) else "prompt_differs")
-    raise ValueError(f"{place}: a pair needs {FORMS}; this one has {_names(row)}")
+    raise ValueError(f"{location}: a pair needs {FORMS}; this one has {_names(row)}")
 
 
-def parse_response(row: Mapping[str, Any], name: str, place: str) -> Conversation:
+def parse_response(row: Mapping[str, Any], name: str, location: str) -> Conversation:
     """Prompt and response of a row.
 
     Args:
         row: the fields.
         name: the field that holds the response: a text, or a list of messages, which may repeat the prompt.
-        place: where the row lies, for the message of an error.
+        location: file and line of the row, for error messages.
 
     Raises:
         ValueError: there is no prompt, or a field is of a wrong type.
     """
     fields = {key: value for key, value in row.items() if value is not None}
     if isinstance(fields.get(name), list):
-        turns = messages_of(fields, name, place)
+        turns = messages_of(fields, name, location)
         if turns[0]["role"] == "assistant":
-            question = parse_prompt(fields, place)
+            question = parse_prompt(fields, location)
             lead = question.messages or [{"role": "user", "content": question.prompt}]
             return dataclasses.replace(question, messages=lead + turns, first=len(lead), prompt="")
         first = max(n for n, turn in enumerate(turns) if n == 0 or turn["role"] == "user") + 1
-        return Conversation(messages=turns, first=first, **extras_of(fields, place))
-    return with_answer(parse_prompt(fields, place), typed(fields, name, str, place))
+        return Conversation(messages=turns, first=first, **extras_of(fields, location))
+    return with_answer(parse_prompt(fields, location), typed(fields, name, str, location))
 
 
-def parse_prompt(row: Mapping[str, Any], place: str) -> Conversation:
-    """A row's prompt alone: of `messages` all turns but the last answer.
+def parse_prompt(row: Mapping[str, Any], location: str) -> Conversation:
+    """A row's prompt alone: of `messages`, all turns except the last answer.
 
     Raises:
         ValueError: there is none, or a field is of a wrong type.
     """
     fields = {key: value for key, value in row.items() if value is not None}
     if isinstance(fields.get("prompt"), str):
-        return Conversation(prompt=fields["prompt"], **extras_of(fields, place))
+        return Conversation(prompt=fields["prompt"], **extras_of(fields, location))
     if "prompt" in fields or "messages" in fields:
-        turns = messages_of(fields, "prompt" if "prompt" in fields else "messages", place)
+        turns = messages_of(fields, "prompt" if "prompt" in fields else "messages", location)
         while len(turns) > 1 and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
-        return Conversation(messages=turns, first=len(turns), **extras_of(fields, place))
+        return Conversation(messages=turns, first=len(turns), **extras_of(fields, location))
     if "instruction" in fields:
-        whole = parse_row({**fields, "output": ""}, place)
+        whole = parse_row({**fields, "output": ""}, location)
         return dataclasses.replace(whole, messages=whole.messages[:1])
-    raise ValueError(f"{place}: a pair needs {FORMS}; this one has {_names(row)}")
+    raise ValueError(f"{location}: a pair needs {FORMS}; this one has {_names(row)}")
 
 
 def with_answer(conversation: Conversation, answer: str | None) -> Conversation:
-    """The same prompt with another answer; None: with none."""
+    """The same prompt with another answer; None: without an answer."""
     if not conversation.messages:
         return dataclasses.replace(conversation, completion=answer or "")
     turns: list[Message] = [] if answer is None else [{"role": "assistant", "content": answer}]
@@ -114,81 +114,81 @@ def with_answer(conversation: Conversation, answer: str | None) -> Conversation:
 
 
 def prompt_key(conversation: Conversation) -> str:
-    """A text that is the same for two responses to one prompt, and for no others."""
+    """A text that is equal for two responses to the same prompt, and only for those."""
     parts = [conversation.messages[: conversation.first], conversation.prompt]
     return json.dumps([*parts, conversation.tools, conversation.template_kwargs], sort_keys=True, default=str)
 
 
 # ------------------------------------------------------------------------------------------------------ reading files
 def read_pairs(split: str, sources: tuple[str, ...], student: tuple[str, ...], late: bool) -> Iterator[dict[str, Any]]:
-    """Columns of each pair: `row`, `conversation` (the teacher's), `student`, `place`, `row_id` and `dropped`.
+    """Columns of each pair: `row`, `conversation` (the teacher's), `student`, `location`, `row_id` and `dropped`.
 
     Args:
         split: which split of a folder or name.
         sources: files of pairs; or, with `student`, of the teacher's responses.
         student: files of the student's responses to the same prompts.
-        late: a response may come later; a row may be a prompt alone.
+        late: responses may be added later; a row may be a prompt alone.
     """
     pairs = _joined(split, sources, student) if student else _given(split, sources, late)
-    for number, (place, row, pair) in enumerate(pairs):
+    for number, (location, row, pair) in enumerate(pairs):
         yield {
             "row": json.dumps(row, ensure_ascii=False, default=str),
             "conversation": pair.teacher.dump(),
             "student": pair.student.dump(),
-            "place": place,
+            "location": location,
             "row_id": number,
             "dropped": pair.dropped,
         }
 
 
-def read_answers(split: str, sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows of instructions, as for plain instruction tuning; of a pair the teacher's response."""
+def read_teacher_answers(split: str, sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows as for plain instruction tuning; of a pair, the teacher's response is the answer."""
     rows = (found for source in sources for found in read_rows(source, split))
-    for number, (place, row) in enumerate(rows):
-        conversation = parse_pair(row, place).teacher if is_pair(row) else parse_row(row, place)
+    for number, (location, row) in enumerate(rows):
+        conversation = parse_pair(row, location).teacher if is_pair(row) else parse_row(row, location)
         text = json.dumps(row, ensure_ascii=False, default=str)
-        yield {"row": text, "conversation": conversation.dump(), "place": place, "row_id": number}
+        yield {"row": text, "conversation": conversation.dump(), "location": location, "row_id": number}
 
 
 def _given(split: str, sources: tuple[str, ...], late: bool) -> Iterator[tuple[str, dict[str, Any], Pair]]:
     for source in sources:
-        for place, row in read_rows(source, split):
+        for location, row in read_rows(source, split):
             if late and not is_pair(row):
-                prompt = parse_prompt(row, place)
-                yield place, row, Pair(prompt, prompt, "side_missing")
+                prompt = parse_prompt(row, location)
+                yield location, row, Pair(prompt, prompt, "side_missing")
             else:
-                yield place, row, parse_pair(row, place)
+                yield location, row, parse_pair(row, location)
 
 
 def _joined(
     split: str, sources: tuple[str, ...], student: tuple[str, ...]
 ) -> Iterator[tuple[str, dict[str, Any], Pair]]:
-    """The teacher's rows in their order, each with the next unused row of its prompt; then the student's left over."""
+    """The teacher's rows in file order, each with the next row of its prompt; then the student's unused rows."""
     waiting: dict[str, deque[tuple[str, dict[str, Any], Conversation]]] = defaultdict(deque)
-    for place, row, half in _responses(split, student):
-        waiting[prompt_key(half)].append((place, row, half))
-    for place, row, half in _responses(split, sources):
+    for location, row, half in _responses(split, student):
+        waiting[prompt_key(half)].append((location, row, half))
+    for location, row, half in _responses(split, sources):
         partners = waiting[prompt_key(half)]
         if not partners:
-            yield place, row, Pair(half, with_answer(half, None), "no_partner")
+            yield location, row, Pair(half, with_answer(half, None), "no_partner")
             continue
         _, other_row, other = partners.popleft()
         missing = row["response"] is None or other_row["response"] is None
-        yield place, row, Pair(half, other, "side_missing" if missing else "")
+        yield location, row, Pair(half, other, "side_missing" if missing else "")
     for partners in waiting.values():
-        for place, row, half in partners:
-            yield place, row, Pair(with_answer(half, None), half, "no_partner")
+        for location, row, half in partners:
+            yield location, row, Pair(with_answer(half, None), half, "no_partner")
 
 
 def _responses(split: str, sources: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Conversation]]:
     for source in sources:
-        for place, row in read_rows(source, split):
+        for location, row in read_rows(source, split):
             if "response" not in row:
                 raise ValueError(
-                    f"{place}: a row needs 'response' beside its prompt to be joined; this one has {_names(row)}"
+                    f"{location}: a row needs 'response' and its prompt to be joined; this one has {_names(row)}"
                 )
-            yield place, row, parse_response(row, "response", place)
+            yield location, row, parse_response(row, "response", location)
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(repr(name) for name, value in row.items() if value is not None) or "no field at all"
+    return ", ".join(repr(name) for name, value in row.items() if value is not None) or "no fields"

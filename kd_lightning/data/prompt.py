@@ -1,4 +1,4 @@
-"""Prompts without responses: reading them, and the data module that waits for a model to respond."""
+"""Prompts without responses: reading them, and the data module whose responses are generated during the run."""
 
 from __future__ import annotations
 
@@ -12,49 +12,56 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.data.collate import SIDES
 from kd_lightning.data.conversation import Conversation
-from kd_lightning.data.instruction import NOTES, InstructionDataModule
+from kd_lightning.data.instruction import InstructionDataModule
 from kd_lightning.data.pairs import parse_prompt, with_answer
+from kd_lightning.data.row_report import NOTES
+from kd_lightning.data.sampler import ResumableLoader
 from kd_lightning.data.sources import read_rows
 from kd_lightning.data.tokenization import gather, tokenize_rows
 
 FORMS = "'instruction' (with an optional 'input'), 'prompt' or 'messages'"
 
 
-def parse_question(row: Mapping[str, Any], place: str) -> Conversation:
-    """A row's prompt; of `messages` all turns but the last answer.
+def parse_question(row: Mapping[str, Any], location: str) -> Conversation:
+    """A row's prompt; of `messages`, all turns except the last answer.
 
     Raises:
         ValueError: there is none, or a field is of a wrong type.
     """
     if all(row.get(name) is None for name in ("instruction", "prompt", "messages")):
-        names = ", ".join(repr(name) for name in row) or "no field at all"
-        raise ValueError(f"{place}: a row needs {FORMS}; this one has {names}")
-    return parse_prompt(row, place)
+        names = ", ".join(repr(name) for name in row) or "no fields"
+        raise ValueError(f"{location}: a row needs {FORMS}; this one has {names}")
+    return parse_prompt(row, location)
 
 
 def read_prompts(split: str, sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Columns of each row: `row` (the fields, as JSON), `conversation` (the prompt, as JSON), `place`, `row_id`."""
-    found = (pair for source in sources for pair in read_rows(source, split))
-    for number, (place, row) in enumerate(found):
+    """Columns of each row: `row` (the fields, as JSON), `conversation` (the prompt, as JSON), `location`, `row_id`."""
+    rows = (pair for source in sources for pair in read_rows(source, split))
+    for number, (location, row) in enumerate(rows):
         text = json.dumps(row, ensure_ascii=False, default=str)
-        yield {"row": text, "conversation": parse_question(row, place).dump(), "place": place, "row_id": number}
+        yield {
+            "row": text,
+            "conversation": parse_question(row, location).dump(),
+            "location": location,
+            "row_id": number,
+        }
 
 
 class PromptDataModule(InstructionDataModule):
-    """Instruction tuning on the words of a model: SeqKD where it is the teacher.
+    """Instruction tuning on responses of a model: SeqKD if it is the teacher.
 
-    Of the training rows the prompt alone is taken; the responses come through `replace_responses`, which a
-    `Regeneration` among the trainer's callbacks calls before the first step. `val` and `test` keep their answers.
+    Only the prompts of the training rows are used; a `Regeneration` callback passes the responses to
+    `replace_responses` before the first step. `val` and `test` keep their answers.
 
     Args:
         args: as for `InstructionDataModule`, in its order.
-        kwargs: as there.
+        kwargs: as for `InstructionDataModule`.
 
     Attributes:
-        report: as there; of `train`, of the responses.
+        report: as for `InstructionDataModule`; for `train`, of the generated responses.
 
     Raises:
-        ValueError: as there; and where the training rows are asked for and there is no response.
+        ValueError: as for `InstructionDataModule`; in `train_dataloader`: there are no responses.
 
     Reference: Kim and Rush, arXiv 1606.07947.
     """
@@ -65,53 +72,58 @@ class PromptDataModule(InstructionDataModule):
         super().__init__(*args, **kwargs)
         self._answered = False
 
-    def _load_split(self, split: str) -> Any:
+    def load_split(self, split: str) -> Any:
+        """Read a split; of `train`, the prompts alone."""
         if split != "train":
-            return super()._load_split(split)
+            return super().load_split(split)
         rows = gather(read_prompts, split, {"sources": self.sources[split]})
         self.report[split] = {"rows": len(rows), "kept": len(rows), **dict.fromkeys(NOTES, 0)}
         rank_zero_info(f"train: {len(rows)} prompts")
         return rows
 
-    def train_dataloader(self) -> Any:
-        """Batches of this rank; the responses come first.
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of this rank; the callbacks of `add_before_pass` bring the responses first.
 
         Raises:
-            ValueError: they do not.
+            ValueError: there are no responses.
         """
         if not self._answered:
-            self._call_before_pass(0)
+            self.run_before_pass(0)
         if not self._answered:
-            raise ValueError("nobody responds to the training prompts: give a Regeneration among trainer.callbacks")
+            raise ValueError(
+                "the training data has prompts without responses: add a Regeneration callback to trainer.callbacks"
+            )
         return super().train_dataloader()
 
     def missing_responses(self, side: str = "teacher") -> list[int]:
-        """The `row_ids` of the training rows that have no response yet: all, or none."""
+        """The `row_ids` of the training rows that have no response yet: all of them, or none."""
         return [] if self._answered else self._rows["train"]["row_id"][:]
 
     def replace_responses(self, responses: Mapping[int, str], side: str = "teacher") -> None:
-        """Take the responses that are learned. On every rank, in a callback of `add_before_pass`.
+        """Train on these responses; on every rank, in a callback of `add_before_pass`.
 
         Rows without a response, or with one that is empty or begins after `max_length`, are dropped and reported.
 
         Args:
             responses: texts by the number of the row (`row_ids` of a batch, `index` of `generation_rows`).
-            side: who wrote them, "teacher" or "student".
+            side: which model generated them, "teacher" or "student".
 
         Raises:
-            ValueError: there are responses already, or no row is left.
+            ValueError: there are responses already, or no usable row is left.
         """
         if self._answered:
-            raise ValueError("the training prompts have their responses: they come once, before the first step")
+            raise ValueError(
+                "the training prompts already have responses: PromptDataModule takes them once, before the first step"
+            )
         rows = self._rows["train"]
         stamp = json.dumps([rows._fingerprint, side, sorted(responses.items())])
-        told = rows.map(
+        answered = rows.map(
             _Answer(dict(responses), SIDES[side]),
             keep_in_memory=True,
             new_fingerprint=hashlib.sha256(stamp.encode()).hexdigest()[:32],
             desc="Responses",
         )
-        self._rows["train"] = self._kept("train", tokenize_rows(told, "train", self.text_tokenizer))
+        self._rows["train"] = self.keep_usable("train", tokenize_rows(answered, "train", self.text_tokenizer))
         self._answered = True
 
 

@@ -1,4 +1,4 @@
-"""The order of rows: which row is in which batch of which rank, and how a loader goes on in the middle of it."""
+"""The order of rows: which rank reads which row in which batch, and how a loader resumes in the middle of a pass."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ WINDOW_BATCHES = 32
 
 
 class BatchOrder(DistributedSampler[list[int]]):
-    """Batches of row numbers of one rank, a function of (seed, epoch) alone.
+    """Batches of row indices for one rank; they depend on (seed, epoch) alone.
 
-    All ranks cut the same order into global batches of `batch_size · world_size` rows; rank r of N takes the rows
+    All ranks split the same order into global batches of `batch_size · world_size` rows; rank r of N takes the rows
     r, r + N, … of each. Hence without shuffling rank r reads the rows r, r + N, … of the file, no row is on two ranks,
-    and every rank has equally many batches. It is a `DistributedSampler`, so Lightning leaves it in its place.
+    and every rank has the same number of batches. Lightning does not replace it, because it is a `DistributedSampler`.
 
     Args:
         lengths: tokens of each row.
@@ -30,14 +30,14 @@ class BatchOrder(DistributedSampler[list[int]]):
         shuffle: a new order every epoch; False: file order.
         group_by_length: rows of similar length share a batch. With `shuffle`: within windows of the shuffled order,
             whose batches are then shuffled. Without: the whole file, longest first.
-        fill: what happens to a last global batch with fewer rows than ranks: True: ranks without a row get a batch in
-            which nothing counts; False: it is left out.
+        fill: for a last global batch with fewer rows than ranks. True: ranks without a row get a batch without labels;
+            False: it is left out.
         seed: of the shuffling.
         rank: of this process.
         world_size: number of processes that share the rows.
 
     Attributes:
-        pass_length: batches that are read in a pass, where that is fewer than there are.
+        pass_length: batches read in a pass, if fewer than there are (`limit_pass`).
 
     Raises:
         ValueError: there are fewer rows than ranks, and `fill` is False.
@@ -56,7 +56,10 @@ class BatchOrder(DistributedSampler[list[int]]):
         world_size: int = 1,
     ) -> None:
         if not fill and len(lengths) < world_size:
-            raise ValueError(f"the training data has {len(lengths)} rows, fewer than the {world_size} ranks")
+            raise ValueError(
+                f"the training data has {len(lengths)} rows, fewer than the {world_size} ranks: use fewer devices or "
+                "more rows"
+            )
         super().__init__(lengths, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = torch.as_tensor(lengths, dtype=torch.long)
         self.batch_size = batch_size
@@ -74,16 +77,24 @@ class BatchOrder(DistributedSampler[list[int]]):
         return _BatchIterator(self, self.epoch, self.start)
 
     def start_at(self, epoch: int, batch: int) -> None:
-        """Let the next pass be that of `epoch`, from its batch number `batch` on."""
+        """Make the next pass that of `epoch`, from batch number `batch` on."""
         self.epoch, self.start = epoch, batch
 
+    def limit_pass(self, batches: int) -> None:
+        """Set the number of batches that are read in a pass; a loader saved there resumes with the next pass."""
+        self.pass_length = batches
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Set the number of tokens of each row, from the next pass on."""
+        self.lengths = torch.as_tensor(lengths, dtype=torch.long)
+
     def set_epoch(self, epoch: int) -> None:
-        """Does nothing: the loader counts the passes, for Lightning's epoch skips a number when a run is resumed."""
+        """Does nothing: the loader counts the passes, because Lightning's epoch skips a number when a run resumes."""
 
     def batches(self, epoch: int) -> list[list[int]]:
         """All batches of this rank in `epoch`."""
-        ours = [block[self.rank :: self.num_replicas].tolist() for block in self._global_batches(epoch)]
-        return [rows or [FILLER] for rows in ours]
+        own = [block[self.rank :: self.num_replicas].tolist() for block in self._global_batches(epoch)]
+        return [rows or [FILLER] for rows in own]
 
     def _global_batches(self, epoch: int) -> list[torch.Tensor]:
         size = self.batch_size * self.num_replicas
@@ -100,10 +111,9 @@ class BatchOrder(DistributedSampler[list[int]]):
         else:
             blocks = []
             for window in torch.split(order, size * max(WINDOW_BATCHES, -(-WINDOW_ROWS // size))):
-                inside = torch.split(
-                    self._by_length(window).flip(0), size
-                )  # the short last batch holds the longest rows
-                blocks += [inside[place] for place in torch.randperm(len(inside), generator=generator).tolist()]
+                # shortest first, so that a short last batch holds the longest rows
+                inside = torch.split(self._by_length(window).flip(0), size)
+                blocks += [inside[n] for n in torch.randperm(len(inside), generator=generator).tolist()]
         return [block for block in blocks if self.fill or len(block) >= self.num_replicas]
 
     def _by_length(self, rows: torch.Tensor) -> torch.Tensor:
@@ -133,15 +143,10 @@ class _BatchIterator(Iterator[list[int]]):
 
 
 class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
-    """A `StatefulDataLoader` that counts its passes, each in the order of its `BatchOrder` for that number.
+    """A `StatefulDataLoader` that counts its passes; each has the order of its `BatchOrder` for that number.
 
-    A pass of which something was read is followed by the next one. The state holds pass and batch beside what torchdata
-    keeps, so that another number of workers can go on with it.
-
-    Attributes:
-        before_pass: called with the number of a pass before its order is made and its first row is read; it may change
-            rows and lengths. Lightning asks for a pass before `on_train_epoch_start` in the first epoch of a process,
-            so that hook would be too late.
+    A new iterator starts the next pass once a batch of the present one was read. The state holds pass and batch in
+    addition to torchdata's own state, so that a run can resume with another number of workers.
     """
 
     @functools.wraps(StatefulDataLoader.__init__)  # type: ignore[misc]  # Lightning reads the signature
@@ -150,36 +155,45 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call
             super().__init__(*args, **kwargs)
         self._first = 0  # the batch that the present iterator began with
-        self.before_pass: Callable[[int], None] | None = None
+        self._before_pass: Callable[[int], None] | None = None
+
+    def call_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(pass_number)` before the order of a pass is made and its first row is read.
+
+        The callback may change rows and lengths. In the first epoch of a process, Lightning creates the iterator
+        before `on_train_epoch_start`, so that hook would be too late.
+        """
+        self._before_pass = callback
 
     def __iter__(self) -> Iterator[Any]:
-        """The present pass if nothing of it was read yet, else the next one."""
+        """The present pass if no batch of it was read yet, else the next one."""
         order = self.sampler
         if isinstance(order, BatchOrder) and self.next_iter_state is None:
             if self._iterator is not None and self._iterator._num_yielded > 0:
                 order.start_at(self._iterator._sampler_iter.epoch + 1, 0)
             self._first = order.start
-            if self.before_pass is not None:
-                self.before_pass(order.epoch)
+            if self._before_pass is not None:
+                self._before_pass(order.epoch)
         return super().__iter__()  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this loader stands: plain numbers, dicts and tensors."""
+        """The position of this loader: plain numbers, dicts and tensors."""
         state = super().state_dict()
         iterator = self._iterator
+        position = iterator._sampler_iter
         return {
             "num_workers": self.num_workers,
-            "epoch": getattr(iterator._sampler_iter, "epoch", 0),
+            "epoch": position.epoch if isinstance(position, _BatchIterator) else 0,
             "first": self._first,
             "batches": self._first + iterator._num_yielded,
             "torchdata": state,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; where that pass was over, with the next one."""
+        """Resume where `state_dict` was taken; with the next pass if that one was complete."""
         order = self.sampler
         if isinstance(order, BatchOrder) and state_dict["batches"] >= (order.pass_length or len(order)):
-            super().load_state_dict({})  # Lightning would read the rest of the old pass: an epoch without a batch
+            super().load_state_dict({})  # else Lightning would read the rest of the old pass: an epoch without batches
             order.start_at(state_dict["epoch"] + 1, 0)
         elif state_dict["num_workers"] == self.num_workers:
             super().load_state_dict(state_dict["torchdata"])
@@ -190,5 +204,5 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
 
 
 def _mix(seed: int, epoch: int) -> int:
-    # neighbouring seeds and epochs share no order: seed + epoch would give (0, 1) and (1, 0) the same
+    # neighboring seeds and epochs share no order; with seed + epoch, (0, 1) and (1, 0) would
     return (seed * 0x9E3779B97F4A7C15 + epoch * 0xC2B2AE3D27D4EB4F + 1) % 2**63

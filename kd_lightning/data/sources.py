@@ -1,9 +1,10 @@
-"""Files, folders and hub names -> rows, each with the place it came from (for error messages)."""
+"""Files, folders and hub names -> rows, each with its location (for error messages)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,13 @@ SPLIT_NAMES = {
 }
 
 
+def as_list(sources: str | list[str] | None) -> list[str]:
+    """One source, several or none, as a list of texts."""
+    return [sources] if isinstance(sources, str) else [os.fspath(source) for source in sources or []]
+
+
 def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of one source as (place, row); place is `file:line`, or `name: row n` where there are no lines.
+    """The rows of one source as (location, row); a location is `file:line`, or `name: row n` if there are no lines.
 
     Args:
         source: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, an `asset:` name,
@@ -47,17 +53,17 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
             hint = f" (`datasets.load_dataset('csv', data_files={source!r})['train'].to_json('rows.jsonl')` writes one)"
         raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {', '.join(SUFFIXES)}{hint}")
     empty = True
-    for place, row in rows:
+    for location, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: a row must be an object with named fields, got {_kind(row)}")
+            raise ValueError(f"{location}: a row must be an object with named fields, got {_kind(row)}")
         empty = False
-        yield place, row
+        yield location, row
     if empty:
-        raise ValueError(f"{source}: empty, there is no row in it")
+        raise ValueError(f"{source}: empty, it has no rows")
 
 
 def fingerprint(source: str, split: str) -> str:
-    """A text that changes when the source does: what a cache is looked up by.
+    """A text that changes when the source does: the key of a cache.
 
     Raises:
         ValueError: the source cannot be found.
@@ -83,15 +89,15 @@ def _read_lines(source: str, path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            place = f"{source}:{number}"
-            text = _decode(line, place)
+            location = f"{source}:{number}"
+            text = _decode(line, location)
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from None
+                raise ValueError(f"{location}: broken JSON: {error.msg} at column {error.colno}") from None
             except RecursionError:
-                raise ValueError(f"{place}: broken JSON: nested too deeply") from None
-            yield place, row
+                raise ValueError(f"{location}: broken JSON: nested too deeply") from None
+            yield location, row
 
 
 def _read_list(source: str, path: Path) -> list[Any]:
@@ -104,11 +110,11 @@ def _read_list(source: str, path: Path) -> list[Any]:
     return rows
 
 
-def _decode(line: bytes, place: str) -> str:
+def _decode(line: bytes, location: str) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
+        raise ValueError(f"{location}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
 
 
 def _read_parquet(source: str, path: Path) -> Iterator[Any]:
@@ -127,7 +133,7 @@ def _read_folder(source: str, path: Path, split: str) -> Any:
     import datasets  # type: ignore[import-untyped]
 
     if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-        raise ValueError(f"{source}: a folder, but no data set written by datasets.save_to_disk lies in it")
+        raise ValueError(f"{source}: this folder holds no data set saved by datasets.save_to_disk")
     try:
         return _choose_split(datasets.load_from_disk(str(path)), source, split)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -169,7 +175,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def cache_folder() -> str:
-    """Where `datasets` keeps what it has prepared."""
+    """The cache folder of `datasets`."""
     import datasets
 
     return str(datasets.config.HF_DATASETS_CACHE)

@@ -1,4 +1,4 @@
-"""Conversations -> token ids with the tokens that count, prepared once and kept by `datasets`."""
+"""Conversations -> token ids with a label mask, tokenized once and cached by `datasets`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from kd_lightning.assets import resolve
 from kd_lightning.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from kd_lightning.data.conversation import Conversation, parse_row
 from kd_lightning.data.sources import cache_folder, fingerprint, read_rows
+from kd_lightning.models.hf_adapter import backend_state, has_offsets
 
 VERSION = "2"
+"""Changes when the same settings give other token ids or labels."""
+CACHE_VERSION = "3"
+"""Changes when the columns of the cached data sets do."""
 PARALLEL_ROWS = 20_000
-"""From so many rows on they are tokenised by several processes."""
+"""Data sets with more rows are tokenized by several processes."""
 
 Notice = Callable[[str], None]
 Reader = Callable[..., Iterator[dict[str, Any]]]
 
 
 def load_tokenizer(name: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder, hub name or `asset:` name; a loaded one is given back as it is.
+    """A tokenizer from a folder, hub name or `asset:` name; a loaded tokenizer is returned as it is.
 
     Raises:
-        ValueError: there is none under that name.
+        ValueError: there is no tokenizer under that name.
     """
     if not isinstance(name, str):
         return name
@@ -48,12 +52,12 @@ class TextTokenizer:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        chat_template: a Jinja template in place of the tokenizer's own.
+        chat_template: a Jinja template instead of the tokenizer's own.
         template_kwargs: variables for the template.
-        max_length: longest sequence in tokens; longer ones are cut on the right.
+        max_length: longest sequence in tokens; longer ones are truncated on the right.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
     template_kwargs: dict[str, Any] | None = None
     max_length: int = 512
@@ -65,54 +69,54 @@ class TextTokenizer:
 
     @property
     def first_ids(self) -> list[int]:
-        """What the tokenizer itself puts before a plain text: its first token, or nothing."""
+        """The token that the tokenizer puts before a plain text, if any."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and bos in self.tokenizer("").input_ids[:1] else []
 
     def tokenize(self, conversation: Conversation, chat: ChatTemplate | None = None) -> dict[str, Any]:
-        """Token ids of a conversation and which of them count, with what there is to report about it.
+        """Token ids of a conversation, which of them are labels, and figures for the report.
 
         Returns:
-            `input_ids`, `counted`, `length`, `full_length`, `first_counted` (-1: none), `unlocated`, `empty`.
+            `input_ids`, `label_mask`, `length`, `full_length`, `first_label` (-1: none), `unlocated`, `empty`.
 
         Raises:
             ValueError: the chat template refuses the conversation.
         """
-        if conversation.empty:  # nothing to learn; a template may not like a conversation that ends with a question
-            none: dict[str, Any] = {"input_ids": [], "counted": [], "length": 0, "full_length": 0, "unlocated": 0}
-            return {**none, "first_counted": -1, "empty": True}
+        if conversation.empty:  # a template may refuse a conversation that ends with a question
+            none: dict[str, Any] = {"input_ids": [], "label_mask": [], "length": 0, "full_length": 0, "unlocated": 0}
+            return {**none, "first_label": -1, "empty": True}
         eos = self.tokenizer.eos_token_id
         unlocated, ids = 0, []
         if conversation.messages:
-            found = (chat or self.chat).locate(conversation)
-            text, spans, unlocated, is_open = found.text, found.spans, found.unlocated, found.open
-            text = text[: spans[-1][1]] if is_open else text  # the end comes right after the words
+            located = (chat or self.chat).locate(conversation)
+            text, spans, unlocated, is_open = located.text, located.spans, located.unlocated, located.open
+            text = text[: spans[-1][1]] if is_open else text  # the end of sequence follows the answer directly
         else:
             ids = self.first_ids
             text = conversation.prompt + conversation.completion
             spans = [(len(conversation.prompt), len(text))]
             is_open = not text.endswith(self.tokenizer.eos_token or "\0")
-        counted = [False] * len(ids)
-        for token, counts in encode(self.tokenizer, text, spans):
+        label_mask = [False] * len(ids)
+        for token, is_label in encode(self.tokenizer, text, spans):
             ids.append(token)
-            counted.append(counts)
-        if is_open and eos is not None and any(counted):
+            label_mask.append(is_label)
+        if is_open and eos is not None and any(label_mask):
             ids.append(eos)
-            counted.append(True)
-        if counted:
-            counted[0] = False  # nothing comes before the first token that could predict it
+            label_mask.append(True)
+        if label_mask:
+            label_mask[0] = False  # no position predicts the first token
         return {
             "input_ids": ids[: self.max_length],
-            "counted": counted[: self.max_length],
+            "label_mask": label_mask[: self.max_length],
             "length": min(len(ids), self.max_length),
             "full_length": len(ids),
-            "first_counted": counted.index(True) if any(counted) else -1,
+            "first_label": label_mask.index(True) if any(label_mask) else -1,
             "unlocated": unlocated,
             "empty": False,
         }
 
     def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
-        """The text before the last answer, and its token ids; of a long one the last `max_length`."""
+        """The text before the last answer, and its token ids; of a longer one the last `max_length`."""
         if conversation.messages:
             text, first = self.chat.prompt(conversation), []
         else:
@@ -121,9 +125,8 @@ class TextTokenizer:
         return text, ids[-self.max_length :]
 
     def fingerprint(self) -> str:
-        """A text that changes when anything does that the token ids depend on."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        inner = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        """A digest of everything that the token ids depend on."""
+        inner = backend_state(self.tokenizer) or json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         settings = [
             VERSION,
             type(self.tokenizer).__name__,
@@ -136,57 +139,58 @@ class TextTokenizer:
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def with_template(tokenizer: Any, chat_template: str | None, notice: Notice) -> None:
-    """Give a tokenizer without a chat template the plain bundled one (it is then exported with the student)."""
+def with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, notice: Notice) -> None:
+    """Set the plain bundled chat template on a tokenizer without one (it is then exported with the student)."""
     if chat_template is not None or tokenizer.chat_template is not None:
         return
     first = "{{ bos_token }}" if TextTokenizer(tokenizer).first_ids else ""
     tokenizer.chat_template = first + PLAIN_TEMPLATE
     notice(
-        "the tokenizer has no chat template: a plain one, 'User: ... Assistant: ...', is used; or give chat_template"
+        "the tokenizer has no chat template: using a plain one, 'User: ... Assistant: ...'; "
+        "pass chat_template for another"
     )
 
 
-def encode(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Iterator[tuple[int, bool]]:
-    """Token ids of a text, each with whether it lies in one of the spans of characters.
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> Iterator[tuple[int, bool]]:
+    """Token ids of a text, each with whether it is a label: whether it lies in one of the spans of characters.
 
-    A token that reaches out of its span counts only if what it holds beyond is blank: else it is not certain whose
-    word it is.
+    A token that extends beyond its span is a label only if the characters outside are blank; otherwise part of it
+    belongs to another turn.
     """
-    if not getattr(tokenizer, "is_fast", False):  # no offsets: cut the text where the spans begin and end
+    if not has_offsets(tokenizer):  # split the text where the spans begin and end
         edges = [0, *(edge for span in spans for edge in span), len(text)]
         for number, (start, end) in enumerate(itertools.pairwise(edges)):
             ids = tokenizer(text[start:end], add_special_tokens=False, verbose=False).input_ids if start < end else []
             yield from ((token, number % 2 == 1) for token in ids)
         return
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    reached, place = 0, 0
+    reached, n = 0, 0
     for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        start = min(start, reached)  # blanks that the tokenizer leaves out of its offsets belong to the next token
+        start = min(start, reached)  # blanks that the offsets leave out belong to the next token
         reached = max(reached, end)
-        while place < len(spans) and spans[place][1] <= start:
-            place += 1
-        if place == len(spans) or end <= spans[place][0] or start == end:
+        while n < len(spans) and spans[n][1] <= start:
+            n += 1
+        if n == len(spans) or end <= spans[n][0] or start == end:
             yield token, False
             continue
-        outside = text[start : max(start, spans[place][0])] + text[min(end, spans[place][1]) : end]
+        outside = text[start : max(start, spans[n][0])] + text[min(end, spans[n][1]) : end]
         yield token, not outside.strip()
 
 
 def prepare(sources: list[str], split: str, tokenizer: TextTokenizer, read: Reader | None = None) -> Any:
-    """All rows of the sources, tokenised: a `datasets.Dataset` kept on disk and found again by its fingerprint.
+    """All rows of the sources, tokenized: a `datasets.Dataset` that is cached on disk by its fingerprint.
 
-    Columns are those of `TextTokenizer.tokenize`, and `row` (the fields, as JSON), `conversation` (as JSON), `place`
-    (file and line) and `row_id` (the row's number among all rows).
+    Its columns are those of `TextTokenizer.tokenize`, and `row` (the fields, as JSON), `conversation` (as JSON),
+    `location` (file and line) and `row_id` (the row's number among all rows).
 
     Args:
         sources: files, folders and names.
-        split: which split of a folder or name.
+        split: which split of a folder or hub name.
         tokenizer: how rows become token ids.
-        read: called with `split` and `sources`, yields the four columns; None: instructions and conversations.
+        read: called with `split` and `sources`, yields these four columns; None: instructions and conversations.
 
     Raises:
-        ValueError: a source or a row cannot be read, or the template refuses a row; file and line are named.
+        ValueError: a source or a row cannot be read, or the template refuses a row; the message has file and line.
     """
     return tokenize_rows(gather(read or read_conversations, split, {"sources": sources}), split, tokenizer)
 
@@ -195,25 +199,25 @@ def gather(
     read: Reader,
     split: str,
     files: dict[str, list[str]],
-    texts: tuple[str, ...] = ("row", "conversation", "place"),
+    texts: tuple[str, ...] = ("row", "conversation", "location"),
     **settings: Any,
 ) -> Any:
-    """What a function reads from files, kept on disk and found again while function, files and settings are the same.
+    """The rows that a function reads from files, cached on disk until the function, a file or a setting changes.
 
     Args:
         read: called with `split`, the files and the settings; yields the columns of `texts`, and `row_id`.
-        split: which split of a folder or name.
-        files: sources by the name under which `read` takes them.
-        texts: names of the columns that are texts.
-        settings: what else `read` takes.
+        split: which split of a folder or hub name.
+        files: sources by the argument name of `read`.
+        texts: names of the text columns.
+        settings: other arguments of `read`.
 
     Raises:
-        ValueError: what `read` raises.
+        ValueError: raised by `read`.
     """
     import datasets  # type: ignore[import-untyped]
 
     stamps = {name: [fingerprint(source, split) for source in sources] for name, sources in files.items()}
-    stamp = _digest([VERSION, read.__name__, split, stamps, texts, settings])
+    stamp = _digest([CACHE_VERSION, read.__name__, split, stamps, texts, settings])
     try:
         return datasets.Dataset.from_generator(
             read,
@@ -232,14 +236,14 @@ def gather(
 
 
 def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
-    """The rows with the columns of `TextTokenizer.tokenize` for their `conversation`, kept beside them on disk.
+    """The rows with the columns of `TextTokenizer.tokenize` for their `conversation`, cached on disk.
 
     Raises:
-        ValueError: the template refuses a row; file and line are named.
+        ValueError: the template refuses a row; the message has file and line.
     """
     import datasets
 
-    integers = {name: datasets.Value("int32") for name in ("length", "full_length", "first_counted", "unlocated")}
+    integers = {name: datasets.Value("int32") for name in ("length", "full_length", "first_label", "unlocated")}
     return rows.map(
         _Tokenize(tokenizer),
         num_proc=min(os.cpu_count() or 1, 16) if len(rows) > PARALLEL_ROWS else None,
@@ -247,42 +251,39 @@ def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
             {
                 **rows.features,
                 "input_ids": datasets.List(datasets.Value("int32")),
-                "counted": datasets.List(datasets.Value("bool")),
+                "label_mask": datasets.List(datasets.Value("bool")),
                 **integers,
                 "empty": datasets.Value("bool"),
             }
         ),
         new_fingerprint=_digest([rows._fingerprint, tokenizer.fingerprint()]),
-        desc=f"Tokenising {split}",
+        desc=f"Tokenizing {split}",
     )
 
 
 def read_conversations(split: str, sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Columns of each row: `row` (the fields, as JSON), `conversation` (as JSON), `place`, `row_id`."""
+    """Columns of each row: `row` (the fields, as JSON), `conversation` (as JSON), `location`, `row_id`."""
     number = 0
     for source in sources:
-        for place, row in read_rows(source, split):
+        for location, row in read_rows(source, split):
             yield {
                 "row": json.dumps(row, ensure_ascii=False, default=str),
-                "conversation": parse_row(row, place).dump(),
-                "place": place,
+                "conversation": parse_row(row, location).dump(),
+                "location": location,
                 "row_id": number,
             }
             number += 1
 
 
-@dataclasses.dataclass(frozen=True)
 class _Tokenize:
-    tokenizer: TextTokenizer
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "chat", self.tokenizer.chat)
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer, self.chat = tokenizer, tokenizer.chat
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return self.tokenizer.tokenize(Conversation.load(row["conversation"]), self.chat)  # type: ignore[attr-defined]
+            return self.tokenizer.tokenize(Conversation.load(row["conversation"]), self.chat)
         except ValueError as error:
-            raise ValueError(f"{row['place']}: {error}") from None
+            raise ValueError(f"{row['location']}: {error}") from None
 
 
 def _digest(parts: Any) -> str:

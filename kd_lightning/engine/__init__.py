@@ -1,4 +1,4 @@
-"""The loss engine: hidden states and LM heads in, per-token values and gradients out, chunk by chunk."""
+"""The loss engine: per-token values and gradients from hidden states and LM heads, chunk by chunk."""
 
 from kd_lightning.engine.head import Head
 

@@ -1,14 +1,14 @@
-r"""From hidden states to values and gradients, chunk by chunk of counted rows, with the gradient taken in forward.
+r"""From hidden states to values and gradients, chunk by chunk, with the gradient computed in the forward pass.
 
-Two tiles of logits are alive, whatever the number of rows: the student's and the teacher's. Per chunk of rows, three
-products of the student and one of the teacher:
+Only tokens with a label are processed. Two buffers of logits exist at a time, one chunk of the student's and one of the
+teacher's. A chunk takes three matrix products of the student and one of the teacher:
 
 .. math:: Z = H W^\top, \quad Y = H_t W_t^\top, \quad Z \leftarrow \partial \ell / \partial Z, \quad
           dH = Z W, \quad dW \mathrel{+}= Z^\top H .
 
-The middle step is `TokenLoss`. Backward multiplies what is there by the upstream gradient, in place.
+The middle step is `TokenLoss`. Backward multiplies the stored gradients by the upstream gradient, in place.
 
-Arithmetic is fp32, or float64 where an input is; autocast is off inside. Counted rows are picked by index.
+Arithmetic is in fp32, or in float64 if an input is; autocast is disabled.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.engine.logit_source import Model
+from kd_lightning.engine.logit_source import DifferentiableLogits, LogitSource
 from kd_lightning.engine.token_loss import TokenLoss
-from kd_lightning.engine.top_k import TopKLogits
 
-TILE_ROWS, TILE_BYTES = 512, 256 << 20  # of one tile: from 512 rows on a CPU's products gain little
-TILE_ROWS_GPU, TILE_BYTES_GPU = 4096, 512 << 20  # not yet measured
+CHUNK_TOKENS, CHUNK_BYTES = 512, 256 << 20  # on a CPU larger matrix products are hardly faster
+CHUNK_TOKENS_GPU, CHUNK_BYTES_GPU = 4096, 512 << 20  # not yet measured
 
 
 class ChunkedPass:
-    """One pass over the counted rows of a batch, as often as it is asked for.
+    """A pass over the N tokens of a batch that have a label; it can run several times.
 
     Args:
-        token_loss: what is computed of a row.
-        student: the student's rows.
-        teacher: the teacher's, as many; None where there is none.
-        rows: "labels" [N], inside the vocabulary, and columns [N] that the objective reads.
-        chunk: rows of a tile; None: by a budget of bytes.
+        token_loss: the loss of a token.
+        student: the student's logits.
+        teacher: the teacher's logits; None: no teacher.
+        rows: "labels", inside the vocabulary, and extra inputs per token, each [N].
+        chunk: tokens of a chunk; None: chosen by a budget of bytes.
+
+    Attributes:
+        values: of the last pass by name, [N].
     """
 
     def __init__(
         self,
         token_loss: TokenLoss,
-        student: Model,
-        teacher: Model | TopKLogits | None,
+        student: DifferentiableLogits,
+        teacher: LogitSource | None,
         rows: Mapping[str, Tensor],
         chunk: int | None,
     ) -> None:
@@ -50,10 +52,10 @@ class ChunkedPass:
         self.values: dict[str, Tensor] = {}
 
     def loss(self, weights: Tensor, summed: bool = True) -> Tensor:
-        """Weighted sum of the rows' losses, 0-d, with its gradient; or the losses themselves, [N].
+        """Weighted sum of the tokens' losses, 0-d, or the losses themselves, [N]; both can be differentiated.
 
-        The gradient of the sum is taken here and handed over in backward. What is not known yet, or was handed over
-        already, backward computes again: the gradient of losses that are not summed, and of a second backward.
+        The gradient of the sum is computed here and returned in backward. Backward runs the pass again for losses that
+        are not summed, whose weights are unknown before, and for a second backward.
         """
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.student.inputs):
             return _Loss.apply(self, weights, summed, *self.student.inputs)  # type: ignore[no-any-return,no-untyped-call]
@@ -61,25 +63,27 @@ class ChunkedPass:
         return self.total(weights, summed)
 
     def total(self, weights: Tensor, summed: bool) -> Tensor:
-        """The values of the last pass as one loss, or as a copy."""
+        """The losses of the last pass, summed or copied."""
         return (self.values["loss"] * weights).sum() if summed else self.values["loss"].clone()
 
     @torch.no_grad()
     def run(self, weights: Tensor, needs: Sequence[bool]) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        """Values of the rows, and gradients of their weighted sum with respect to the student's inputs.
+        """Values of the tokens, and gradients of their weighted sum with respect to the student's inputs.
 
         Args:
             weights: [N].
-            needs: which of `student.inputs` want a gradient.
+            needs: whether each of `student.inputs` needs a gradient; empty: none does.
         """
         student, teacher, n, gradient = self.student, self.teacher, len(weights), any(needs)
         device, vocabulary = weights.device, student.vocabulary
-        height, whole = self.token_loss.height(n, vocabulary, device, gradient)
+        if gradient:
+            self.token_loss.choose_compilation(n, vocabulary)
+        block, full_blocks = self.token_loss.block_size(n, vocabulary, device), self.token_loss.is_compiled
         chunk = min(n, self.chunk or rows_per_chunk(vocabulary, weights.dtype, device))
-        if whole:
-            chunk = -(-chunk // height) * height
-        z = _tile(chunk, vocabulary, weights)
-        y = None if teacher is None else _tile(chunk, vocabulary, weights)
+        if full_blocks:
+            chunk = -(-chunk // block) * block
+        z = _chunk_buffer(chunk, vocabulary, weights)
+        y = None if teacher is None else _chunk_buffer(chunk, vocabulary, weights)
         gradients = [
             torch.zeros(x.shape, dtype=weights.dtype, device=device) if need and x is not None else None
             for x, need in zip(student.inputs, needs, strict=bool(needs))
@@ -90,47 +94,46 @@ class ChunkedPass:
             for a in range(0, n, chunk or 1):
                 b = min(a + chunk, n)
                 student.fill(z[: b - a], a, b)
-                if isinstance(teacher, TopKLogits) and y is not None:
-                    teacher.fill(y[: b - a], a, b, z[: b - a], student.transform)
-                elif teacher is not None and y is not None:
-                    teacher.fill(y[: b - a], a, b)  # type: ignore[call-arg]
-                for tile in (z, y):
-                    if tile is not None and whole:
-                        tile[b - a :] = 0  # rows that fill up the last block
+                if teacher is not None and y is not None:
+                    teacher.fill(y[: b - a], a, b, (z[: b - a], student.transform))
+                for buffer in (z, y):
+                    if buffer is not None and full_blocks:
+                        buffer[b - a :] = 0  # padding of the last block
                 vectors = {name: column[a:b] for name, column in self.rows.items()} | {"weights": weights[a:b]}
                 chunk_values = {name: value[a:b] for name, value in values.items()}
-                self.token_loss(z, y, transforms, vectors, height, gradient, chunk_values)
+                self.token_loss(z, y, transforms, vectors, block, gradient, chunk_values)
                 if gradient:
-                    student.take(z[: b - a], gradients, a, b)
+                    student.add_gradients(z[: b - a], gradients, a, b)
         return values, gradients
 
 
-def _tile(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """Room for logits; rows a power of two or an odd number apart would make the matrix products slow."""
-    return like.new_empty(rows, padded_width(vocabulary))[:, :vocabulary]
+def _chunk_buffer(tokens: int, vocabulary: int, like: Tensor) -> Tensor:
+    """Uninitialized logits of one chunk, padded: a stride that is a power of two or odd slows matrix products down."""
+    return like.new_empty(tokens, padded_width(vocabulary))[:, :vocabulary]
 
 
 def padded_width(vocabulary: int) -> int:
-    """Columns that a tile of so many has room for."""
+    """Allocated columns of a chunk's buffer."""
     return -(-vocabulary // 64) * 64 + 16
 
 
 def rows_per_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a tile: as many as make products fast, within the bytes a tile may have."""
-    rows, size = (TILE_ROWS, TILE_BYTES) if device.type == "cpu" else (TILE_ROWS_GPU, TILE_BYTES_GPU)
-    return max(32, min(rows, size // (vocabulary * dtype.itemsize) // 32 * 32))
+    """Tokens of a chunk: enough for fast matrix products, within a budget of bytes."""
+    on_cpu = device.type == "cpu"
+    tokens, size = (CHUNK_TOKENS, CHUNK_BYTES) if on_cpu else (CHUNK_TOKENS_GPU, CHUNK_BYTES_GPU)
+    return max(32, min(tokens, size // (vocabulary * dtype.itemsize) // 32 * 32))
 
 
 class _Loss(torch.autograd.Function):
-    """A loss whose gradient is there before anybody asks."""
+    """A loss whose gradient is computed in forward."""
 
     @staticmethod
-    def forward(ctx: Any, sweep: ChunkedPass, weights: Tensor, summed: bool, *inputs: Tensor | None) -> Tensor:
-        sweep.values, gradients = sweep.run(weights, ctx.needs_input_grad[3:] if summed else ())
-        ctx.sweep, ctx.weights, ctx.summed = sweep, weights, summed
+    def forward(ctx: Any, chunked_pass: ChunkedPass, weights: Tensor, summed: bool, *inputs: Tensor | None) -> Tensor:
+        chunked_pass.values, gradients = chunked_pass.run(weights, ctx.needs_input_grad[3:] if summed else ())
+        ctx.chunked_pass, ctx.weights, ctx.summed = chunked_pass, weights, summed
         ctx.gradients = gradients if summed else None
-        ctx.save_for_backward(*inputs)  # for their dtypes, and so that a change before a recomputation is noticed
-        return sweep.total(weights, summed)
+        ctx.save_for_backward(*inputs)  # for their dtypes, and to detect in-place changes before a recomputation
+        return chunked_pass.total(weights, summed)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,19 +142,19 @@ class _Loss(torch.autograd.Function):
         with torch.no_grad():
             if gradients is None:
                 weights = ctx.weights if ctx.summed else ctx.weights * upstream
-                _, gradients = ctx.sweep.run(weights, ctx.needs_input_grad[3:])
-            if ctx.summed:  # in place and without asking: g * upstream is a second head gradient
+                _, gradients = ctx.chunked_pass.run(weights, ctx.needs_input_grad[3:])
+            if ctx.summed:  # in place: g * upstream would allocate a second gradient of the LM head
                 for gradient in gradients:
                     if gradient is not None:
                         gradient.mul_(upstream)
             cast = [g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
         if torch.is_grad_enabled():  # `create_graph=True`
-            cast = [g if g is None else _Once.apply(g.requires_grad_()) for g in cast]  # type: ignore[no-untyped-call]
+            cast = [g if g is None else _NoSecondDerivative.apply(g.requires_grad_()) for g in cast]  # type: ignore[no-untyped-call]
         return None, None, None, *cast
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that says so where it is asked for its own."""
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity that raises on double backward."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -160,6 +163,6 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         raise RuntimeError(
-            "a distillation loss has no second derivative, as its gradient is taken in forward: "
-            "for a penalty on gradients apply the Divergence to log-probabilities of your own"
+            "a distillation loss has no second derivative, because its gradient is computed in forward: "
+            "for a gradient penalty, apply the Divergence to log-probabilities that you compute with autograd"
         )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
+
+Transform = tuple[float, float | None]
+"""Scale and soft-cap of an LM head."""
 
 
 @dataclass(frozen=True)
@@ -15,13 +20,13 @@ class Head:
     Args:
         weight: W, [V, H].
         bias: b, [V].
-        scale: multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        scale: multiplies the logits (`logit_scale` of Cohere, the inverse of Granite's `logits_scaling`).
         softcap: \(\mathrm{cap}(x) = c \tanh(x / c)\) (Gemma 2), c > 0; None: no cap.
-        group: ranks that hold consecutive parts of W and b, of one size, and read the same rows: each makes its part of
-            the logits and gets the others'. None: all of it is here.
+        group: ranks that hold consecutive shards of W and b, of equal size, and process the same tokens: each computes
+            its shard of the logits and receives the others. None: W and b are complete.
 
     Raises:
-        ValueError: shapes do not fit, scale is 0, or softcap is not positive.
+        ValueError: shapes do not match, scale is 0, or softcap is not positive.
     """
 
     weight: Tensor
@@ -32,8 +37,18 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        """V, over all parts."""
+        """V, over all shards."""
         return len(self.weight) * (1 if self.group is None else self.group.size())
+
+    @property
+    def transform(self) -> Transform:
+        """Scale and soft-cap, for `apply_transform`."""
+        return self.scale, self.softcap
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H] in fp32; the weights must be complete (no `group`)."""
+        bias = None if self.bias is None else self.bias.float()
+        return apply_transform(F.linear(hidden.float(), self.weight.float(), bias), self.transform)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
@@ -46,3 +61,19 @@ class Head:
             raise ValueError("head scale must not be 0")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"head softcap must be > 0 or None, got {self.softcap}")
+
+
+def apply_transform(products: Tensor, transform: Transform, out: Tensor | None = None) -> Tensor:
+    r"""Logits \(c \tanh(s \cdot a / c)\) of the products \(a = h W^\top + b\); \(s \cdot a\) without a soft-cap.
+
+    Args:
+        products: [..., V].
+        transform: scale s and soft-cap c.
+        out: tensor to write to instead of new memory; may be `products` itself.
+    """
+    scale, softcap = transform
+    if out is not None:
+        torch.mul(products, scale, out=out)
+        return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
+    x = products if scale == 1 else products * scale
+    return x if softcap is None else torch.tanh(x / softcap) * softcap

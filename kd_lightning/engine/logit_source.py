@@ -1,121 +1,159 @@
-"""Where a chunk of logits comes from: hidden states times a head, or logits that exist already."""
+"""Sources of logits, one chunk of tokens at a time: hidden states times an LM head, or existing logits."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd_lightning.engine.head import Head
-from kd_lightning.engine.token_loss import Transform
+from kd_lightning.engine.head import Head, Transform
 
-UPCAST_ROWS = 4096  # vocabulary rows of a half-precision head that are held in fp32 at a time
+UPCAST_ROWS = 4096  # vocabulary entries of a half-precision LM head that are held in fp32 at a time
 
 
-class ProjectedLogits:
-    """Counted rows of one model's products, made from its hidden states.
+class LogitSource(ABC):
+    """Logits of the tokens with a label of one model, computed into a buffer chunk by chunk.
+
+    Attributes:
+        vocabulary: V, the width of a chunk; vocabulary entries from there on are cut off.
+        transform: scale and soft-cap that turn what `fill` writes into logits.
+        inputs: the tensors that the logits are computed from.
+    """
+
+    vocabulary: int
+    transform: Transform
+    inputs: tuple[Tensor | None, ...]
+
+    @abstractmethod
+    def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:
+        """Write the products (logits before the transform) of some tokens.
+
+        Args:
+            chunk: written, [stop − start, V].
+            start: first token.
+            stop: one past the last token.
+            student: the student's products of the same tokens, shaped like `chunk`, and their transform; None for the
+                student itself.
+        """
+
+
+class DifferentiableLogits(LogitSource):
+    """Logits that pass a gradient on to their `inputs`: the student's."""
+
+    @abstractmethod
+    def add_gradients(self, dz: Tensor, gradients: Sequence[Tensor | None], start: int, stop: int) -> None:
+        """Add the contribution of some tokens to the gradients of `inputs`.
+
+        Args:
+            dz: gradient with respect to the products of these tokens, [stop − start, V].
+            gradients: one per input, added to; None where no gradient is needed.
+            start: first token.
+            stop: one past the last token.
+        """
+
+
+class ProjectedLogits(DifferentiableLogits):
+    """Products of hidden states and an LM head.
 
     Args:
         hidden: [M, H].
-        head: its last layer; entries from `vocabulary` on are cut off.
-        index: the counted rows, [N].
-        vocabulary: width of the tile.
+        head: the LM head; entries from `vocabulary` on are cut off.
+        index: indices of the tokens with a label, [N].
+        vocabulary: width of a chunk.
     """
 
     def __init__(self, hidden: Tensor, head: Head, index: Tensor, vocabulary: int) -> None:
         self.hidden, self.head, self.index, self.vocabulary = hidden, head, index, vocabulary
-        self.transform: Transform = (head.scale, head.softcap)
-        self.inputs: tuple[Tensor | None, ...] = (hidden, head.weight, head.bias)
-        part = len(head.weight)
-        self.start = 0 if head.group is None else min(head.group.rank() * part, vocabulary)  # of the columns made here
-        self.width = min(part, vocabulary - self.start)
+        self.transform = head.transform
+        self.inputs = (hidden, head.weight, head.bias)
+        shard = len(head.weight)
+        self.start = 0 if head.group is None else min(head.group.rank() * shard, vocabulary)  # this rank's columns
+        self.width = min(shard, vocabulary - self.start)
 
-    def fill(self, tile: Tensor, a: int, b: int) -> None:
-        """Write the products of the counted rows a to b."""
-        dtype = self._precision(tile)
-        h = self.hidden.index_select(0, self.index[a:b]).to(dtype)
-        for lo, hi, w in self._weight(dtype):
-            _add_product(tile[:, lo:hi], h, w.t(), beta=0)
+    def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:
+        """Write the products of the tokens start to stop."""
+        dtype = self._factor_dtype(chunk)
+        h = self.hidden.index_select(0, self.index[start:stop]).to(dtype)
+        for low, high, w in self._weight_blocks(dtype):
+            _add_product(chunk[:, low:high], h, w.t(), beta=0)
         if self.head.bias is not None:
-            tile[:, self.start : self.start + self.width] += self.head.bias[: self.width]
+            chunk[:, self.start : self.start + self.width] += self.head.bias[: self.width]
         if self.head.group is not None:
-            self._gather(tile, self.head.group)
+            self._gather_shards(chunk, self.head.group)
 
-    def _gather(self, tile: Tensor, group: dist.ProcessGroup) -> None:
-        """Fill the columns that other ranks have made."""
-        part = len(self.head.weight)
-        own = tile.new_zeros(len(tile), part)
-        own[:, : self.width] = tile[:, self.start : self.start + self.width]
-        parts = [torch.empty_like(own) for _ in range(group.size())]
-        dist.all_gather(parts, own, group=group)
-        for i, found in enumerate(parts):
-            columns = tile[:, i * part : (i + 1) * part]
-            columns.copy_(found[:, : columns.shape[1]])
+    def _gather_shards(self, chunk: Tensor, group: dist.ProcessGroup) -> None:
+        """Fill the columns that other ranks have computed."""
+        size = len(self.head.weight)
+        own = chunk.new_zeros(len(chunk), size)
+        own[:, : self.width] = chunk[:, self.start : self.start + self.width]
+        shards = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(shards, own, group=group)
+        for i, shard in enumerate(shards):
+            columns = chunk[:, i * size : (i + 1) * size]
+            columns.copy_(shard[:, : columns.shape[1]])
 
-    def take(self, dz: Tensor, gradients: Sequence[Tensor | None], a: int, b: int) -> None:
-        """Add what the rows a to b contribute to the gradients of `inputs`."""
+    def add_gradients(self, dz: Tensor, gradients: Sequence[Tensor | None], start: int, stop: int) -> None:
+        """Add the contribution of the tokens start to stop to the gradients of hidden states, weight and bias."""
         d_hidden, d_weight, d_bias = gradients
         if d_bias is not None:
             d_bias[: self.width] += dz[:, self.start : self.start + self.width].sum(0)
-        dtype = self._precision(dz, gradient=True)
-        low = dz.to(dtype)
+        dtype = self._factor_dtype(dz, gradient=True)
+        low_precision = dz.to(dtype)
         if d_hidden is not None:
-            dh = dz.new_zeros(b - a, self.hidden.shape[1])
-            for lo, hi, w in self._weight(dtype):
-                _add_product(dh, low[:, lo:hi], w)
+            dh = dz.new_zeros(stop - start, self.hidden.shape[1])
+            for low, high, w in self._weight_blocks(dtype):
+                _add_product(dh, low_precision[:, low:high], w)
             if self.head.group is not None:
                 dist.all_reduce(dh, group=self.head.group)
-            d_hidden.index_copy_(0, self.index[a:b], dh)
+            d_hidden.index_copy_(0, self.index[start:stop], dh)
         if d_weight is not None:
-            h = self.hidden.index_select(0, self.index[a:b]).to(dtype)
-            _add_product(d_weight[: self.width], low[:, self.start : self.start + self.width].t(), h)
+            h = self.hidden.index_select(0, self.index[start:stop]).to(dtype)
+            _add_product(d_weight[: self.width], low_precision[:, self.start : self.start + self.width].t(), h)
 
-    def _precision(self, tile: Tensor, gradient: bool = False) -> torch.dtype:
-        """Precision of a product's factors; its result always has the tile's.
+    def _factor_dtype(self, chunk: Tensor, gradient: bool = False) -> torch.dtype:
+        """Dtype of the factors of a product, whose result always has the chunk's dtype.
 
-        On a GPU half-precision factors stay as they are, for the product accumulates and returns fp32 by itself. fp16
-        cannot hold a gradient of small probabilities: there, and on a CPU, the other factors are cast up.
+        On a GPU half-precision factors keep their dtype, because the product accumulates and returns fp32. fp16 cannot
+        hold the gradient of small probabilities: there, and on a CPU, the other factor is cast up.
         """
         low = self.head.weight.dtype
-        native = tile.is_cuda and tile.dtype == torch.float32 and self.hidden.dtype == low
-        return low if native and (low == torch.bfloat16 or (low == torch.float16 and not gradient)) else tile.dtype
+        native = chunk.is_cuda and chunk.dtype == torch.float32 and self.hidden.dtype == low
+        return low if native and (low == torch.bfloat16 or (low == torch.float16 and not gradient)) else chunk.dtype
 
-    def _weight(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """W in blocks of the vocabulary, with their columns: whole where nothing has to be cast."""
+    def _weight_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """W in blocks of the vocabulary with their first and last columns; one block where no cast is needed."""
         weight = self.head.weight[: self.width]
         step = len(weight) if weight.dtype == dtype else UPCAST_ROWS
-        for lo in range(0, len(weight), step or 1):
-            block = weight[lo : lo + step].to(dtype)
-            yield self.start + lo, self.start + lo + len(block), block
+        for low in range(0, len(weight), step or 1):
+            block = weight[low : low + step].to(dtype)
+            yield self.start + low, self.start + low + len(block), block
 
 
-class GivenLogits:
-    """Counted rows of logits that are there already.
+class GivenLogits(DifferentiableLogits):
+    """Logits that exist already.
 
     Args:
         logits: [M, V].
-        index: the counted rows, [N].
-        vocabulary: width of the tile; columns from there on are cut off.
+        index: indices of the tokens with a label, [N].
+        vocabulary: width of a chunk; columns from there on are cut off.
     """
 
     def __init__(self, logits: Tensor, index: Tensor, vocabulary: int) -> None:
         self.logits, self.index, self.vocabulary = logits, index, vocabulary
-        self.transform: Transform = (1.0, None)
-        self.inputs: tuple[Tensor | None, ...] = (logits,)
+        self.transform = (1.0, None)
+        self.inputs = (logits,)
 
-    def fill(self, tile: Tensor, a: int, b: int) -> None:
-        """Copy the logits of the counted rows a to b."""
-        tile.copy_(self.logits[:, : self.vocabulary].index_select(0, self.index[a:b]))
+    def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:
+        """Copy the logits of the tokens start to stop."""
+        chunk.copy_(self.logits[:, : self.vocabulary].index_select(0, self.index[start:stop]))
 
-    def take(self, dz: Tensor, gradients: Sequence[Tensor | None], a: int, b: int) -> None:
-        """Put the gradient of the rows a to b in its place."""
+    def add_gradients(self, dz: Tensor, gradients: Sequence[Tensor | None], start: int, stop: int) -> None:
+        """Copy the gradient of the tokens start to stop to their rows."""
         if gradients[0] is not None:
-            gradients[0][:, : self.vocabulary].index_copy_(0, self.index[a:b], dz)
-
-
-Model = ProjectedLogits | GivenLogits
+            gradients[0][:, : self.vocabulary].index_copy_(0, self.index[start:stop], dz)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:

@@ -1,12 +1,12 @@
-r"""The loss of every token of a block, from the products of both models, and its gradient in their place.
+r"""The loss of every token of a block and its gradient, from the products of both models.
 
-A block is some rows of two tiles: the student's products \(a = h W^\top + b\) and the teacher's. A head turns them into
-logits \(x = \mathrm{cap}(\mathrm{scale} \cdot a)\). The objective reads \(\log q = \log\mathrm{softmax}(x / T)\) and
-\(\log p\); any differentiable function of them gives \(u = \partial \ell / \partial \log q\), and
+A block is some tokens of a chunk: the student's products \(a = h W^\top + b\) and the teacher's. The LM head turns them
+into logits \(x = \mathrm{cap}(\mathrm{scale} \cdot a)\). The objective is a function of
+\(\log q = \log\mathrm{softmax}(x / T)\) and \(\log p\); with its gradient \(u = \partial \ell / \partial \log q\)
 
 .. math:: \frac{\partial \ell}{\partial x} = \frac1T \Big(u - q \sum_v u_v\Big) .
 
-The label's term is a function of one number a row, \(\log q_y\), with derivative g: its part is \(g\,(e_y - q) / T\).
+The label loss is a function of one number per token, \(\log q_y\), with derivative g; it adds \(g\,(e_y - q) / T\).
 """
 
 from __future__ import annotations
@@ -19,33 +19,32 @@ from torch.nn.functional import pad
 
 from kd_lightning.divergences import Divergence, check_one_per_token, evaluate
 from kd_lightning.engine.compile import BREAK_EVEN, Compiled
+from kd_lightning.engine.head import Transform, apply_transform
 from kd_lightning.functional import FLOOR
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.schedules import Weight, value
 
-# Entries of one block on a CPU, so that its temporaries stay in the cache. Compiled, a block has at least 32 rows: with
-# fewer, inductor parallelises inside a row, and its threads fork and join once per row and pass. A small vocabulary is
-# little work between two meetings of the threads: V 4099 takes 9.5 ns per entry in blocks of 32 rows, 7.2 of 64, 5.4 of
-# 128 (JSD 12.7, 9.9, 8.1), but there the temporaries of a block begin to show beside two tiles of 512 rows.
+# Entries (tokens × vocabulary) of one block on a CPU, so that its temporaries stay in the cache. A compiled block has
+# at least 32 tokens: with fewer, inductor parallelizes inside a token, and its threads fork and join once per token and
+# pass. A small vocabulary is little work between two joins: V 4099 takes 9.5 ns per entry in blocks of 32 tokens, 7.2
+# of 64, 5.4 of 128 (JSD 12.7, 9.9, 8.1), but at 128 the temporaries become noticeable next to two chunks of 512 tokens.
 EAGER_ENTRIES = 200_000
 COMPILED_ROWS, MOST_ROWS, COMPILED_ENTRIES = 32, 64, 270_000
 GPU_ENTRIES = 64_000_000
 
-Transform = tuple[float, float | None]  # a head's scale and soft-cap
-
 
 class TokenLoss(nn.Module):
-    r"""\(\ell = (1 - c)\,T^2 D(p, q) + c\,L(\log q_y)\) of each row, and its gradient.
+    r"""\(\ell = (1 - c)\,T^2 D(p, q) + c\,L(\log q_y)\) per token, and its gradient.
 
     Args:
         objective: D, any `Divergence`.
-        label_loss: L, read at its own temperature.
+        label_loss: L, evaluated at its own temperature.
         ce_weight: c, in [0, 1].
         temperature: T > 0.
-        square_temperature: whether the factor T² is there.
-        monitors: divergences evaluated beside the loss, at temperature 1, without gradient.
-        diagnostics: whether to give "student_nll", "teacher_nll" and "agreement" too, at temperature 1.
-        compile: True or False to force; None: by the size of the first call that takes a gradient.
+        square_temperature: whether D is multiplied by T².
+        monitors: divergences evaluated in addition to the loss, at temperature 1, without gradient.
+        diagnostics: whether to report "student_nll", "teacher_nll" and "agreement", at temperature 1.
+        compile: True or False to force; None: chosen by the size of the first call with a gradient.
     """
 
     compile_chosen: Tensor
@@ -70,8 +69,8 @@ class TokenLoss(nn.Module):
         self.monitors = nn.ModuleDict(monitors)
         self.diagnostics = diagnostics
         self.compiled = Compiled(self.block, compile)
-        # 1, 0, or −1 where nothing is chosen yet: a resumed run goes on with what the interrupted one had chosen.
-        with torch.inference_mode(False):  # the first call may be an evaluation, a later one writes here
+        # 1, 0, or −1 before the choice: a resumed run keeps the choice of the interrupted one.
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written to later
             self.register_buffer("compile_chosen", torch.tensor(-1, dtype=torch.int8))
 
     def names(self, teacher: bool) -> tuple[str, ...]:
@@ -81,22 +80,37 @@ class TokenLoss(nn.Module):
             names += ("student_nll", "teacher_nll", "agreement") if teacher else ("student_nll",)
         return names
 
-    def height(self, rows: int, vocabulary: int, device: torch.device, gradient: bool) -> tuple[int, bool]:
-        """Rows of one block in a call on so many rows, and whether every block must be that high (it is compiled)."""
-        if gradient and self.compiled.chosen is None:  # evaluation alone never starts a compiler
-            before = int(self.compile_chosen)
-            self.compiled.chosen = rows * vocabulary >= BREAK_EVEN if before < 0 else before == 1
-            self.compile_chosen.fill_(self.compiled.chosen)
-        compiled = bool(self.compiled.chosen)
+    @property
+    def is_compiled(self) -> bool:
+        """Whether blocks are compiled, so that all must have the same number of tokens."""
+        return bool(self.compiled.chosen)
+
+    def choose_compilation(self, tokens: int, vocabulary: int) -> None:
+        """Choose once whether blocks are compiled; call it before the first pass with a gradient.
+
+        Without a choice blocks run eagerly, so that evaluation alone never starts a compiler.
+
+        Args:
+            tokens: tokens of the pass.
+            vocabulary: V.
+        """
+        if self.compiled.chosen is None:
+            restored = int(self.compile_chosen)
+            compiled = tokens * vocabulary >= BREAK_EVEN if restored < 0 else restored == 1
+            self.compiled.choose(compiled)
+            self.compile_chosen.fill_(compiled)
+
+    def block_size(self, tokens: int, vocabulary: int, device: torch.device) -> int:
+        """Tokens of one block in a pass over so many tokens."""
         if device.type != "cpu":
-            height = max(1, GPU_ENTRIES // vocabulary)
-            if compiled:  # powers of two: a handful of graphs, whatever the number of rows
-                height = _round_up(min(1 << (rows - 1).bit_length(), height), COMPILED_ROWS)
-            return height, compiled
-        if compiled:
-            height = max(vocabulary // 2400, min(COMPILED_ENTRIES // vocabulary, MOST_ROWS), 1)
-            return _round_up(height, COMPILED_ROWS), True
-        return max(8, EAGER_ENTRIES // vocabulary), False
+            size = max(1, GPU_ENTRIES // vocabulary)
+            if self.is_compiled:  # powers of two: a handful of graphs for any number of tokens
+                size = _round_up(min(1 << (tokens - 1).bit_length(), size), COMPILED_ROWS)
+            return size
+        if self.is_compiled:
+            size = max(vocabulary // 2400, min(COMPILED_ENTRIES // vocabulary, MOST_ROWS), 1)
+            return _round_up(size, COMPILED_ROWS)
+        return max(8, EAGER_ENTRIES // vocabulary)
 
     def forward(
         self,
@@ -104,34 +118,34 @@ class TokenLoss(nn.Module):
         y: Tensor | None,
         transforms: tuple[Transform, Transform],
         vectors: Mapping[str, Tensor],
-        height: int,
+        block_size: int,
         gradient: bool,
         values: Mapping[str, Tensor],
     ) -> None:
-        """Write the values of n rows; z becomes the gradient of their weighted sum with respect to z.
+        """Write the values of n tokens; z becomes the gradient of their weighted sum with respect to z.
 
         Args:
-            z: the student's products, [m, V] with m ≥ n; a multiple of `height` where compiled.
-            y: the teacher's products, like z; None where there is no teacher.
-            transforms: scale and soft-cap of the student's head, and of the teacher's.
-            vectors: "labels" [n], inside the vocabulary, "weights" [n], and the columns that objectives read.
-            height: rows of one block.
-            gradient: whether a gradient is wanted; z is left alone where it is not.
+            z: the student's products, [m, V] with m ≥ n; if compiled, m is a multiple of `block_size`.
+            y: the teacher's products, like z; None: no teacher.
+            transforms: scale and soft-cap of the student's LM head and of the teacher's.
+            vectors: "labels" [n], inside the vocabulary, "weights" [n], and extra inputs of the objective [n].
+            block_size: tokens of one block.
+            gradient: whether the gradient is computed; otherwise z is not changed.
             values: written: [n] for each of `names`.
         """
         labels = vectors["labels"].unsqueeze(1)
         n = len(labels)
         rows = {name: column for name, column in vectors.items() if name != "labels"}
-        # The label's entry is taken out before and its gradient put in after: a block need not gather or scatter.
+        # The label's entry is gathered before the blocks and its gradient added after them: no gather in a block.
         rows["student_label"] = z[:n].gather(1, labels).squeeze(1)
         if y is not None:
             rows["teacher_label"] = y[:n].gather(1, labels).squeeze(1)
         out = dict(values, label_gradient=torch.empty_like(rows["student_label"]))
-        for a in range(0, n, height):
-            b = a + height if self.compiled.chosen else min(a + height, n)
+        for a in range(0, n, block_size):
+            b = a + block_size if self.is_compiled else min(a + block_size, n)
             block = {name: pad(column[a:b], (0, b - a - len(column[a:b]))) for name, column in rows.items()}
             results = self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient)
-            for name, result in results.items():  # kept in one place: small tensors among large ones tear the heap
+            for name, result in results.items():  # into one buffer: small tensors between large ones fragment the heap
                 out[name][a:b] = result[: n - a]
         if gradient:
             z[:n].scatter_add_(1, labels, out["label_gradient"].unsqueeze(1))
@@ -144,11 +158,11 @@ class TokenLoss(nn.Module):
         rows: dict[str, Tensor],
         gradient: bool,
     ) -> dict[str, Tensor]:
-        """One block, pure but for its last line, which writes z. Compiled as a whole."""
+        """Values of one block by name, [tokens]; z is overwritten by its gradient. Compiled as one graph."""
         columns = dict(rows)
         weights = columns.pop("weights")
-        student = _Model(z, columns.pop("student_label"), transforms[0])
-        teacher = None if y is None else _Model(y, columns.pop("teacher_label"), transforms[1])
+        student = _BlockLogits(z, columns.pop("student_label"), transforms[0])
+        teacher = None if y is None else _BlockLogits(y, columns.pop("teacher_label"), transforms[1])
         ce_weight = value(self.ce_weight, columns)
         t, label_t = self.temperature, self.label_loss.temperature or self.temperature
 
@@ -168,7 +182,7 @@ class TokenLoss(nn.Module):
             values["kd"], u = _differentiate(
                 lambda log_q: self.factor * evaluate(self.objective, log_p, log_q, columns),
                 student.log_probs(t),
-                weights * (1 - ce_weight) if gradient and not _equals(ce_weight, 1) else None,
+                weights * (1 - ce_weight) if gradient and not _is_number(ce_weight, 1) else None,
             )
             values["loss"] = _mix(values["kd"], values["ce"], ce_weight)
             log_p, log_q = (log_p, student.log_probs(t)) if t == 1 else (teacher.log_probs(1.0), student.log_probs(1.0))
@@ -186,40 +200,37 @@ class TokenLoss(nn.Module):
         return values
 
 
-class _Model:
-    """One model's rows of a block: from products to log-probabilities at any temperature, and back."""
+class _BlockLogits:
+    """One model's tokens of a block: from products to log-probabilities at any temperature, and back to gradients."""
 
     def __init__(self, products: Tensor, label_products: Tensor, transform: Transform) -> None:
         self.scale, self.cap = transform
-        self.logits, self.label_logits = self._logits(products), self._logits(label_products)
+        self.logits = apply_transform(products, transform)
+        self.label_logits = apply_transform(label_products, transform)
         self.top = self.logits.amax(-1, keepdim=True)
-        self.above = self.logits - self.top  # at most 0: what follows loses nothing to large logits
-        self.label_above = self.label_logits - self.top.squeeze(-1)
+        self.shifted = self.logits - self.top  # at most 0: large logits cost no precision below
+        self.label_shifted = self.label_logits - self.top.squeeze(-1)
         self._log_sums: dict[float, Tensor] = {}
         self._log_probs: dict[float, Tensor] = {}
 
-    def _logits(self, products: Tensor) -> Tensor:
-        x = products if self.scale == 1 else products * self.scale
-        return x if self.cap is None else torch.tanh(x / self.cap) * self.cap
-
     def _log_sum(self, t: float) -> Tensor:
         if t not in self._log_sums:
-            self._log_sums[t] = _sum(torch.exp(_over(self.above, t))).log()
+            self._log_sums[t] = _sum(torch.exp(_divided(self.shifted, t))).log()
         return self._log_sums[t]
 
     def log_probs(self, t: float) -> Tensor:
-        """Log softmax(x / t), [..., V], clamped."""
+        """Log softmax(x / t), [..., V], clamped at `FLOOR`."""
         if t not in self._log_probs:
-            self._log_probs[t] = (_over(self.above, t) - self._log_sum(t)).clamp_min(FLOOR)
+            self._log_probs[t] = (_divided(self.shifted, t) - self._log_sum(t)).clamp_min(FLOOR)
         return self._log_probs[t]
 
     def label_log_prob(self, t: float) -> Tensor:
-        """The label's entry of it, [...], not yet clamped."""
-        return _over(self.label_above, t) - self._log_sum(t).squeeze(-1)
+        """The label's log-probability at t, [...], not clamped."""
+        return _divided(self.label_shifted, t) - self._log_sum(t).squeeze(-1)
 
     def top_token(self) -> Tensor:
         """The most probable token, [...]."""
-        return self.above.argmax(-1)
+        return self.shifted.argmax(-1)
 
     def slopes(self) -> tuple[Tensor | float, Tensor | float]:
         """Derivatives of the logits, and of the label's, with respect to the products."""
@@ -229,10 +240,10 @@ class _Model:
         return self.scale if self.cap is None else self.scale * (1 - (x / self.cap) ** 2)
 
     def gradient(self, u: Tensor | None, t: float, g: Tensor, label_t: float) -> Tensor:
-        """Gradient with respect to the logits, without the label's own entry g / label_t.
+        """Gradient with respect to the logits, without the term g / label_t of the label's entry.
 
         Args:
-            u: gradient with respect to the log-probabilities at t; None where there is none.
+            u: gradient with respect to the log-probabilities at t; None: no objective.
             t: temperature of the objective.
             g: gradient with respect to the label's log-probability at label_t, [...].
             label_t: temperature of the label loss.
@@ -241,16 +252,16 @@ class _Model:
         if u is None:
             return -g * self.log_probs(label_t).exp()
         q = self.log_probs(t).exp()
-        total = _sum(u) / _sum(q) / t  # q sums to one only to rounding, and u - q Σu must sum to zero
+        total = _sum(u) / _sum(q) / t  # q sums to 1 only up to rounding, and u − q Σu must sum to 0
         if label_t == t:
-            return _over(u, t) - q * (total + g)
-        return _over(u, t) - q * total - g * self.log_probs(label_t).exp()
+            return _divided(u, t) - q * (total + g)
+        return _divided(u, t) - q * total - g * self.log_probs(label_t).exp()
 
 
 def _differentiate(
     function: Callable[[Tensor], Tensor], x: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Value of a function of rows, and the gradient of its weighted sum (None: not wanted)."""
+    """Values of a function of x, one per token, and the gradient of their weighted sum (None without weights)."""
     if weights is None:
         return function(x), None
     if torch.compiler.is_compiling():
@@ -259,32 +270,32 @@ def _differentiate(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         values = function(x)
-    if not values.requires_grad:  # a constant in x
+    if not values.requires_grad:  # it does not depend on x
         return values, torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(values, x, weights, allow_unused=True, materialize_grads=True)
     return values.detach(), gradient
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum over the vocabulary, kept as a dimension; inductor adds fp32 one by one, which loses two digits."""
+    """Sum over the vocabulary, kept as a dimension; in fp32 inductor adds sequentially, which costs two digits."""
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
     return x.sum(-1, keepdim=True)
 
 
-def _over(x: Tensor, t: float) -> Tensor:
+def _divided(x: Tensor, t: float) -> Tensor:
     return x if t == 1 else x / t
 
 
-def _equals(weight: float | Tensor, number: float) -> bool:
+def _is_number(weight: float | Tensor, number: float) -> bool:
     return not isinstance(weight, Tensor) and weight == number
 
 
 def _mix(kd: Tensor, ce: Tensor, ce_weight: float | Tensor) -> Tensor:
-    """(1 − c)·KD + c·CE; a term of weight 0 is left out, whatever its value."""
-    if _equals(ce_weight, 0):
+    """(1 − c)·KD + c·CE; a term with weight 0 is left out, even if it is not finite."""
+    if _is_number(ce_weight, 0):
         return kd
-    return ce if _equals(ce_weight, 1) else (1 - ce_weight) * kd + ce_weight * ce
+    return ce if _is_number(ce_weight, 1) else (1 - ce_weight) * kd + ce_weight * ce
 
 
 def _round_up(n: int, step: int) -> int:

@@ -1,13 +1,14 @@
-r"""A teacher of which k tokens and the mass of all others are known: the vocabulary cut into k + 1 outcomes.
+r"""Teachers of which only k tokens and the total mass of all others are known: k + 1 outcomes.
 
-Divergences of k + 1 outcomes are read from whole rows: let the teacher's remaining mass P be spread over the other
-tokens as the student spreads his, Q, that is p_v = q_v P/Q. Every f-divergence of such rows is that of the k + 1
-outcomes, for f sees a ratio that is the same all over the rest, and so is its gradient with p held fixed:
+Divergences on k + 1 outcomes are computed from full rows. The teacher's remaining mass P is distributed over the other
+tokens in proportion to the student's probabilities there, which sum to Q: \(p_v = q_v P/Q\). Every f-divergence of such
+a row equals the one on the k + 1 outcomes, because the ratio that f reads is the same for all other tokens. So does its
+gradient with p held fixed:
 
 .. math:: \frac{\partial}{\partial q_v} q_v f\Big(\frac{p_v}{q_v}\Big) = f\Big(\frac PQ\Big)
           - \frac PQ f'\Big(\frac PQ\Big) = \frac{\partial}{\partial Q} Q f\Big(\frac PQ\Big) .
 
-No coarser cut can raise an f-divergence: what is computed is a lower bound of the full one.
+Merging outcomes cannot increase an f-divergence: the value is a lower bound of the one on all tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ import torch
 from torch import Tensor
 
 from kd_lightning.divergences import Divergence
-
-Transform = tuple[float, float | None]  # a head's scale and soft-cap
+from kd_lightning.engine.head import Transform, apply_transform
+from kd_lightning.engine.logit_source import LogitSource
 
 
 @dataclass(frozen=True)
 class TopK:
-    """What is known of a teacher's distribution, at temperature 1.
+    """A teacher's top-k log-probabilities at temperature 1.
 
     Args:
         ids: k different tokens, integers [..., k].
         log_probs: their log-probabilities, [..., k].
-        log_tail: the logarithm of all others' mass, [...].
-        vocabulary: how many tokens the teacher speaks of.
+        log_tail: logarithm of the total mass of all other tokens, [...].
+        vocabulary: size of the teacher's vocabulary.
     """
 
     ids: Tensor
@@ -42,19 +43,25 @@ class TopK:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape without the k."""
+        """Shape without the dimension of the k tokens."""
         return self.log_tail.shape
 
     def __getitem__(self, index: Any) -> TopK:
+        """Index the dimensions of `shape`; any index that a tensor accepts."""
         return TopK(self.ids[index], self.log_probs[index], self.log_tail[index], self.vocabulary)
+
+    def select(self, index: Tensor) -> TopK:
+        """Flatten the dimensions of `shape` and select tokens, index [N]."""
+        ids, log_probs = (x.reshape(-1, x.shape[-1]).index_select(0, index) for x in (self.ids, self.log_probs))
+        return TopK(ids, log_probs, self.log_tail.reshape(-1).index_select(0, index), self.vocabulary)
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int) -> TopK:
-    """The k most probable tokens, of which the last makes room for the label where it is not among them.
+    """The k most probable tokens; the label replaces the last one where it is not among them.
 
     Args:
         logits: [N, V], V > k.
-        labels: [N]: the log-probability of these stays known.
+        labels: [N]; the log-probability of each is always included.
         k: at least 1.
     """
     log_p = torch.log_softmax(logits.float(), -1)
@@ -65,38 +72,27 @@ def top_k(logits: Tensor, labels: Tensor, k: int) -> TopK:
     return TopK(ids, log_p.gather(-1, ids), rest.logsumexp(-1), logits.shape[-1])
 
 
-class TopKLogits:
-    """Counted rows of a teacher's logits, made from what is known of them and what the student says of the rest.
+class TopKLogits(LogitSource):
+    """A teacher's logits from its top k and the student's distribution over all other tokens.
 
     Args:
-        known: of the counted tokens, [N].
-        vocabulary: width of the tile.
+        known: the top k of the tokens with a label, [N].
     """
 
-    transform: Transform = (1.0, None)
+    def __init__(self, known: TopK) -> None:
+        self.known, self.vocabulary = known, known.vocabulary
+        self.transform = (1.0, None)
+        self.inputs = (known.log_probs, known.log_tail)
 
-    def __init__(self, known: TopK, vocabulary: int) -> None:
-        self.known, self.vocabulary = known, vocabulary
-        self.inputs: tuple[Tensor | None, ...] = (known.log_probs, known.log_tail)
-
-    def fill(self, tile: Tensor, a: int, b: int, student: Tensor, transform: Transform) -> None:
-        """Write the rows a to b.
-
-        Args:
-            tile: written, [b − a, V].
-            a: first row.
-            b: behind the last row.
-            student: the student's products of the same rows, [b − a, V].
-            transform: scale and soft-cap that make logits of them.
-        """
-        scale, cap = transform
-        torch.mul(student, scale, out=tile)
-        if cap is not None:
-            tile.div_(cap).tanh_().mul_(cap)
-        ids = self.known.ids[a:b].long()
-        tile.scatter_(-1, ids, -torch.inf)
-        tile += (self.known.log_tail[a:b] - tile.logsumexp(-1)).unsqueeze(-1)
-        tile.scatter_(-1, ids, self.known.log_probs[a:b].to(tile.dtype))
+    def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:
+        """Write the logits of the tokens start to stop."""
+        assert student is not None
+        products, transform = student
+        apply_transform(products, transform, out=chunk)
+        ids = self.known.ids[start:stop].long()
+        chunk.scatter_(-1, ids, -torch.inf)
+        chunk += (self.known.log_tail[start:stop] - chunk.logsumexp(-1)).unsqueeze(-1)
+        chunk.scatter_(-1, ids, self.known.log_probs[start:stop].to(chunk.dtype))
 
 
 def check_lower_bound(divergence: Divergence, monitors: Mapping[str, Divergence] | None = None) -> None:

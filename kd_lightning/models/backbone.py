@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd_lightning.engine.head import Head
+from kd_lightning.engine.head import Head, apply_transform
 from kd_lightning.models.hf_adapter import (
     base_model,
     config_numbers,
@@ -63,7 +63,7 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
         (
             (scale, cap)
             for scale, cap in itertools.product(scales, caps)
-            if _agree(scale * noise if cap is None else cap * torch.tanh(scale * noise / cap), found, weight.dtype)
+            if _agree(apply_transform(noise, (scale, cap)), found, weight.dtype)
         ),
         None,
     )

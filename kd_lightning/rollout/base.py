@@ -16,6 +16,8 @@ from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.engine.head import Head
+from kd_lightning.engine.label_mask import next_token_mask
+from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models.backbone import hidden_states, logits
@@ -108,7 +110,7 @@ class RolloutContext:
     rank: int = 0
     ranks: int = 1
     max_length: int | None = None
-    notes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    notes: dict[str, Mean] = field(default_factory=dict)
     seconds: float = 0.0
 
     def number(self, *what: Any) -> int:
@@ -125,10 +127,8 @@ class RolloutContext:
 
     def note(self, name: str, values: Tensor) -> None:
         """Remember values whose mean is to be logged; without waiting for the device."""
-        self.notes[name] = (
-            values.sum(dtype=torch.float32),
-            torch.full((), float(values.numel()), device=values.device),
-        )
+        count = torch.full((), float(values.numel()), device=values.device)
+        self.notes[name] = Mean(values.sum(dtype=torch.float32), count)
 
     def respond(self, batch: Batch, sampling: Sampling, teacher_share: float = 0.0) -> Batch:
         """The student's own responses to the batch's prompts, which are all that stands before the first counted label.
@@ -144,7 +144,7 @@ class RolloutContext:
         """
         began = time.perf_counter()
         student: Any = self.model.student
-        counted = batch["labels"][:, 1:].ne(IGNORE_INDEX).any(1)
+        counted = next_token_mask(batch["labels"]).any(1)
         ids, mask = prompts(batch)
         room = (max_positions(student) or ids.shape[1] + sampling.max_new_tokens) - ids.shape[1]
         tokens = self.model.call(

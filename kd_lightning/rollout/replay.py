@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.distributed.checkpoint_io import ResizableState
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.models.generate import Sampling
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import Batch, gather_rows, pad_rows
@@ -53,7 +53,7 @@ class ReplayBuffer(nn.Module, ResizableState):
 
     def push(self, batch: Batch) -> None:
         """Keep the rows that have a counted label."""
-        counted = batch["labels"][:, 1:].ne(IGNORE_INDEX).any(1)
+        counted = next_token_mask(batch["labels"]).any(1)
         rows = {name: column[counted] for name, column in batch.items()}
         count, before = int(counted.sum()), int(self.pushed)
         places = torch.arange(before, before + count, device=counted.device)

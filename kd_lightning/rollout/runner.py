@@ -70,7 +70,7 @@ class RolloutRunner:
             generating, passed = (
                 drawn["labels"].new_full((), x, dtype=torch.float32) for x in (context.seconds, now - self._clock)
             )
-            context.notes["generate_share"] = (generating, passed)
+            context.notes["generate_share"] = Mean(generating, passed)
         self._clock = now
         self.names |= context.notes.keys()
         return drawn, context.notes

@@ -136,11 +136,6 @@ def _short(value: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
-def next_token_mask(labels: Tensor) -> Tensor:
-    """Positions whose next token has a label, [B, T − 1]."""
-    return labels[:, 1:] != IGNORE_INDEX
-
-
 def row_keys(batch: Mapping[str, Tensor]) -> Tensor:
     """A 128-bit hash of each row's tokens and label mask, as two integers [B, 2]; padding does not change it."""
     ids, mask, labels = (batch[name].cpu().numpy() for name in ("input_ids", "attention_mask", "labels"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd_lightning.console import progress_bar
 from kd_lightning.engine.head import Head
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, top_k
 from kd_lightning.teachers.base import Teacher, TokenizedData
 from kd_lightning.teachers.cache_format import (
@@ -22,12 +23,11 @@ from kd_lightning.teachers.cache_format import (
     CacheReader,
     CacheWriter,
     DataDigest,
-    next_token_mask,
     row_keys,
     updated,
     write_head,
 )
-from kd_lightning.teachers.cached import CachedTeacher, project_logits, tokenizer_digests
+from kd_lightning.teachers.cached import CachedTeacher, tokenizer_digests
 
 LOGIT_ROWS = 512  # tokens whose logits are in memory at a time
 SAME_FIELDS = ("teacher_fingerprint", "tokenizer", "template", "max_length", "kind", "k", "dtype", "vocabulary")
@@ -175,7 +175,7 @@ def _outputs(teacher: Teacher, batch: dict[str, Tensor], manifest: CacheManifest
     labels = moved["labels"][:, 1:][where]
     found = []
     for rows, wanted in zip(torch.split(output, LOGIT_ROWS), torch.split(labels, LOGIT_ROWS), strict=True):
-        logits = rows if head is None else project_logits(head, rows)
+        logits = rows if head is None else head.logits(rows)
         found.append(top_k(logits[:, : manifest.vocabulary], wanted, manifest.k or 1))
     return {
         "ids": torch.cat([x.ids for x in found]).int().cpu(),

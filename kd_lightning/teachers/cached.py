@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn import functional as F
 
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.engine.head import Head
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, check_lower_bound
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.teachers.base import RunContext, Teacher, TokenizedData
@@ -24,7 +24,6 @@ from kd_lightning.teachers.cache_format import (
     CacheManifest,
     CacheReader,
     DataDigest,
-    next_token_mask,
     read_head,
     row_keys,
 )
@@ -156,7 +155,7 @@ class CachedTeacher(Teacher):
         """Logits [B, T, V]; `TopK` of shape [B, T] if only the top k are cached."""
         if self._head is None:
             return TopK(**self._read(batch), vocabulary=self.description.vocabulary)
-        return project_logits(self._head, self.hidden(batch))
+        return self._head.logits(self.hidden(batch))
 
     def _read(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The cached tensors of a batch, by name, each [B, T, …]."""
@@ -180,13 +179,6 @@ class CachedTeacher(Teacher):
     def fingerprint(self) -> str:
         """The fingerprint of the teacher that wrote the cache."""
         return self.description.teacher_fingerprint
-
-
-def project_logits(head: Head, hidden: Tensor) -> Tensor:
-    """Logits of hidden states, in fp32."""
-    bias = None if head.bias is None else head.bias.float()
-    logits = F.linear(hidden.float(), head.weight.float(), bias) * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def tokenizer_digests(data: TokenizedData) -> dict[str, Any]:

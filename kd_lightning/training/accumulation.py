@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kd_lightning.constants import IGNORE_INDEX, SOURCES
+from kd_lightning.constants import SOURCES
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.losses import LossParts
 
@@ -37,12 +38,12 @@ class AccumulationWindow:
         """
         for name, value in parts.values.items():
             _add(self._sums, name, (value * parts.weights).sum(dtype=torch.float32))
-        for name, (total, count) in {**parts.by_response, **(notes or {})}.items():
+        for name, (total, count) in {**parts.by_response, **parts.components, **(notes or {})}.items():
             total, count = total.float(), count.float()
             if name in self._means:
                 total, count = self._means[name][0] + total, self._means[name][1] + count
-            self._means[name] = (total, count)
-        labelled = batch["labels"][:, 1:] != IGNORE_INDEX
+            self._means[name] = Mean(total, count)
+        labelled = next_token_mask(batch["labels"])
         source = batch.get("source")
         by_student = labelled.new_zeros(len(labelled)) if source is None else source == SOURCES.index("student")
         _add(self._tokens, "divisor", parts.divisor.float())

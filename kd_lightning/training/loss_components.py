@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kd_lightning import functional
 from kd_lightning.divergences import Divergence, ForwardKL
+from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.schedules import check_number
 
@@ -78,15 +79,15 @@ def component_loss(objective: Divergence) -> DistillationLoss:
     )
 
 
-def component_sums(loss: DistillationLoss, measured: LossParts) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weighted sum and total weight of each component over the labeled tokens where it is not NaN.
+def component_sums(loss: DistillationLoss, measured: LossParts) -> dict[str, Mean]:
+    """Mean of each component over the tokens with a label where it is not NaN.
 
     Args:
         loss: from `component_loss`.
         measured: its result on one batch.
 
     Returns:
-        By name, `component/tail_kl` included: two 0-d tensors.
+        Undivided means by name, with `component/tail_kl`.
     """
     values = {name: measured.values[name] for name in loss.token_loss.monitors}
     # Forward KL on all tokens less that on the top ones: finding the tail by itself would cost another bisection.
@@ -95,5 +96,5 @@ def component_sums(loss: DistillationLoss, measured: LossParts) -> dict[str, tup
     for name, value in values.items():
         known = ~value.isnan()
         total = torch.where(known, value * measured.weights, 0.0).sum()
-        sums[name] = (total, (known * measured.weights).sum())
+        sums[name] = Mean(total, (known * measured.weights).sum())
     return sums

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def greedy_responses(student: nn.Module, batch: Mapping[str, Tensor], max_new_tokens: int) -> tuple[Tensor, Tensor]:
@@ -27,7 +24,7 @@ def greedy_responses(student: nn.Module, batch: Mapping[str, Tensor], max_new_to
     """
     from kd_lightning.models.generate import Sampling, generate
 
-    model = cast("PreTrainedModel", student)  # or PEFT's wrapper of one
+    model: Any = student  # a Hugging Face model, or one wrapped by PEFT
     sampling = Sampling(max_new_tokens, temperature=0.0)
     responses = generate(model, batch["input_ids"], batch["attention_mask"], sampling)
     ends = torch.tensor(eos_token_ids(base_model(student)), dtype=responses.dtype, device=responses.device)

@@ -173,13 +173,13 @@ class StudentWithLoss(ShardableStudent):
             teacher: run without gradient; None if the loss does not use it.
             loss: another loss on the same models (for evaluation); None: the training loss.
             components: a loss whose monitors are measured on the same outputs as well; their means are added to
-                `by_response`. Skipped with a top-k teacher. The training loss is not affected.
+                `components`. Skipped with a top-k teacher. The training loss is not affected.
         """
         outputs = self._run_models(batch, teacher)
         parts = outputs.loss(loss or self.loss)
         if components is not None and teacher is not None and not isinstance(outputs.teacher, TopK):
             with torch.no_grad():
-                parts.by_response.update(component_sums(components, outputs.loss(components)))
+                parts.components.update(component_sums(components, outputs.loss(components)))
         return parts
 
     def _run_models(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:

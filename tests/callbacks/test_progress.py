@@ -58,8 +58,8 @@ use_plain_progress_bars()
 from kd_lightning.console import progress_bar
 import datasets
 rows = datasets.Dataset.from_dict({"x": list(range(40))})
-rows.map(lambda row: time.sleep(0.03) or row, desc="Tokenising long")
-rows.select(range(3)).map(lambda row: row, desc="Tokenising short")
+rows.map(lambda row: time.sleep(0.03) or row, desc="Tokenizing long")
+rows.select(range(3)).map(lambda row: row, desc="Tokenizing short")
 for _ in progress_bar(range(40), "Teacher long"):
     time.sleep(0.03)
 for _ in progress_bar(range(3), "Teacher short"):
@@ -73,7 +73,7 @@ def test_what_takes_long_writes_lines_into_a_file_and_what_is_short_nothing(tmp_
     words = [sys.executable, "-c", COUNTING]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **path, **sooner})
     lines = done.stderr.split("\n")
-    for title in ("Tokenising long", "Teacher long"):
+    for title in ("Tokenizing long", "Teacher long"):
         found = [line.strip() for line in lines if title in line]
         assert 2 <= len(found) <= 10
         assert all(line.startswith(f"{title}: ") and " of 40, " in line and line.endswith(" left") for line in found)

@@ -52,7 +52,9 @@ def test_what_is_learned_is_what_the_teacher_said(data: Path, whole: Path) -> No
     module = PromptDataModule(str(data), tokenizer="asset:student", batch_size=5, max_length=128)
     module.setup("fit")
     assert module.missing_responses() == list(range(ROWS))
-    with pytest.raises(ValueError, match=r"give a Regeneration among trainer.callbacks"):
+    with pytest.raises(
+        ValueError, match=r"prompts without responses: add a Regeneration callback to trainer.callbacks"
+    ):
         module.train_dataloader()
     module.replace_responses(words)
     assert module.report["train"]["kept"] == len(words)
@@ -65,7 +67,7 @@ def test_what_is_learned_is_what_the_teacher_said(data: Path, whole: Path) -> No
             assert counted[-1] == module.tokenizer.eos_token_id
             seen[number] = module.tokenizer.decode(counted[:-1])
     assert seen == words
-    with pytest.raises(ValueError, match="they come once"):
+    with pytest.raises(ValueError, match="already have responses: PromptDataModule takes them once"):
         module.replace_responses(words)
 
 
@@ -149,7 +151,7 @@ def test_a_student_that_says_nothing_more(
     rows = int(caplog.text.split("student, pass 1: ")[1].split(" responses")[0])
     kind = "empty" if said.finish_reason == "eos" else "cut at max_new_tokens"
     assert f"student, pass 1: {rows} responses, {rows} {kind}" in caplog.text
-    assert f"train: 0 of {rows} responses of the student replaced" in caplog.text
+    assert f"train: replaced 0 of {rows} responses of the student" in caplog.text
     first, second = ((root / "responses" / f"student-{n:04d}.jsonl").read_text() for n in (2, 3))
     assert first == second
     assert all(tensor.isfinite().all() for tensor in runs.student(root).values())

@@ -80,7 +80,9 @@ def test_a_file_that_has_changed_shows_in_the_teachers_row(tmp_path: Path, capsy
     roots = [folder(tmp_path / "a", 2.5), folder(tmp_path / "b", 2.6, seed=1)]
     path = tmp_path / "b" / "results.json"
     path.write_text(path.read_text().replace("1.9", "2.1"))
-    assert "have changed: its own row differs" in output(roots, capsys, code=1)
+    assert "the results of one teacher differ between the runs: its files, or the test rows, have changed" in output(
+        roots, capsys, code=1
+    )
 
 
 def test_no_run_and_an_existing_page_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ def tokenizer_of(family: Family, kind: str | None = None) -> Any:
 def counted(tokenizer: Any, row: dict[str, Any], **kwargs: Any) -> list[str]:
     """The runs of counted tokens, decoded, blanks at their ends taken off."""
     found = TextTokenizer(tokenizer, max_length=10_000, **kwargs).tokenize(parse_row(row, "row"))
-    runs = itertools.groupby(zip(found["input_ids"], found["counted"], strict=True), key=lambda pair: pair[1])
+    runs = itertools.groupby(zip(found["input_ids"], found["label_mask"], strict=True), key=lambda pair: pair[1])
     return [tokenizer.decode([token for token, _ in run]).strip() for counts, run in runs if counts]
 
 
@@ -129,13 +129,13 @@ def test_what_cannot_be_located_is_not_counted_and_is_said() -> None:
     )
     conversation = parse_row({"instruction": USER, "output": "yes"}, "row")
     found = TextTokenizer(tiny(template=twice)).tokenize(conversation)
-    assert found["unlocated"] == 1 and not any(found["counted"]) and found["first_counted"] == -1
+    assert found["unlocated"] == 1 and not any(found["label_mask"]) and found["first_label"] == -1
 
 
 def test_words_the_template_leaves_out_are_not_located() -> None:
     silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     found = TextTokenizer(tiny(template=silent)).tokenize(parse_row({"instruction": "a", "output": "b"}, "row"))
-    assert found["unlocated"] == 1 and not any(found["counted"])
+    assert found["unlocated"] == 1 and not any(found["label_mask"])
 
 
 def test_an_empty_turn_among_others_does_not_count() -> None:
@@ -167,7 +167,7 @@ def test_a_plain_prompt_and_completion() -> None:
     assert counted(tokenizer, row) == ["forty two</s>"]
     assert counted(tokenizer, {**row, "completion": "forty two</s>"}) == ["forty two</s>"]
     found = TextTokenizer(tokenizer).tokenize(parse_row(row, "row"))
-    assert found["input_ids"][-1] == tokenizer.eos_token_id and found["counted"][-1]
+    assert found["input_ids"][-1] == tokenizer.eos_token_id and found["label_mask"][-1]
 
 
 def test_the_end_is_added_where_the_template_writes_none() -> None:

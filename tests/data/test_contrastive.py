@@ -113,9 +113,9 @@ def test_what_is_dropped_is_counted_and_named(tmp_path: Path, caplog: pytest.Log
     }
     said = [record.message for record in caplog.records if record.message.startswith("train:")]
     assert said == [
-        f"train: 2 of 7 pairs, 2 dropped with a side missing ({path}:2, {path}:3), 1 dropped with prompts that differ "
-        f"({path}:5), 1 dropped with an empty response ({path}:4), 1 dropped with a response that does not begin "
-        f"within max_length=30 ({path}:6), 1 cut to max_length=30"
+        f"train: 2 of 7 pairs, 2 dropped with one response missing ({path}:2, {path}:3), 1 dropped with two different "
+        f"prompts ({path}:5), 1 dropped with an empty response ({path}:4), 1 dropped with a response that does not "
+        f"begin within max_length=30 ({path}:6), 1 truncated to max_length=30"
     ]
     assert sorted({row[0] for row in halves(data)}) == [0, 6]
     assert data.row_locations("train", [6]) == [f"{path}:7"]
@@ -165,7 +165,7 @@ def test_validation_takes_instructions_and_of_pairs_the_teachers_response(tmp_pa
 def test_no_pair_that_can_be_used(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"instruction": "a", "teacher_response": "b"}] * 5)
     with pytest.raises(
-        ValueError, match=r"a.jsonl: no pair can be used: 5 dropped with a side missing .*a.jsonl:3 and 2"
+        ValueError, match=r"a.jsonl: no pair can be used: 5 dropped with one response missing .*a.jsonl:3 and 2"
     ):
         module(path)
     good = write(tmp_path / "good.jsonl", [{"prompt": "a", "response": "x"}])
@@ -203,16 +203,17 @@ def test_a_bad_row_is_named_with_its_line(case: tuple[dict[str, Any], str], tmp_
 def test_a_file_without_responses_cannot_be_joined(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", [{"prompt": "a", "response": "x"}])
     bad = write(tmp_path / "bad.jsonl", [{"instruction": "a", "output": "y"}])
-    with pytest.raises(
-        ValueError, match=r"bad.jsonl:1: a row needs 'response' beside its prompt .*'instruction', 'out"
-    ):
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: a row needs 'response' and its prompt .*'instruction', 'out"):
         module(good, student_responses=bad)
 
 
 def test_bad_arguments() -> None:
     for kwargs, said in (
         ({"responses": "later"}, "responses must be 'data' or 'generate', got 'later'"),
-        ({"responses": "generate", "student_responses": "b"}, "student_responses must be left out .* got 'b'"),
+        (
+            {"responses": "generate", "student_responses": "b"},
+            "student_responses must be None with responses='generate', got 'b'",
+        ),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"train": []}, "train must name at least one file"),
     ):

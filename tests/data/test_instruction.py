@@ -81,7 +81,7 @@ def test_counts_are_reported_in_one_line(tmp_path: Path, caplog: pytest.LogCaptu
     said = [record.message for record in caplog.records if record.message.startswith("train:")]
     assert said == [
         "train: 2 of 4 rows, 1 dropped without an answer, 1 dropped with no answer within max_length=30, "
-        "1 cut to max_length=30"
+        "1 truncated to max_length=30"
     ]
     batches = list(data.train_dataloader())
     assert sorted(torch.cat([batch["row_ids"] for batch in batches]).tolist()) == [0, 2]
@@ -96,9 +96,17 @@ def test_answers_that_a_template_hides_are_reported(tmp_path: Path) -> None:
 
 
 NOTHING_LEFT = {
-    "all empty": ([{"instruction": "a", "output": ""}] * 3, {}, "a.jsonl: every answer is empty"),
+    "all empty": (
+        [{"instruction": "a", "output": ""}] * 3,
+        {},
+        "a.jsonl: every answer is empty: training needs at least one row with an answer",
+    ),
     "too short": (rows(3), {"max_length": 8}, r"no answer begins within max_length=8: it must be at least \d+"),
-    "hidden": (rows(3), {"chat_template": "{{ messages[0].content }}"}, "a.jsonl: no answer could be located"),
+    "hidden": (
+        rows(3),
+        {"chat_template": "{{ messages[0].content }}"},
+        "a.jsonl: no answer was found in the rendered chat template",
+    ),
 }
 
 
@@ -160,7 +168,7 @@ def test_a_chat_template_from_a_file(tmp_path: Path) -> None:
     assert data.chat_template == CHATML.template
 
 
-def test_the_second_run_finds_the_rows_tokenised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_run_finds_the_rows_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", rows(10))
     calls: list[str] = []
     original = tokenization.TextTokenizer.tokenize
@@ -181,7 +189,7 @@ def test_the_second_run_finds_the_rows_tokenised(tmp_path: Path, monkeypatch: py
     assert module(path).report["train"]["rows"] == 11  # another file under the same name
 
 
-def test_rows_are_tokenised_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_tokenized_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", rows(40))
     alone = list(module(path, shuffle=False, max_length=99).train_dataloader())
     monkeypatch.setattr(tokenization, "PARALLEL_ROWS", 20)

@@ -146,6 +146,6 @@ def test_a_finished_pass_is_followed_by_the_next(length: int | None) -> None:
     for _ in range(length or len(present)):
         next(iterator)
     resumed = loader(0)
-    resumed.sampler.pass_length = length
+    resumed.sampler.limit_pass(length)
     resumed.load_state_dict(left.state_dict())
     assert list(resumed) == following

@@ -112,7 +112,7 @@ def test_a_name_that_datasets_cannot_load(name: str) -> None:
 
 
 def test_a_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a folder, but no data set written by"):
+    with pytest.raises(ValueError, match="this folder holds no data set saved by"):
         rows_of(tmp_path)
     write(tmp_path / "state.json", "{}")
     with pytest.raises(ValueError, match="not a readable data set"):
@@ -121,7 +121,7 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
 
 USER = {"role": "user", "content": "a"}
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({}, "a row needs 'instruction'.*'prompt' and 'completion'; or 'messages'; this one has no field at all"),
+    ({}, "a row needs 'instruction'.*'prompt' and 'completion'; or 'messages'; this one has no fields"),
     ({"question": "a", "answer": "b"}, "this one has 'question', 'answer'"),
     ({"instruction": "a"}, "this one has 'instruction'"),
     ({"instruction": "a", "output": None}, "this one has 'instruction'"),

@@ -22,6 +22,7 @@ from adapters import stirred
 from architectures import VOCABULARY, tiny
 from kd_lightning import TAID
 from kd_lightning.distributed.dtensor import full_state_dict
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.strategies import FSDP2Strategy
 from kd_lightning.teachers.adapter_off import AdapterOffTeacher
@@ -29,7 +30,6 @@ from kd_lightning.teachers.cache_format import (
     CacheManifest,
     CacheReader,
     CacheWriter,
-    next_token_mask,
     row_keys,
     updated,
     write_head,

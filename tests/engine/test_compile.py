@@ -69,9 +69,9 @@ def test_without_a_compiler_it_runs_eagerly_after_one_warning() -> None:
 def test_the_line_that_says_so_is_seen_once_where_nobody_has_set_up_logging() -> None:
     code = """
 import logging
-from kd_lightning.console import show_information
-show_information()
-show_information()
+from kd_lightning.console import enable_info_logging
+enable_info_logging()
+enable_info_logging()
 logging.getLogger("kd_lightning").info("compiling")
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
@@ -253,7 +253,8 @@ def test_every_leaf_is_as_exact_as_its_dtype_far_and_near(name: str, compile: bo
 @pytest.mark.parametrize("vocabulary", [10, 257, 4099, 32768, 50257, 151936])
 def test_shapes_of_blocks_do_not_follow_the_number_of_rows(vocabulary: int) -> None:
     token_loss = DistillationLoss(Forward(), compile=True).token_loss
-    heights = {d: {token_loss.height(n, vocabulary, torch.device(d), True)[0] for n in range(3000)} for d in DEVICES}
-    assert len(heights["cpu"]) == 1
-    assert len(heights["cuda"]) <= 9
-    assert all(height >= 32 and height % 32 == 0 for found in heights.values() for height in found)
+    assert token_loss.is_compiled
+    sizes = {d: {token_loss.block_size(n, vocabulary, torch.device(d)) for n in range(3000)} for d in DEVICES}
+    assert len(sizes["cpu"]) == 1
+    assert len(sizes["cuda"]) <= 9
+    assert all(size >= 32 and size % 32 == 0 for found in sizes.values() for size in found)

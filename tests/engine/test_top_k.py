@@ -197,7 +197,7 @@ def test_what_is_no_lower_bound_is_refused(part: Divergence, name: str) -> None:
 
 def test_it_must_fit_the_student() -> None:
     student, _, labels, known = example()
-    with pytest.raises(ValueError, match=r"top k are of 50 tokens and the student knows 40"):
+    with pytest.raises(ValueError, match=r"top k refer to 50 tokens and the student has 40"):
         DistillationLoss(ForwardKL()).from_logits(student[..., :40], known, labels.clamp_max(39))
     with pytest.raises(ValueError, match=r"the labels' shape \[2, 5\], got \[2, 4\]"):
         DistillationLoss(ForwardKL()).from_logits(student, known[:, :-1], labels)

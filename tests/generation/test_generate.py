@@ -144,7 +144,7 @@ def test_a_finished_file_is_left_alone(data: Path, whole: bytes, tmp_path: Path,
     output.write_bytes(whole)
     before = output.stat().st_mtime_ns
     assert main(words(data, output)) == 0
-    assert "is finished already: 40 responses" in capfd.readouterr().err
+    assert "is complete already: 40 responses" in capfd.readouterr().err
     assert (output.read_bytes(), output.stat().st_mtime_ns) == (whole, before)
 
 

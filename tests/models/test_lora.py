@@ -102,13 +102,13 @@ def test_a_step_is_that_of_the_whole_logits(lora: LoRA) -> None:
 
 def test_a_frozen_head_costs_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[bool]] = []
-    take = ProjectedLogits.take
+    add_gradients = ProjectedLogits.add_gradients
 
     def spy(self: ProjectedLogits, dz: Tensor, gradients: Any, a: int, b: int) -> None:
         seen.append([gradient is not None for gradient in gradients])
-        take(self, dz, gradients, a, b)
+        add_gradients(self, dz, gradients, a, b)
 
-    monkeypatch.setattr(ProjectedLogits, "take", spy)
+    monkeypatch.setattr(ProjectedLogits, "add_gradients", spy)
     for lora in (LoRA(r=2), None):
         fit(DistillationModule(tiny("llama"), tiny("llama"), lora=lora), [rows(vocabulary=VOCABULARY)])
     assert seen == [[True, False, False], [True, True, False]]

@@ -31,7 +31,14 @@ def words(data: ContrastiveDataModule) -> dict[int, list[str]]:
 
 def rooted(tmp_path: Path, rows: list[dict[str, Any]], **kwargs: Any) -> ContrastiveDataModule:
     data = module(write(tmp_path / "a.jsonl", rows), **kwargs)
-    data.trainer = SimpleNamespace(default_root_dir=str(tmp_path), is_global_zero=True)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        default_root_dir=str(tmp_path),
+        is_global_zero=True,
+        distributed_sampler_kwargs=None,
+        limit_train_batches=1.0,
+        limit_val_batches=1.0,
+        fit_loop=L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit_loop,
+    )
     return data
 
 
@@ -62,7 +69,7 @@ def test_a_response_without_words_leaves_the_old_one(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.INFO):
         data.replace_responses({0: "", 1: " \n", 2: "new"})
     assert words(data) == {**before, 2: [before[2][0], "new"]}
-    assert "train: 1 of 3 responses of the student replaced, 2 empty or too late for max_length" in caplog.text
+    assert "train: replaced 1 of 3 responses of the student, ignored 2 that are empty or begin after max_length=" in caplog.text
     data.replace_responses({2: ""})
     assert words(data)[2][1] == "new"
 
@@ -77,8 +84,8 @@ def test_an_endless_response_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("responses", "side", "said"),
     [
-        ({7: "a"}, "student", "responses must be of the training pairs, and there is none with row_id 7"),
-        ({0: 3}, "student", r"responses\[0\] must be a text, got int"),
+        ({7: "a"}, "student", "responses must have row_ids of training pairs as keys, got 7"),
+        ({0: 3}, "student", r"responses\[0\] must be a string, got int"),
         ({0: "a"}, "both", "side must be 'teacher' or 'student', got 'both'"),
     ],
 )
@@ -96,7 +103,7 @@ PROMPTS = [{"instruction": f"say {n}", "output": "left out"} for n in range(4)]
 def test_a_run_may_begin_with_prompts_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = rooted(tmp_path, PROMPTS, responses="generate")
-    assert "train: 4 of 4 pairs, 4 of them wait for a response" in caplog.text
+    assert "train: 4 of 4 pairs, 4 of them without both responses yet" in caplog.text
     assert data.missing_responses("teacher") == data.missing_responses("student") == [0, 1, 2, 3]
     prompts = data.generation_rows("train")
     assert [row["index"] for row in prompts] == [0, 1, 2, 3]
@@ -229,10 +236,10 @@ def test_responses_that_are_gone_or_others_are_not_read(tmp_path: Path) -> None:
     lines = file.read_text().splitlines()
     assert json.loads(lines[3]) == {"row_id": 3, "response": "pass 1 says " + "much " * 3}
     file.write_text("\n".join(lines[1:]))
-    with pytest.raises(ValueError, match=r"student-0001.jsonl: other responses than those the checkpoint was written"):
+    with pytest.raises(ValueError, match=r"student-0001.jsonl: changed since the checkpoint was saved"):
         fit(tmp_path, ckpt=ckpt)
     file.unlink()
-    with pytest.raises(ValueError, match=r"student-0001.jsonl: the checkpoint was written while .* they are gone"):
+    with pytest.raises(ValueError, match=r"student-0001.jsonl: missing, but the checkpoint was trained on these responses"):
         fit(tmp_path, ckpt=ckpt)
 
 

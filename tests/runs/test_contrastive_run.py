@@ -65,7 +65,7 @@ BAD = {
     "no second side": (
         [{"instruction": "a", "teacher_response": "b"}] * 4,
         [],
-        ["pairs.jsonl", "no pair can be used", "4 dropped with a side missing"],
+        ["pairs.jsonl", "no pair can be used", "4 dropped with one response missing"],
     ),
     "no pair": ([{"instruction": "a", "output": "b"}], [], ["pairs.jsonl:1", "chosen", "student_response", "'output'"]),
     "share above 1": (

@@ -144,7 +144,7 @@ def test_a_refused_resume_leaves_the_configuration(tmp_path: Path, capsys: pytes
     before = (root / "config.yaml").read_text()
     other = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--ckpt_path", "last"]
     assert main([*runs.little(root, steps=4), *other]) == 1
-    assert "the checkpoint was saved with another optimizer than SGD (it has no dampening): resume with" in capsys.readouterr().err
+    assert "the checkpoint was saved with another optimizer than SGD (it has no dampening, momentum): resume with" in capsys.readouterr().err
     assert (root / "config.yaml").read_text() == before
 
 

@@ -17,7 +17,8 @@ import runs
 from kd_lightning import DistillationLoss, DistillationModule, ForwardKL
 from kd_lightning.cli.program import main
 from kd_lightning.data import InstructionDataModule
-from kd_lightning.teachers.cache_format import CacheManifest, CacheReader, next_token_mask, row_keys
+from kd_lightning.engine.label_mask import next_token_mask
+from kd_lightning.teachers.cache_format import CacheManifest, CacheReader, row_keys
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher

@@ -162,7 +162,7 @@ def run(folder: Path, compile: bool, watched: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     objective = WeightedSum([ForwardKL(), ReverseKL()], [Linear(0.5, 1.0), 0.5])
     module = DistillationModule(load_causal_lm("asset:student"), "asset:teacher", objective)
-    module.loss.token_loss.compiled.chosen = compile
+    module.loss.token_loss.compiled.choose(compile)
     logger = CSVLogger(folder, name="", version="") if watched else False
     settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "max_epochs": 1}
     trainer = L.Trainer(

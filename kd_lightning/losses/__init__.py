@@ -1,0 +1,14 @@
+"""Losses of a batch, from logits or from hidden states."""
+
+from kd_lightning.losses.distillation import REDUCTIONS, DistillationLoss, check_names
+from kd_lightning.losses.functional import distillation_loss, fused_distillation_loss
+from kd_lightning.losses.loss_parts import LossParts
+
+__all__ = [
+    "REDUCTIONS",
+    "DistillationLoss",
+    "LossParts",
+    "check_names",
+    "distillation_loss",
+    "fused_distillation_loss",
+]

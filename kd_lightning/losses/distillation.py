@@ -1,0 +1,255 @@
+"""The distillation loss of a batch: label mask, shared vocabulary, and reduction over tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.divergences import Divergence, check_divergence
+from kd_lightning.engine.chunked import ChunkedPass
+from kd_lightning.engine.compile import opaque_to_compile
+from kd_lightning.engine.head import Head
+from kd_lightning.engine.label_mask import LabelMask
+from kd_lightning.engine.logit_source import DifferentiableLogits, GivenLogits, LogitSource, ProjectedLogits
+from kd_lightning.engine.sequence_stats import label_columns, response_gap, response_means
+from kd_lightning.engine.token_loss import TokenLoss
+from kd_lightning.engine.top_k import TopK, TopKLogits
+from kd_lightning.engine.validation import check_columns, check_devices, check_head, check_tokens, check_top_k
+from kd_lightning.label_losses import CrossEntropy, LabelLoss
+from kd_lightning.losses.loss_parts import LossParts
+from kd_lightning.schedules import Weight, check_weight
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
+RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap", "label_gradient")
+
+
+class DistillationLoss(nn.Module):
+    r"""\(\ell = (1 - c)\,T^2 D(p, q) + c\,L(\log q_y)\) per token, summed over the tokens of a batch with a label.
+
+    Reduces to the divergence alone at `ce_weight=0`, and to the label loss alone, without a teacher, at 1.
+    Arithmetic is in fp32 at least, also under autocast; gradients have the inputs' dtype. They are computed in forward;
+    a second backward over a retained graph computes everything again.
+
+    Args:
+        objective: D, any `Divergence`, also your own; its parameters get no gradient.
+        ce_weight: c, the share of the label loss, in [0, 1], or a schedule.
+        temperature: T > 0 divides both models' logits in D.
+        reduction: "token_mean", "sequence_mean" (the mean over responses of their token means), "sum", or "none"
+            (losses of tokens; backward computes everything again, with the schedules' values at that time).
+        label_loss: L, evaluated at its own temperature; None: `CrossEntropy()`.
+        square_temperature: whether D is multiplied by T², so that gradients keep their size.
+        monitors: divergences reported in addition to the loss by name, at temperature 1, without gradient.
+        diagnostics: whether to report "student_nll", "teacher_nll" and "agreement" (equal most probable tokens).
+        chunk: tokens whose logits are in memory at a time; None: chosen for speed within a budget of bytes.
+        compile: True or False to force; None: chosen by the size of the first call with a gradient, and saved in the
+            state, so that a resumed run computes the same bits. Without a compiler, or if the objective does not
+            compile, everything runs eagerly after one warning.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        objective: Divergence,
+        ce_weight: Weight = 0.0,
+        temperature: float = 1.0,
+        reduction: str = "token_mean",
+        label_loss: LabelLoss | None = None,
+        square_temperature: bool = True,
+        monitors: Mapping[str, Divergence] | None = None,
+        diagnostics: bool = False,
+        chunk: int | None = None,
+        compile: bool | None = None,
+    ) -> None:
+        super().__init__()
+        monitors = {} if monitors is None else monitors
+        for name, part in {"objective": objective, **{f"monitors[{k!r}]": v for k, v in monitors.items()}}.items():
+            check_divergence(name, part)
+        check_names(monitors)
+        check_weight("ce_weight", ce_weight)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if label_loss is not None and not isinstance(label_loss, LabelLoss):
+            raise ValueError(f"label_loss must be a LabelLoss or None, got {label_loss!r}")
+        if chunk is not None and chunk <= 0:
+            raise ValueError(f"chunk must be a number of tokens > 0 or None, got {chunk}")
+        self.reduction = reduction
+        self.chunk = chunk
+        self.token_loss = TokenLoss(
+            objective,
+            CrossEntropy() if label_loss is None else label_loss,
+            ce_weight,
+            temperature,
+            square_temperature,
+            monitors,
+            diagnostics,
+            compile,
+        )
+
+    @property
+    def objective(self) -> Divergence:
+        """D, the training objective."""
+        return self.token_loss.objective
+
+    @property
+    def ce_weight(self) -> Weight:
+        """c, the share of the label loss: a number or a schedule."""
+        return self.token_loss.ce_weight
+
+    @opaque_to_compile
+    def from_logits(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | TopK | None,
+        labels: Tensor,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> LossParts:
+        """Loss from logits.
+
+        Args:
+            student_logits: [B, T, V] (or [T, V]), before any temperature.
+            teacher_logits: [B, T, Vt]; if Vt differs from V (padding), both are cut to the shared vocabulary and
+                normalized again. `TopK`: top-k log-probabilities. None: no teacher, with `ce_weight=1`.
+            labels: integers [B, T] (or [T]: one response), aligned with the logits; −100: no label.
+            rows: extra inputs per token of the objective and the label loss, [B, T], or [B] for all tokens of a
+                response.
+
+        Raises:
+            ValueError: shapes, devices or labels do not match.
+        """
+        check_tokens("student_logits", student_logits, labels)
+        vocabulary = student_logits.shape[-1]
+        if isinstance(teacher_logits, TopK):
+            vocabulary = check_top_k(teacher_logits, vocabulary, labels)
+        elif teacher_logits is not None:
+            check_tokens("teacher_logits", teacher_logits, labels)
+            vocabulary = min(vocabulary, teacher_logits.shape[-1])
+        mask = LabelMask(labels, vocabulary)
+        student = GivenLogits(_flat(student_logits), mask.index, vocabulary)
+        teacher: LogitSource | None = None
+        if isinstance(teacher_logits, TopK):
+            teacher = TopKLogits(teacher_logits.select(mask.index))
+        elif teacher_logits is not None:
+            teacher = GivenLogits(_flat(teacher_logits.detach()), mask.index, vocabulary)
+        return self._compute(student, teacher, mask, rows)
+
+    @opaque_to_compile
+    def from_hidden(
+        self,
+        student_hidden: Tensor,
+        student_head: Head | Tensor,
+        teacher_hidden: Tensor | TopK | None,
+        teacher_head: Head | Tensor | None,
+        labels: Tensor,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> LossParts:
+        """Loss from hidden states, without materializing the logits of all tokens.
+
+        The gradient is computed in the same pass. On a GPU the host waits only for the number of labels. A schedule
+        that reads the responses' log-probabilities costs a second projection of both models.
+
+        Args:
+            student_hidden: [B, T, H] (or [T, H]), after the last norm.
+            student_head: a weight [V, H], or a `Head`.
+            teacher_hidden: [B, T, Ht]; `TopK`: top-k log-probabilities, without a head; None: no teacher, with
+                `ce_weight=1`.
+            teacher_head: a weight [Vt, Ht], or a `Head`.
+            labels: as in `from_logits`.
+            rows: as in `from_logits`.
+
+        Raises:
+            ValueError: shapes, devices or labels do not match.
+        """
+        head = check_head("student", student_hidden, student_head, labels)
+        vocabulary, other = head.vocabulary, None
+        if isinstance(teacher_hidden, TopK):
+            vocabulary = check_top_k(teacher_hidden, vocabulary, labels)
+        elif teacher_hidden is not None:
+            other = check_head("teacher", teacher_hidden, teacher_head, labels)
+            vocabulary = min(vocabulary, other.vocabulary)
+        mask = LabelMask(labels, vocabulary)
+        student = ProjectedLogits(_flat(student_hidden), head, mask.index, vocabulary)
+        teacher: LogitSource | None = None
+        if isinstance(teacher_hidden, TopK):
+            teacher = TopKLogits(teacher_hidden.select(mask.index))
+        elif teacher_hidden is not None and other is not None:
+            teacher = ProjectedLogits(_flat(teacher_hidden.detach()), other, mask.index, vocabulary)
+        return self._compute(student, teacher, mask, rows)
+
+    def _compute(
+        self,
+        student: DifferentiableLogits,
+        teacher: LogitSource | None,
+        mask: LabelMask,
+        rows: Mapping[str, Tensor] | None,
+    ) -> LossParts:
+        """Run the pass over the tokens with a label and reduce."""
+        self._check_teacher(teacher)
+        check_devices(student=student.inputs, teacher=teacher.inputs if teacher else (), labels=(mask.index,))
+        inputs = [x for model in (student, teacher) if model for x in model.inputs if x is not None]
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
+        columns = self._columns(student, teacher, mask, rows or {}, dtype)
+        chunked = ChunkedPass(self.token_loss, student, teacher, columns | {"labels": mask.labels}, self.chunk)
+        weights, divisor = self._weights(mask, dtype)
+        if self.reduction == "none":
+            losses = chunked.loss(weights, summed=False)
+            loss = losses.new_zeros(mask.shape.numel()).index_copy(0, mask.index, losses).view(mask.shape)
+        else:
+            loss = chunked.loss(weights)
+        values = chunked.values
+        if (gap := response_gap(columns)) is not None:
+            values["gap"] = gap
+        means = {} if teacher is None else response_means(self.token_loss, mask, columns)
+        return LossParts(loss, divisor, weights, values, means)
+
+    def _check_teacher(self, teacher: LogitSource | None) -> None:
+        if teacher is not None:
+            return
+        if self.ce_weight != 1:
+            raise ValueError(f"ce_weight must be 1 without a teacher, got {self.ce_weight}")
+        if self.token_loss.monitors:
+            raise ValueError(f"monitors need a teacher, got none: remove {', '.join(self.token_loss.monitors)}")
+
+    def _columns(
+        self,
+        student: DifferentiableLogits,
+        teacher: LogitSource | None,
+        mask: LabelMask,
+        rows: Mapping[str, Tensor],
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """Extra inputs of the tokens with a label, [N] each, with those that the loss computes for its schedules."""
+        check_columns(rows)
+        columns = {name: mask.column(name, values, dtype) for name, values in rows.items()}
+        if teacher is not None:
+            columns |= label_columns(self.token_loss, student, teacher, mask, columns, dtype, self.chunk)
+        return columns
+
+    def _weights(self, mask: LabelMask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weights of the tokens with a label, [N], and the divisor, 0-d, of the reduction."""
+        ones = torch.ones(len(mask.index), dtype=dtype, device=mask.index.device)
+        if self.reduction == "sequence_mean":
+            return ones / mask.lengths[mask.response], (mask.lengths > 0).sum().to(dtype)
+        divisor = mask.lengths.sum().to(dtype) if self.reduction == "token_mean" else ones.new_ones(())
+        return ones, divisor
+
+
+def check_names(monitors: Mapping[str, Divergence]) -> None:
+    """Raise a ValueError unless every monitor has a name that no other value of the loss has."""
+    for name in monitors:
+        if name in RESERVED:
+            raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {name!r}")
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"monitors must have names that are not empty, without a dot and no ModuleDict attribute, got {name!r}"
+            )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

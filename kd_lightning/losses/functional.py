@@ -1,0 +1,112 @@
+"""The distillation loss as functions, from logits or from hidden states."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from kd_lightning.divergences import Divergence
+from kd_lightning.engine.compile import opaque_to_compile
+from kd_lightning.engine.head import Head
+from kd_lightning.label_losses import LabelLoss
+from kd_lightning.losses.distillation import DistillationLoss
+from kd_lightning.losses.loss_parts import LossParts
+from kd_lightning.schedules import Weight
+
+
+@opaque_to_compile
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    objective: Divergence,
+    ce_weight: Weight = 0.0,
+    temperature: float = 1.0,
+    reduction: str = "token_mean",
+    rows: Mapping[str, Tensor] | None = None,
+    label_loss: LabelLoss | None = None,
+    square_temperature: bool = True,
+) -> Tensor:
+    r"""Distillation loss from the logits of both models; 0 without labels.
+
+    Args:
+        student_logits: [B, T, V] (or [T, V]), aligned with the labels (they are not shifted here).
+        teacher_logits: [B, T, Vt]; None: no teacher, with `ce_weight=1`.
+        labels: integers [B, T]; −100: no label.
+        objective: any `Divergence`.
+        ce_weight: share of the label loss, in [0, 1].
+        temperature: divides both models' logits in the divergence, > 0.
+        reduction: "token_mean", "sequence_mean", "sum", or "none" (losses in the shape of the labels).
+        rows: extra inputs per token of the objective and the label loss, [B, T] or [B].
+        label_loss: the loss on the label's log-probability; None: `CrossEntropy()`.
+        square_temperature: whether the divergence is multiplied by T².
+
+    Returns:
+        The loss, 0-d; [B, T] with reduction "none".
+
+    Raises:
+        ValueError: an argument is out of range, or shapes do not match.
+    """
+    loss = _loss(objective, ce_weight, temperature, reduction, label_loss, square_temperature, compile=False)
+    return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows), reduction)
+
+
+@opaque_to_compile
+def fused_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | Tensor | None,
+    labels: Tensor,
+    *,
+    objective: Divergence,
+    ce_weight: Weight = 0.0,
+    temperature: float = 1.0,
+    reduction: str = "token_mean",
+    rows: Mapping[str, Tensor] | None = None,
+    label_loss: LabelLoss | None = None,
+    square_temperature: bool = True,
+    chunk: int | None = None,
+    compile: bool | None = None,
+) -> Tensor:
+    r"""`distillation_loss` from hidden states and LM heads, without materializing the logits of all tokens.
+
+    Equal in value and gradient to `distillation_loss` of the logits. The gradient is computed in forward; reduction
+    "none" and a second backward over a retained graph compute everything again.
+
+    Args:
+        student_hidden: [B, T, H] (or [T, H]), aligned with the labels.
+        student_head: a weight [V, H], or a `Head`.
+        teacher_hidden: [B, T, Ht]; None: no teacher, with `ce_weight=1`.
+        teacher_head: a weight [Vt, Ht], or a `Head`.
+        labels: integers [B, T]; −100: no label.
+        objective: any `Divergence`; the other arguments as in `distillation_loss`.
+        ce_weight: share of the label loss.
+        temperature: divides both models' logits in the divergence.
+        reduction: the reduction over tokens.
+        rows: extra inputs per token.
+        label_loss: the loss on the label's log-probability.
+        square_temperature: whether the divergence is multiplied by T².
+        chunk: tokens whose logits are in memory at a time; None: within a budget of bytes.
+        compile: as in `DistillationLoss`; all calls with the same `objective` object share one compilation.
+
+    Returns:
+        The loss, 0-d; [B, T] with reduction "none".
+
+    Raises:
+        ValueError: an argument is out of range, or shapes do not match.
+    """
+    settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
+    loss = _loss(*settings, chunk=chunk, compile=compile)
+    parts = loss.from_hidden(student_hidden, student_head, teacher_hidden, teacher_head, labels, rows)
+    return _reduced(parts, reduction)
+
+
+_loss = functools.lru_cache(maxsize=16)(DistillationLoss)  # keeps the compiled loss between calls
+
+
+def _reduced(parts: LossParts, reduction: str) -> Tensor:
+    return parts.loss if reduction in ("sum", "none") else parts.mean
