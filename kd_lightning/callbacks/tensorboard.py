@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.metrics.bucketed import response_positions
 from kd_lightning.reporting import figures
 from kd_lightning.reporting.run_dir import flatten_config
