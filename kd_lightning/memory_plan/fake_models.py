@@ -155,7 +155,7 @@ def set_fake_student(module: DistillationModule, precision: str, fake: FakeTenso
     if precision in PURE:
         kwargs["dtype"] = PURE[precision]
     with torch.device("meta"):
-        student = causal_lm_from_config(source.model, kwargs=kwargs, role="student")
+        student: Any = causal_lm_from_config(source.model, kwargs=kwargs, role="student")
         if source.lora is not None:
             student = add_adapters(student, source.lora)
     _to_fake(student, fake)

@@ -228,7 +228,7 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
         "error: teacher",
         "student and teacher give the same probabilities: there is nothing to learn",
     ),
-    "inf in a bf16 teacher": (infinite_teacher, "error: output", "hold inf"),
+    "inf in a bf16 teacher": (infinite_teacher, "error: output", "contain inf"),
     "junk beyond the tokenizer": (junk_vocabulary, "error: vocabulary", "ids from 2048 on"),
     "labels shifted by one": (shifted, "error: labels", "labels differ from the tokens at their positions"),
     "padding counted": (pad_counted, "error: labels", "padding has labels (token "),

@@ -113,7 +113,7 @@ def test_loading_says_nothing_and_leaves_the_settings(folder: Path, capfd: pytes
     load_causal_lm(str(folder), init="random")
     out, err = capfd.readouterr()
     assert out == ""
-    assert all("saved weights have no place" in line for line in err.splitlines())
+    assert all("saved weights are not used" in line for line in err.splitlines())
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
@@ -167,7 +167,7 @@ def test_pickled_weights(folder: Path) -> None:
 def test_broken_weights(folder: Path, content: bytes | None) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    refused("student", str(folder), "cannot be read", name=folder)
+    refused("student", str(folder), "cannot read the weights", name=folder)
 
 
 def test_a_shard_that_is_missing(folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_weights_that_are_not_finite(folder: Path, role: models.Role, value: flo
 
 def test_weights_that_would_be_random(folder: Path) -> None:
     change(folder, lambda weights: weights.pop(NAME))
-    refused(NAME, "not in its files", "random", name=folder)
+    refused(NAME, "missing in its files", "random", name=folder)
     change(folder, lambda weights: weights.update({NAME: torch.ones(3, 32)}))
     refused(NAME, "another shape", name=folder)
 
@@ -202,7 +202,7 @@ def test_a_configuration_that_does_not_fit(folder: Path) -> None:
     [
         ({"model_type": "lama"}, ["config.json", "lama"]),
         ({"model_type": None}, ["config.json"]),
-        ({"model_type": "t5"}, ["t5", "no causal language model"]),
+        ({"model_type": "t5"}, ["t5", "not a causal language model"]),
         ({"hidden_size": "wide"}, ["config.json", "hidden_size", "int"]),
         ({"hidden_act": "nope"}, ["cannot be built", "nope"]),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, ["config.json"]),
@@ -268,7 +268,7 @@ def test_vocabularies_may_go_on_where_the_other_ends(folder: Path, tokens: str, 
 
 
 def test_the_first_differing_token_is_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"token 2 is 'c' to teacher '.*' and 'x' to the student") as error:
+    with pytest.raises(ValueError, match=r"token 2 is 'c' for teacher '.*' and 'x' for the student") as error:
         check_tokenizers(teacher_with(folder, *"abcdef"), tokenizer(*"abxyef"))
     assert "\n" not in str(error.value)
 
@@ -291,7 +291,7 @@ def test_a_teacher_without_tokenizer_is_taken_on_trust(folder: Path, notices: li
 def test_a_broken_tokenizer_is_refused(folder: Path) -> None:
     name = teacher_with(folder, *"ab")
     (folder / "tokenizer.json").write_text("{broken")
-    with pytest.raises(ValueError, match="its tokenizer cannot be read") as error:
+    with pytest.raises(ValueError, match="cannot read its tokenizer") as error:
         check_tokenizers(name, tokenizer(*"ab"))
     assert "\n" not in str(error.value)
 
