@@ -77,7 +77,8 @@ class Bench:
         """All columns for the student in a folder."""
         module = DistillationModule(student, self.teacher)
         module.configure_model()
-        items = [self.data._rows["test"][n] for n in range(len(self.data._rows["test"]))]
+        rows, _ = self.data.token_rows("test")
+        items = rows[range(len(rows))]
         stride = max(1, len(items) // self.rows)
         found: dict[str, list[torch.Tensor]] = {}
         for start in range(0, len(items[::stride]), 64):

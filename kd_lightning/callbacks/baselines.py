@@ -81,7 +81,8 @@ class Baselines(L.Callback):
         if not self.levels:
             loader = datamodule.val_dataloader()
             batches = limited_batches(loader, trainer.limit_val_batches)
-            means = token_means(trainer, pl_module, loader, batches, "Validation batches")
+            module: Any = pl_module
+            means = token_means(trainer, module, loader, batches, "Validation batches")
             means["nll"] = means["student_nll"]
             self.levels = {f"baseline/student_before_{name}": means[name] for name in SCALARS if name in means}
             if "teacher_nll" in means:

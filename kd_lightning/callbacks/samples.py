@@ -12,6 +12,7 @@ from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.constants import IGNORE_INDEX, SOURCES
 from kd_lightning.data.base import tokenizer_of
 from kd_lightning.reporting.figures import markdown_table
+from kd_lightning.training.base import StudentTeacherModule
 
 
 class Samples(L.Callback):
@@ -44,9 +45,8 @@ class Samples(L.Callback):
         period = trainer.global_step // self.every_n_steps if self.every_n_steps else self._shown
         if period == self._shown:
             return
-        at_work: Any = getattr(pl_module, "_at_work", None)
-        if at_work is not None and at_work.source is not None:
-            batch, at_work.drawn = at_work.drawn, None
+        if isinstance(pl_module, StudentTeacherModule) and pl_module.generates_responses:
+            batch = pl_module.take_generated_batch()
             if batch is None:
                 return
         self._shown = period

@@ -83,7 +83,7 @@ def generate(
     other settings or other rows is refused. If the output is complete, nothing is done.
 
     Args:
-        data: anything that `InstructionDataModule` reads; a row needs no answer, and an answer is ignored.
+        data: anything that `InstructionDataModule` reads; answers are optional and ignored.
         output: a `.jsonl` file; never replaced.
         model: folder, hub name or `asset:` name; with `server`, the served model, optional if it is the only one.
         max_new_tokens: longest response in tokens, at least 1.
@@ -104,13 +104,7 @@ def generate(
             server refuses, does not answer, or sends invalid answers.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("patience", patience, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if Path(output).suffix not in (".jsonl", ".ndjson"):
-        raise ValueError(f"output must be a .jsonl file, got {output!r}")
-    if model is None and server is None:
-        raise ValueError("model must be a folder, hub name or asset: name (or pass server), got None")
+    _check_arguments(output, model or server, batch_size=batch_size, max_length=max_length, patience=patience)
     found = list(read_rows(data, "train"))
     rows, questions = [row for _, row in found], [parse_question(row, line) for line, row in found]
     settings = {**asdict(sampling), "seed": seed}
@@ -123,6 +117,18 @@ def generate(
     prompts = local.prompts(questions)
     with ResponseFile(output, rows, local.fingerprint(), {**settings, "batch_size": batch_size}) as file:
         _write(file, local.responses(prompts, file.done, batch_size), progress)
+
+
+def _check_arguments(output: str, generator: str | None, **numbers: float | None) -> None:
+    """Refuse numbers that are too small (None is allowed), an output that is no `.jsonl` file, and a missing model."""
+    least = {"batch_size": 1, "max_length": 2, "patience": 0}
+    for name, value in numbers.items():
+        if value is not None and value < least[name]:
+            raise ValueError(f"{name} must be at least {least[name]}, got {value}")
+    if Path(output).suffix not in (".jsonl", ".ndjson"):
+        raise ValueError(f"output must be a .jsonl file, got {output!r}")
+    if generator is None:
+        raise ValueError("model must be a folder, hub name or asset: name (or pass server), got None")
 
 
 class LocalModel:
@@ -143,11 +149,11 @@ class LocalModel:
     def __init__(
         self, name: str, sampling: Sampling, seed: int, max_length: int | None, dtype: str, device: str
     ) -> None:
-        place = _device(device)
+        target = _device(device)
         self.model = load_causal_lm(name, kwargs={"dtype": dtype}, role="model")
         tokenizer = load_tokenizer(name)
         with_template(tokenizer, None, _log)
-        self.model.to(place)  # type: ignore[arg-type]  # transformers wraps the method without its types
+        self.model.to(target)  # type: ignore[arg-type]  # transformers wraps the method without its types
         self.generator = BatchGenerator(self.model, tokenizer, sampling, seed)
         self.text = TextTokenizer(tokenizer, max_length=sampling.max_prompt_tokens(self.model, max_length))
 

@@ -13,7 +13,8 @@ from jsonargparse import Namespace
 from kd_lightning.cli.command_parser import CommandParser
 from kd_lightning.cli.program import run
 from kd_lightning.cli.trainer_cli import TrainerCLI
-from kd_lightning.memory_plan.simulate import Plan, plan
+from kd_lightning.memory_plan.figures import Plan
+from kd_lightning.memory_plan.simulate import plan
 from kd_lightning.memory_plan.tracker import format_bytes
 from kd_lightning.strategies import FSDP2Strategy
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import kd_lightning.assistants
@@ -96,7 +96,7 @@ class TrainerCLI(LightningCLI):
         for choice in actions._choices_actions:
             choice.help = TRAINER_COMMANDS[choice.dest]  # Lightning takes the first lines of Trainer's documentation
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse as Lightning does; the message on an unknown argument names the nearest known one.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 
 def data_parallel_rank(trainer: Trainer | None) -> tuple[int, int]:
@@ -66,3 +67,13 @@ def completed_epochs(trainer: Trainer | None) -> int:
         return 0
     progress: Any = trainer.fit_loop.epoch_progress.current  # Lightning declares a type without `processed`
     return int(progress.processed)
+
+
+def gradients_are_bucket_views(strategy: Strategy) -> bool:
+    """Whether DDP keeps gradients only in its buckets; Lightning has this argument in a private dict."""
+    return isinstance(strategy, DDPStrategy) and bool(strategy._ddp_kwargs.get("gradient_as_bucket_view"))
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the present training batch; it has no public method that says so."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(None))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Student and teacher of a run as shapes alone: built from their configurations, with numbers that are nowhere."""
+"""Student and teacher of a run on fake tensors, built from their configurations."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from kd_lightning.models.hf_adapter import (
 )
 from kd_lightning.models.loading import causal_lm_from_config
 from kd_lightning.models.lora import add_adapters
-from kd_lightning.teachers.base import Teacher
+from kd_lightning.module import DistillationModule
 from kd_lightning.teachers.hf import CausalLMTeacher
-from kd_lightning.training.student import StudentWithLoss
 
 PURE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
 
 def split_by_shapes(model: Any) -> tuple[nn.Module, Head]:
-    """Where shapes say that a model can be cut: what enters its last layer is what its body gives.
+    """Split a model by shapes: the input of its LM head must be the output of its body.
 
     Args:
-        model: a Hugging Face causal language model without numbers.
+        model: a Hugging Face causal language model on fake tensors.
 
     Returns:
         As `cutting.body_and_head`, but for the factors of the head, which nobody can see in shapes.
@@ -69,12 +68,6 @@ def split_by_shapes(model: Any) -> tuple[nn.Module, Head]:
     return body, Head(weight, bias)
 
 
-class FakeStudent(StudentWithLoss):
-    """A student on fake tensors, split by shapes."""
-
-    cut = staticmethod(split_by_shapes)
-
-
 class FakeTeacher(CausalLMTeacher):
     """A teacher on fake tensors, split by shapes if possible.
 
@@ -107,23 +100,27 @@ class FakeTeacher(CausalLMTeacher):
         return ""
 
 
-class Once:
-    """A block of a loss, made once: the first of each size stands for the others, which are like it."""
+class OneBlockPerSize:
+    """A block of a loss that is computed once per size; its result stands for all other blocks of that size.
+
+    Args:
+        function: the block.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.chosen = function, False  # shapes do not compile
+        self.function, self.chosen = function, False  # fake tensors are not compiled
         self._found: dict[Any, Any] = {}
 
     def __call__(self, z: Tensor, *rest: Any) -> Any:
-        """What the block gives, whatever its numbers."""
+        """The result of the first block of this size."""
         key = (*z.shape, rest[-1])
         if key not in self._found:
             self._found[key] = self.function(z, *rest)
         return self._found[key]
 
 
-class FewParts(TorchFunctionMode):
-    """Of the many equal parts that a tensor is cut into, one a rank, only the first and the last are made."""
+class FewChunks(TorchFunctionMode):
+    """Makes `torch.chunk` into many parts cheap: the first and the last are made, the first stands for all between."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function."""
@@ -138,43 +135,49 @@ class FewParts(TorchFunctionMode):
         return [*[tensor.narrow(dim, 0, min(step, length))] * (count - 1), tensor.narrow(dim, before, length - before)]
 
 
-def build_fake_student(module: Any, precision: str, fake: FakeTensorMode) -> None:
-    """Give a `DistillationModule` its student with loss.
+def set_fake_student(module: DistillationModule, precision: str, fake: FakeTensorMode) -> None:
+    """Give a module its student, on fake tensors.
 
     Args:
-        module: names its student.
+        module: not loaded.
         precision: of the trainer.
-        fake: whose shapes they are.
+        fake: the mode that makes the tensors.
 
     Raises:
-        ValueError: the student is no name, or cannot be built.
+        ValueError: the student is a loaded model, or cannot be built.
     """
-    if not isinstance(module.student_source, str):
-        raise ValueError("plan: the student must be a folder, a hub name or an asset")
-    kwargs = dict(module.student_kwargs or {})
+    source = module.student_source
+    if not isinstance(source.model, str):
+        raise ValueError(
+            f"plan: the student must be a folder, a hub name or an asset, got a loaded {type(source.model).__name__}"
+        )
+    kwargs = dict(source.kwargs or {})
     if precision in PURE:
         kwargs["dtype"] = PURE[precision]
     with torch.device("meta"):
-        student: Any = causal_lm_from_config(module.student_source, kwargs=kwargs, role="student")
-        if module.lora is not None:
-            student = add_adapters(student, module.lora)
+        student: Any = causal_lm_from_config(source.model, kwargs=kwargs, role="student")
+        if source.lora is not None:
+            student = add_adapters(student, source.lora)
     _to_fake(student, fake)
-    module.loss.token_loss.compiled = Once(module.loss.token_loss.block)
-    module.model = FakeStudent(student.train(), module.loss)
-    del module.loss
+    block: Any = OneBlockPerSize(module.loss.token_loss.block)
+    module.loss.token_loss.compiled = block
+    module.model.set_student(student.train(), split_by_shapes)
 
 
-def build_fake_teacher(module: Any, fake: FakeTensorMode) -> bool:
-    """Give a `DistillationModule` its teacher, where it has one, and say whether its layers are offloaded.
+def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> bool:
+    """Give a module its teacher, if it has one, on fake tensors.
 
     Args:
-        module: names its teacher; its student is there.
-        fake: whose shapes they are.
+        module: with its student.
+        fake: the mode that makes the tensors.
+
+    Returns:
+        Whether its layers stay in host memory.
 
     Raises:
         ValueError: the teacher has no configuration, or cannot be built.
     """
-    teacher: Teacher | None = module.teacher
+    teacher = module.teacher
     if teacher is None:
         return False
     if teacher.shares_student:
@@ -193,7 +196,7 @@ def build_fake_teacher(module: Any, fake: FakeTensorMode) -> bool:
 
 
 def _to_fake(model: nn.Module, fake: FakeTensorMode) -> None:
-    """Give every tensor a place to lie in, if only in name; one that has two names stays one."""
+    """Replace every tensor by a fake one on a device; tied tensors stay tied."""
     placed: dict[int, tuple[Tensor, Tensor]] = {}
     tables: Iterator[dict[str, Any]] = (
         table for module in model.modules() for table in (module._parameters, module._buffers, vars(module))

@@ -17,6 +17,7 @@ from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
+from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models.backbone import hidden_states, logits
@@ -109,7 +110,7 @@ class RolloutContext:
     rank: int = 0
     ranks: int = 1
     max_length: int | None = None
-    notes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    notes: dict[str, Mean] = field(default_factory=dict)
     seconds: float = 0.0
 
     def number(self, *what: Any) -> int:
@@ -126,10 +127,8 @@ class RolloutContext:
 
     def note(self, name: str, values: Tensor) -> None:
         """Remember values whose mean is to be logged; without waiting for the device."""
-        self.notes[name] = (
-            values.sum(dtype=torch.float32),
-            torch.full((), float(values.numel()), device=values.device),
-        )
+        count = torch.full((), float(values.numel()), device=values.device)
+        self.notes[name] = Mean(values.sum(dtype=torch.float32), count)
 
     def respond(self, batch: Batch, sampling: Sampling, teacher_share: float = 0.0) -> Batch:
         """The student's own responses to the batch's prompts, which are all that stands before the first counted label.

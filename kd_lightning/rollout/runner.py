@@ -3,53 +3,56 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from lightning.pytorch import Trainer
 
 from kd_lightning.data.base import max_length_of
-from kd_lightning.distributed.trainer import data_parallel_rank
-from kd_lightning.metrics.per_token import TokenMean
+from kd_lightning.distributed.trainer import data_parallel_rank, validation_is_due
+from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import Batch
 from kd_lightning.seeding import run_seed
+from kd_lightning.teachers.base import StudentModel, Teacher
 
 
 class RolloutRunner:
-    """A response source in a run: what it gives to train on, and what is to be logged of it.
+    """A response source in a run: gives the batch to train on, and tells the source how validation went.
 
     Args:
-        source: the source; None: the data as it is.
+        source: the source; None: batches are trained on as the data gives them.
 
     Attributes:
-        names: of what has been logged.
-        drawn: the last batch that was not the data's own.
+        names: of the values that have been logged.
     """
 
     def __init__(self, source: ResponseSource | None) -> None:
         self.source = source
         self.names: set[str] = set()
-        self.drawn: Batch | None = None
+        self._generated: Batch | None = None
         self._step, self._micro = -1, 0
         self._clock: float | None = None
 
-    def draw(self, module: Any, batch: Batch) -> tuple[Batch, dict[str, tuple[Tensor, Tensor]]]:
-        """The batch to train on, and by name sums and numbers of what is to be logged.
+    def draw(
+        self, batch: Batch, student: StudentModel, teacher: Teacher | None, trainer: Trainer
+    ) -> tuple[Batch, dict[str, Mean]]:
+        """The batch to train on, and values to log, each as a sum and a count.
 
         Args:
-            module: a `DistillationModule` in training.
             batch: of the data.
+            student: generates responses.
+            teacher: None: there is none.
+            trainer: of the run.
         """
         if self.source is None:
             return batch, {}
-        trainer = module.trainer
         self._micro = self._micro + 1 if self._step == trainer.global_step else 0
         self._step = trainer.global_step
         rank, ranks = data_parallel_rank(trainer)
-        author = RolloutContext(
-            module.model,
-            module.teacher,
+        context = RolloutContext(
+            student,
+            teacher,
             seed=run_seed(),
             step=self._step,
             batch=trainer.fit_loop.epoch_loop.total_batch_idx,
@@ -59,44 +62,48 @@ class RolloutRunner:
             ranks=ranks,
             max_length=max_length_of(trainer),
         )
-        drawn = self.source(batch, author)
+        drawn = self.source(batch, context)
         if drawn is not batch:
-            self.drawn = drawn
+            self._generated = drawn
         now = time.perf_counter()
-        if self._clock is not None:  # seconds written to the device as a fill, which nobody waits for
-            spent, passed = (
-                drawn["labels"].new_full((), x, dtype=torch.float32) for x in (author.seconds, now - self._clock)
+        if self._clock is not None:  # `new_full` fills on the device: nothing waits for the two numbers
+            generating, passed = (
+                drawn["labels"].new_full((), x, dtype=torch.float32) for x in (context.seconds, now - self._clock)
             )
-            author.notes["generate_share"] = (spent, passed)
+            context.notes["generate_share"] = Mean(generating, passed)
         self._clock = now
-        self.names |= author.notes.keys()
-        return drawn, author.notes
+        self.names |= context.notes.keys()
+        return drawn, context.notes
 
-    def hear(self, module: Any) -> None:
-        """Tell the source how validation went; one before step 0 counts where it went over all rows."""
+    def take_generated_batch(self) -> Batch | None:
+        """The last batch of generated responses, once; None if there is no new one."""
+        batch, self._generated = self._generated, None
+        return batch
+
+    def after_validation(self, trainer: Trainer, validation_ce: Callable[[], float | None]) -> None:
+        """Give the source the cross entropy of a validation.
+
+        A validation before step 0 is used only if it read all validation rows.
+
+        Args:
+            trainer: of the run.
+            validation_ce: computes it, over all ranks; None: not measured.
+        """
         self._clock = None
-        trainer = module.trainer
-        whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
-        if self.source is not None and trainer.state.fn == "fit" and whole and "val_ce" in module.evaluation:
-            self.source.validated(float(module.evaluation["val_ce"].compute()), trainer.global_step)
-
-    def start(self, module: Any) -> None:
-        """Tell the source of a validation that a resumed run skips: one due when its checkpoint had been written."""
-        trainer = module.trainer
-        due = trainer.fit_loop.epoch_loop._should_check_val_fx
-        if (
-            self.source is None
-            or trainer.global_step == 0
-            or not self.source.waits(trainer.global_step)
-            or not due(None)
-        ):
+        complete = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
+        if self.source is None or trainer.state.fn != "fit" or not complete:
             return
-        mean = TokenMean().to(module.device)
-        for loader, count in zip(_listed(trainer.val_dataloaders), trainer.num_val_batches, strict=False):
-            for _, batch in zip(range(int(count)), loader, strict=False):
-                mean.update(module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values["student_nll"])
-        self.source.validated(float(mean.compute()), trainer.global_step)
+        loss = validation_ce()
+        if loss is not None:
+            self.source.validated(loss, trainer.global_step)
 
+    def after_resume(self, trainer: Trainer, validation_ce: Callable[[], float]) -> None:
+        """Run the validation that a resumed run skips: it was due when the checkpoint was saved.
 
-def _listed(loaders: Any) -> list[Any]:
-    return [] if loaders is None else loaders if isinstance(loaders, list) else [loaders]
+        Args:
+            trainer: of the run.
+            validation_ce: runs the validation and returns its cross entropy, over all ranks.
+        """
+        step = trainer.global_step
+        if self.source is not None and step > 0 and self.source.waits(step) and validation_is_due(trainer):
+            self.source.validated(validation_ce(), step)

@@ -1,35 +1,74 @@
-"""Token means over the batches of a loader."""
+"""Evaluation of a batch, and means over the labelled tokens of a data loader."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from torch import Tensor
 
 from kd_lightning.console import progress_bar, progress_bar_enabled
+from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.metrics.per_token import TokenMean
+from kd_lightning.teachers.base import Teacher
+from kd_lightning.training.base import StudentTeacherModule
+from kd_lightning.training.student import StudentWithLoss
+
+
+def evaluate_batch(
+    model: StudentWithLoss, batch: dict[str, Tensor], teacher: Teacher | None, loss: DistillationLoss
+) -> LossParts:
+    """A loss of one batch, without gradient and in eval mode."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        parts: LossParts = model(batch, teacher, loss)
+    model.train(training)
+    return parts
+
+
+def evaluated_batches(
+    trainer: L.Trainer, module: StudentTeacherModule, loader: Iterable[Any], numbers: Iterable[int]
+) -> Iterator[dict[str, Tensor]]:
+    """Values of each labelled token, by name, batch by batch.
+
+    Args:
+        trainer: of the run: moves the batches to its device.
+        module: evaluates them.
+        loader: gives the batches.
+        numbers: counts the batches; it ends first.
+    """
+    for _, batch in zip(numbers, loader, strict=False):
+        yield module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
 
 
 def limited_batches(loader: Any, limit: int | float) -> int:
-    """How many batches of a loader `limit_…_batches` leaves: a share of them, or so many.
+    """Number of batches that `limit_…_batches` leaves of a loader.
+
+    Args:
+        loader: with a length.
+        limit: a share of the batches (float) or their number (int).
 
     Raises:
-        ValueError: the share is above 0 and leaves none.
+        ValueError: the share is above 0 and leaves no batch.
     """
     left = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
     if limit and not left:
-        raise ValueError(f"limit_val_batches and limit_test_batches must leave a batch of {len(loader)}, got {limit}")
+        raise ValueError(
+            f"limit_val_batches and limit_test_batches must leave a batch of {len(loader)}, got {limit}: raise them"
+        )
     return left
 
 
 def token_means(
-    trainer: L.Trainer, module: Any, loader: Any, batches: int, title: str = "Test batches"
+    trainer: L.Trainer, module: StudentTeacherModule, loader: Any, batches: int, title: str = "Test batches"
 ) -> dict[str, float]:
-    """Means over the counted tokens of the first `batches` batches, on all ranks together."""
-    sums: dict[str, torch.Tensor] = {}
+    """Means over the labelled tokens of the first `batches` batches, over all ranks."""
+    sums: dict[str, Tensor] = {}
     numbers = progress_bar(range(batches), title, shown=progress_bar_enabled(trainer))
-    for _, batch in zip(numbers, loader, strict=False):
-        values = module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
+    for values in evaluated_batches(trainer, module, loader, numbers):
         for name, value in values.items():
             value = value.double()
             total = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
@@ -37,3 +76,14 @@ def token_means(
     if trainer.world_size > 1:
         sums = {name: trainer.strategy.reduce(total, reduce_op="sum") for name, total in sums.items()}
     return {name: float(total[0] / total[1]) for name, total in sums.items()}
+
+
+def validation_ce(trainer: L.Trainer, module: StudentTeacherModule) -> float:
+    """Cross entropy of the validation batches as `val/ce` logs it (in fp32), over all ranks."""
+    loaders = trainer.val_dataloaders
+    listed: Sequence[Any] = [] if loaders is None else loaders if isinstance(loaders, list) else [loaders]
+    mean = TokenMean().to(module.device)
+    for loader, count in zip(listed, trainer.num_val_batches, strict=False):
+        for values in evaluated_batches(trainer, module, loader, range(int(count))):
+            mean.update(values["student_nll"])
+    return float(mean.compute())

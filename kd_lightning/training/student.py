@@ -1,67 +1,159 @@
-"""Student and loss under one forward: body, head, loss."""
+"""Student and loss in one forward: body, LM head, loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.fsdp2 import ShardableStudent
 from kd_lightning.distributed.vocab_parallel import head_on_rank
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.backbone import body_and_head, head_settings, hidden_states, logits, with_current_weights
+from kd_lightning.models.hf_adapter import name_or_path, output_embeddings, weight_and_bias
+from kd_lightning.models.loading import check_causal, check_finite, load_causal_lm
+from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.training.loss_components import component_sums
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
 NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
+Split = Callable[[Any], tuple[nn.Module, Head]]  # a model into its body and its LM head
+
+
+@dataclass(frozen=True)
+class StudentSource:
+    """Where the student comes from.
+
+    Args:
+        model: folder, hub name or `asset:` name, or a loaded model.
+        init: `pretrained` or `random`.
+        kwargs: arguments of `from_pretrained`.
+        lora: adapters to add; None: all parameters are trained.
+    """
+
+    model: Any
+    init: str = "pretrained"
+    kwargs: dict[str, Any] | None = None
+    lora: LoRA | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Folder or hub name; None for a loaded model without one."""
+        return self.model if isinstance(self.model, str) else name_or_path(self.model)
+
+    def load(self) -> tuple[nn.Module, str | None]:
+        """Load the student.
+
+        Returns:
+            The model in train mode, and the digest of its base weights if a checkpoint can leave them out: with
+            adapters on weights that can be loaded again. None otherwise.
+        """
+        student, base_digest = self.model, None
+        if isinstance(student, str):
+            student = load_causal_lm(student, init=self.init, kwargs=self.kwargs, role="student")
+        else:
+            check_finite(student, "student")
+            check_causal(student.eval(), "student")
+        if self.lora is not None:
+            if isinstance(self.model, str) and self.init == "pretrained":
+                base_digest = tensor_digest(student.named_parameters())
+            student = add_adapters(student, self.lora)
+        return student.train(), base_digest
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Outputs of both models on one batch, from which any loss can be computed.
+
+    Args:
+        student: hidden states if `student_head` is given, else logits; [B, T, H or V].
+        student_head: None: the student cannot be split, or the teacher gives full logits.
+        teacher: hidden states if `teacher_head` is given, else its distribution; None without a teacher.
+        teacher_head: the teacher's LM head.
+        labels: [B, T].
+        columns: extra inputs per token, [B, T] or [B].
+    """
+
+    student: Tensor
+    student_head: Head | None
+    teacher: Tensor | TopK | None
+    teacher_head: Head | None
+    labels: Tensor
+    columns: Mapping[str, Tensor]
+
+    def loss(self, loss: DistillationLoss) -> LossParts:
+        """A loss of these outputs."""
+        if self.student_head is None:
+            return loss.from_logits(self.student, self.teacher, self.labels, self.columns)
+        teacher, head = self.teacher, self.teacher_head
+        return loss.from_hidden(self.student, self.student_head, teacher, head, self.labels, self.columns)
 
 
 class StudentWithLoss(ShardableStudent):
-    """Student and loss under one forward, body -> head -> loss: what DDP and FSDP2 wrap as a whole.
+    """Student and loss in one forward, body -> LM head -> loss: the unit that DDP and FSDP2 wrap.
 
     Args:
-        student: a Hugging Face causal LM.
-        loss: the loss it is trained on.
+        student: a Hugging Face causal LM; None: `set_student` follows.
+        loss: the training loss.
     """
 
-    cut = staticmethod(body_and_head)
+    student: nn.Module
 
-    def __init__(self, student: nn.Module, loss: DistillationLoss) -> None:
+    def __init__(self, student: nn.Module | None, loss: DistillationLoss) -> None:
         super().__init__()
-        self.student = student
+        self.register_module("student", None)  # before the loss: the order of parameters in checkpoints
         self.loss = loss
-        self._reading: Head | None = None
-        self._body: list[nn.Module] = []  # in a list: a second name for a part of the student, not a second part
+        self._head: Head | None = None  # its settings alone: the weights are read from the model each time
+        self._body: list[nn.Module] = []  # kept in a list so that it is not registered as a second submodule
+        if student is not None:
+            self.set_student(student)
+
+    def set_student(self, student: nn.Module, split: Split = body_and_head) -> None:
+        """Set the student and split it into body and LM head.
+
+        Args:
+            student: a Hugging Face causal LM.
+            split: how it is split; it raises a ValueError for a model that cannot be split.
+        """
+        self.student = student
         try:
-            body, reading = self.cut(student)
-            self._reading = head_settings(reading)
-            self._body.append(body)
+            body, head = split(student)
+            self._head = head_settings(head)
+            self._body = [body]
         except ValueError as error:
-            rank_zero_info(f"student: {error}; its whole logits are used instead")
+            rank_zero_info(f"student: {error}; full logits are used instead")
+
+    @property
+    def has_student(self) -> bool:
+        """Whether the student is loaded."""
+        return self._modules["student"] is not None
 
     def head(self) -> Head | None:
-        """The student's head as it stands now (a strategy may have put other tensors in the parameters' place)."""
-        return None if self._reading is None else head_on_rank(with_current_weights(self.student, self._reading))
+        """The student's LM head with its current weights (a strategy may have replaced the parameters)."""
+        return None if self._head is None else head_on_rank(with_current_weights(self.student, self._head))
 
     @property
     def body(self) -> nn.Module | None:
-        """What gives the student's hidden states; None where it cannot be cut."""
+        """The module that returns the student's hidden states; None if the student cannot be split."""
         return self._body[0] if self._body else None
 
     @property
     def vocabulary(self) -> int:
         """Number of tokens that the student has logits for."""
-        student: Any = self.student
-        return int(student.get_output_embeddings().weight.shape[0])
+        weight, _ = weight_and_bias(output_embeddings(self.student))
+        assert weight is not None
+        return int(weight.shape[0])
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `function(*args, **kwargs)` gives: whatever reads the student outside of `forward` goes through here.
+        """`function(*args, **kwargs)`: everything that reads the student outside of `forward` goes through here.
 
         A strategy that shards the parameters gathers them around both.
         """
@@ -72,43 +164,40 @@ class StudentWithLoss(ShardableStudent):
         batch: dict[str, Tensor],
         teacher: Teacher | None,
         loss: DistillationLoss | None = None,
-        beside: DistillationLoss | None = None,
+        components: DistillationLoss | None = None,
     ) -> LossParts:
-        """Undivided loss of one batch; position t is scored on the label at t + 1.
+        """Undivided loss of one batch; the prediction at position t is compared with the label at t + 1.
 
         Args:
             batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T].
-            teacher: read here, without gradient; None where nothing asks for it.
-            loss: another loss on the same models (monitors in validation); None: the one it was built with.
-            beside: its monitors are measured on the same hidden states and their means join `components`, where the
-                teacher's whole distribution is known. The loss is computed as without it, bit by bit.
+            teacher: run without gradient; None if the loss does not use it.
+            loss: another loss on the same models (for evaluation); None: the training loss.
+            components: a loss whose monitors are measured on the same outputs as well; their means are added to
+                `components`. Skipped with a top-k teacher. The training loss is not affected.
         """
-        loss = loss or self.loss
-        labels = batch["labels"][:, 1:]
-        rows = {
-            name: column[:, 1:] if column.ndim == 2 else column
-            for name, column in batch.items()
-            if name not in NOT_COLUMNS
-        }
-        inputs = {name: batch[name] for name in MODEL_INPUTS}
-        head, teacher_head = self.head(), None if teacher is None else teacher.head
-        told: Tensor | TopK | None = None
-        if teacher is not None and (head is None or teacher_head is None):
-            told = teacher.logits(batch)[:, :-1]
-        if head is not None and not isinstance(told, Tensor):
-            teacher_hidden = told if teacher is None or teacher_head is None else teacher.hidden(batch)[:, :-1]
-            hidden = hidden_states(self._body[0], **inputs)[:, :-1]
-
-            def read(loss: DistillationLoss) -> LossParts:
-                return loss.from_hidden(hidden, head, teacher_hidden, teacher_head, labels, rows)
-        else:
-            student_logits = logits(self.student, **inputs)[:, :-1]
-
-            def read(loss: DistillationLoss) -> LossParts:
-                return loss.from_logits(student_logits, told, labels, rows)
-
-        found = read(loss)
-        if beside is not None and teacher is not None and not isinstance(told, TopK):  # a top k has no tail to measure
+        outputs = self._run_models(batch, teacher)
+        parts = outputs.loss(loss or self.loss)
+        if components is not None and teacher is not None and not isinstance(outputs.teacher, TopK):
             with torch.no_grad():
-                found.components.update(component_sums(beside, read(beside)))
-        return found
+                parts.components.update(component_sums(components, outputs.loss(components)))
+        return parts
+
+    def _run_models(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:
+        """Run the teacher, then the student; hidden states if possible, else full logits."""
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        labels, columns = batch["labels"][:, 1:], _columns(batch)
+        head, teacher_head = self.head(), None if teacher is None else teacher.head
+        known: Tensor | TopK | None = None
+        if teacher is not None and (head is None or teacher_head is None):
+            known, teacher_head = teacher.logits(batch)[:, :-1], None
+        if head is None or self.body is None or isinstance(known, Tensor):
+            return ForwardPass(logits(self.student, **inputs)[:, :-1], None, known, None, labels, columns)
+        if teacher is not None and teacher_head is not None:
+            known = teacher.hidden(batch)[:, :-1]
+        return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, labels, columns)
+
+
+def _columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Extra inputs per token of a batch, shifted like the labels."""
+    columns = {name: column for name, column in batch.items() if name not in NOT_COLUMNS}
+    return {name: column[:, 1:] if column.ndim == 2 else column for name, column in columns.items()}

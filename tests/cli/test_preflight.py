@@ -264,7 +264,7 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
     "a token without an embedding": (
         added_token,
         "error: places",
-        "token 2048 ('<|system|>') of the rows has no place",
+        "token 2048 ('<|system|>') of the data is outside of the student's 2048 embeddings",
     ),
     "rows longer than the positions": (few_places, "error: places", "the student max_position_embeddings of 24"),
     "another end, and a long row in the batch": (

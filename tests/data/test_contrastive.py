@@ -1,4 +1,4 @@
-"""Pairs of responses: what a batch of them holds, how they are read and joined, what is dropped and said."""
+"""Pairs of responses: what a batch of them holds, how they are read and joined, what is dropped and reported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("names", [("teacher_response", "student_response"), ("chosen", "rejected")])
 @pytest.mark.parametrize("case", PROMPTS.values(), ids=PROMPTS.keys())
-def test_the_ways_to_write_a_pair(case: tuple[dict[str, Any], str], names: tuple[str, str], tmp_path: Path) -> None:
+def test_the_forms_of_a_pair(case: tuple[dict[str, Any], str], names: tuple[str, str], tmp_path: Path) -> None:
     fields, prompt = case
     data = module(write(tmp_path / "a.jsonl", [{**fields, names[0]: "good", names[1]: "bad"}]))
     assert halves(data) == [(0, 1, prompt, "good<|im_end|>"), (0, 2, prompt, "bad<|im_end|>")]
@@ -67,7 +67,7 @@ def test_responses_as_turns(tmp_path: Path) -> None:
     assert [row[2:] for row in found] == [(chat("say"), "good<|im_end|>"), (chat("say"), "bad<|im_end|>")] * 3
 
 
-def test_two_files_are_joined_by_prompt_and_equal_prompts_in_their_order(tmp_path: Path) -> None:
+def test_two_files_are_joined_by_prompt_and_equal_prompts_in_file_order(tmp_path: Path) -> None:
     good = [{"instruction": p, "output": "x", "response": f"good {n}"} for n, p in enumerate("abac")]
     bad = [{"instruction": p, "output": "x", "response": f"bad {n}"} for n, p in enumerate("caba")]
     data = module(
@@ -83,7 +83,7 @@ def test_two_files_are_joined_by_prompt_and_equal_prompts_in_their_order(tmp_pat
         ]
 
 
-def test_what_is_dropped_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_pairs_are_reported_with_file_and_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = "a story about a town by the sea " * 6
     turns = [[{"role": "user", "content": c}, {"role": "assistant", "content": "b"}] for c in "ab"]
     path = write(
@@ -111,8 +111,8 @@ def test_what_is_dropped_is_counted_and_named(tmp_path: Path, caplog: pytest.Log
         "unlocated": 0,
         "truncated": 1,
     }
-    said = [record.message for record in caplog.records if record.message.startswith("train:")]
-    assert said == [
+    message = [record.message for record in caplog.records if record.message.startswith("train:")]
+    assert message == [
         f"train: 2 of 7 pairs, 2 dropped with one response missing ({path}:2, {path}:3), 1 dropped with two different "
         f"prompts ({path}:5), 1 dropped with an empty response ({path}:4), 1 dropped with a response that does not "
         f"begin within max_length=30 ({path}:6), 1 truncated to max_length=30"
@@ -122,7 +122,7 @@ def test_what_is_dropped_is_counted_and_named(tmp_path: Path, caplog: pytest.Log
     assert module(path, max_length=30).report == data.report  # from the cache, too
 
 
-def test_prompts_without_a_partner_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_without_a_partner_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = write(tmp_path / "good.jsonl", [{"instruction": p, "response": "x"} for p in "abc"])
     bad = write(tmp_path / "bad.jsonl", [{"instruction": p, "response": "y"} for p in "bdefg"])
     with caplog.at_level(logging.INFO):
@@ -194,8 +194,8 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("case", BAD_ROWS.values(), ids=BAD_ROWS.keys())
 def test_a_bad_row_is_named_with_its_line(case: tuple[dict[str, Any], str], tmp_path: Path) -> None:
-    row, said = case
-    with pytest.raises(ValueError, match=said) as error:
+    row, message = case
+    with pytest.raises(ValueError, match=message) as error:
         module(write(tmp_path / "a.jsonl", [*pairs(1), row]))
     assert "\n" not in str(error.value)
 
@@ -208,7 +208,7 @@ def test_a_file_without_responses_cannot_be_joined(tmp_path: Path) -> None:
 
 
 def test_bad_arguments() -> None:
-    for kwargs, said in (
+    for kwargs, message in (
         ({"responses": "later"}, "responses must be 'data' or 'generate', got 'later'"),
         (
             {"responses": "generate", "student_responses": "b"},
@@ -217,5 +217,5 @@ def test_bad_arguments() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"train": []}, "train must name at least one file"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ContrastiveDataModule(**{"train": "a.jsonl", **kwargs})  # type: ignore[arg-type]

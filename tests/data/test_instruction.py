@@ -49,7 +49,7 @@ def test_a_batch(tmp_path: Path) -> None:
         assert not at[length:].any() and (ids[length:] == data.pad_id).all()
 
 
-def test_the_end_counts_where_it_is_the_padding_too(tmp_path: Path) -> None:
+def test_the_end_of_an_answer_is_a_label_even_if_it_is_also_the_padding(tmp_path: Path) -> None:
     data = module(write(tmp_path / "a.jsonl", rows(10)), tokenizer=tokenizer(pad="<|im_end|>"))
     assert data.pad_id == data.tokenizer.eos_token_id
     for batch in data.train_dataloader():
@@ -78,8 +78,8 @@ def test_counts_are_reported_in_one_line(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         data = module(path, max_length=30)
     assert data.report["train"] == {"rows": 4, "kept": 2, "empty": 1, "truncated": 1, "cut_away": 1, "unlocated": 0}
-    said = [record.message for record in caplog.records if record.message.startswith("train:")]
-    assert said == [
+    message = [record.message for record in caplog.records if record.message.startswith("train:")]
+    assert message == [
         "train: 2 of 4 rows, 1 dropped without an answer, 1 dropped with no answer within max_length=30, "
         "1 truncated to max_length=30"
     ]
@@ -111,13 +111,13 @@ NOTHING_LEFT = {
 
 
 @pytest.mark.parametrize("case", NOTHING_LEFT.values(), ids=NOTHING_LEFT.keys())
-def test_nothing_left_to_learn(case: tuple[Any, dict[str, Any], str], tmp_path: Path) -> None:
-    content, kwargs, said = case
-    with pytest.raises(ValueError, match=said):
+def test_no_row_left_to_train_on(case: tuple[Any, dict[str, Any], str], tmp_path: Path) -> None:
+    content, kwargs, message = case
+    with pytest.raises(ValueError, match=message):
         module(write(tmp_path / "a.jsonl", content), **kwargs)
 
 
-def test_the_length_said_to_be_needed_is_enough(tmp_path: Path) -> None:
+def test_the_reported_minimum_length_is_enough(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"instruction": "a story about a town by the sea", "output": "yes"}])
     with pytest.raises(ValueError, match="must be at least") as error:
         module(path, max_length=8)
@@ -138,8 +138,8 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: str(case[0]))
 def test_bad_arguments(case: tuple[dict[str, Any], str]) -> None:
-    kwargs, said = case
-    with pytest.raises(ValueError, match=said):
+    kwargs, message = case
+    with pytest.raises(ValueError, match=message):
         InstructionDataModule(**{"train": "a.jsonl", **kwargs})
 
 
@@ -155,8 +155,8 @@ def test_a_bad_row_is_named_with_its_line(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows(2))
-    for name, said in ((str(tmp_path), "the folder holds no tokenizer"), ("/nowhere", "no such folder")):
-        with pytest.raises(ValueError, match=f"tokenizer: '{name}' cannot be loaded .{said}"):
+    for name, message in ((str(tmp_path), "the folder holds no tokenizer"), ("/nowhere", "no such folder")):
+        with pytest.raises(ValueError, match=f"tokenizer: '{name}' cannot be loaded .{message}"):
             module(path, tokenizer=name)
     with pytest.raises(ValueError, match="tokenizer must be given"):
         module(path, tokenizer=None)

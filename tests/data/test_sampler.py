@@ -31,7 +31,7 @@ def test_one_rank_reads_every_row_once(rows: int, shuffle: bool, grouped: bool) 
 
 @pytest.mark.parametrize("rows", [2500, 49, 33, 4, 3])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_training_ranks_share_no_row_and_have_equally_many_batches(rows: int, shuffle: bool) -> None:
+def test_training_ranks_share_no_row_and_have_the_same_number_of_batches(rows: int, shuffle: bool) -> None:
     count = 3
     orders = ranks(count, LENGTHS[:rows], shuffle=shuffle, group_by_length=shuffle)
     batches = [list(order) for order in orders]
@@ -122,7 +122,7 @@ def test_a_loader_counts_its_passes(workers: int) -> None:
 
 @pytest.mark.parametrize("read", [0, 5])
 @pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0), (0, 2)])
-def test_a_loader_goes_on_where_another_was_left(workers: tuple[int, int], read: int) -> None:
+def test_a_loader_resumes_where_another_stopped(workers: tuple[int, int], read: int) -> None:
     before, after = workers
     present, following = passes(4, 5)
     left = loader(before, epoch=4)

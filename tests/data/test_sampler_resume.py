@@ -121,7 +121,7 @@ def test_every_pass_has_its_own_order(untouched: tuple[Path, list[list[int]]]) -
         (PASS + 2, 2),
     ],
 )
-def test_a_resumed_run_reads_on(
+def test_a_resumed_run_reads_the_remaining_batches(
     untouched: tuple[Path, list[list[int]]], step: int, workers: int, tmp_path: Path
 ) -> None:
     _, seen = untouched
@@ -134,7 +134,7 @@ def test_a_resumed_run_reads_on(
 
 @pytest.mark.parametrize("when", SAVED)
 @pytest.mark.parametrize(("limit", "workers"), [(1.0, 0), (1.0, 2), (0.5, 0), (4, 0)])
-def test_a_run_resumed_after_an_epoch_reads_on(when: str, limit: float, workers: int, tmp_path: Path) -> None:
+def test_a_run_resumed_after_an_epoch_reads_the_next_one(when: str, limit: float, workers: int, tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl")
     seen = fit(tmp_path, workers, every=when, limit_train_batches=limit).seen
     length = {1.0: PASS, 0.5: PASS // 2, 4: 4}[limit]

@@ -43,11 +43,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
         assert rows_of(source) == ROWS, source
 
 
-def test_places_name_line_or_row(tmp_path: Path) -> None:
+def test_locations_name_line_or_row(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", "\n" + lines(ROWS))
-    assert [place for place, _ in read_rows(path, "train")] == [f"{path}:2", f"{path}:3"]
+    assert [location for location, _ in read_rows(path, "train")] == [f"{path}:2", f"{path}:3"]
     path = write(tmp_path / "rows.json", json.dumps(ROWS))
-    assert [place for place, _ in read_rows(path, "train")] == [f"{path}: row 1", f"{path}: row 2"]
+    assert [location for location, _ in read_rows(path, "train")] == [f"{path}: row 1", f"{path}: row 2"]
 
 
 def test_a_bundled_name() -> None:
@@ -90,8 +90,8 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("case", BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_a_bad_file_is_named_with_its_line(case: tuple[str, str | bytes, str], tmp_path: Path) -> None:
-    name, content, said = case
-    with pytest.raises(ValueError, match=said) as error:
+    name, content, message = case
+    with pytest.raises(ValueError, match=message) as error:
         rows_of(write(tmp_path / name, content))
     assert "\n" not in str(error.value)
 
@@ -145,9 +145,9 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("case", BAD_ROWS, ids=lambda case: case[1][:40])
-def test_a_bad_row_is_named_in_the_users_words(case: tuple[dict[str, Any], str]) -> None:
-    row, said = case
-    with pytest.raises(ValueError, match=f"^rows.jsonl:7: .*{said}"):
+def test_a_bad_row_is_named_with_its_field(case: tuple[dict[str, Any], str]) -> None:
+    row, message = case
+    with pytest.raises(ValueError, match=f"^rows.jsonl:7: .*{message}"):
         parse_row(row, "rows.jsonl:7")
 
 

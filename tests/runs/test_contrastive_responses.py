@@ -21,7 +21,7 @@ PAIRS, BATCH = 14, 3
 PASS = -(-PAIRS // BATCH)
 
 
-def words(data: ContrastiveDataModule) -> dict[int, list[str]]:
+def responses_of(data: ContrastiveDataModule) -> dict[int, list[str]]:
     """Both responses by number of the pair."""
     found: dict[int, list[str]] = {}
     for number, _, _, text in halves(data):
@@ -43,14 +43,14 @@ def rooted(tmp_path: Path, rows: list[dict[str, Any]], **kwargs: Any) -> Contras
 
 
 # ----------------------------------------------------------------------------------------------------------- in place
-def test_new_responses_of_the_student_beside_the_teachers_old_ones(tmp_path: Path) -> None:
+def test_new_responses_of_the_student_with_the_teachers_old_ones(tmp_path: Path) -> None:
     data = rooted(tmp_path, pairs(5))
     loader = data.train_dataloader()
     list(loader)
     data.replace_responses({n: f"new {n}" for n in (0, 1, 3, 4)})
     expected = {n: [row["teacher_response"], f"new {n}"] for n, row in enumerate(pairs(5))}
     expected[2][1] = pairs(5)[2]["student_response"]
-    assert words(data) == expected
+    assert responses_of(data) == expected
     read = [data.tokenizer.decode(x[x != IGNORE_INDEX]) for batch in loader for x in batch["labels"]]
     assert read == [text + "<|im_end|>" for n in range(5) for text in expected[n]]  # a loader that was there before
 
@@ -63,18 +63,18 @@ def test_batches_are_made_by_the_new_lengths(tmp_path: Path) -> None:
         assert len(set((batch["row_ids"] % 4).tolist())) == 1
 
 
-def test_a_response_without_words_leaves_the_old_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_empty_response_keeps_the_old_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = rooted(tmp_path, pairs(3))
-    before = words(data)
+    before = responses_of(data)
     with caplog.at_level(logging.INFO):
         data.replace_responses({0: "", 1: " \n", 2: "new"})
-    assert words(data) == {**before, 2: [before[2][0], "new"]}
+    assert responses_of(data) == {**before, 2: [before[2][0], "new"]}
     assert "train: replaced 1 of 3 responses of the student, ignored 2 that are empty or begin after max_length=" in caplog.text
     data.replace_responses({2: ""})
-    assert words(data)[2][1] == "new"
+    assert responses_of(data)[2][1] == "new"
 
 
-def test_an_endless_response_is_cut(tmp_path: Path) -> None:
+def test_an_endless_response_is_truncated(tmp_path: Path) -> None:
     data = rooted(tmp_path, pairs(1), max_length=40)
     data.replace_responses({0: "again and " * 500})
     (batch,) = data.train_dataloader()
@@ -82,16 +82,16 @@ def test_an_endless_response_is_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("responses", "side", "said"),
+    ("responses", "side", "message"),
     [
         ({7: "a"}, "student", "responses must have row_ids of training pairs as keys, got 7"),
         ({0: 3}, "student", r"responses\[0\] must be a string, got int"),
         ({0: "a"}, "both", "side must be 'teacher' or 'student', got 'both'"),
     ],
 )
-def test_what_cannot_be_put_in_place(responses: Any, side: str, said: str, tmp_path: Path) -> None:
+def test_responses_that_are_refused(responses: Any, side: str, message: str, tmp_path: Path) -> None:
     data = rooted(tmp_path, pairs(2))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         data.replace_responses(responses, side)
     assert not (tmp_path / "responses").exists()
 
@@ -113,13 +113,13 @@ def test_a_run_may_begin_with_prompts_alone(tmp_path: Path, caplog: pytest.LogCa
     data.replace_responses({n: f"good {n}" for n in range(4)}, "teacher")
     data.replace_responses({0: "bad 0", 1: "", 2: "bad 2", 3: "bad 3"})
     assert data.missing_responses("teacher") == [] and data.missing_responses("student") == [1]
-    assert words(data) == {n: [f"good {n}", f"bad {n}"] for n in (0, 2, 3)}
+    assert responses_of(data) == {n: [f"good {n}", f"bad {n}"] for n in (0, 2, 3)}
     assert data.report["train"]["kept"] == 3 and data.report["train"]["empty"] == 1
     assert [row["index"] for row in data.generation_rows("train")] == [0, 2, 3]
 
     again = rooted(tmp_path, PROMPTS, responses="generate")
     again.load_state_dict(data.state_dict())
-    assert words(again) == words(data) and again.state_dict() == data.state_dict()
+    assert responses_of(again) == responses_of(data) and again.state_dict() == data.state_dict()
 
 
 def test_half_of_a_pair_may_be_there(tmp_path: Path) -> None:
@@ -127,25 +127,25 @@ def test_half_of_a_pair_may_be_there(tmp_path: Path) -> None:
     data = rooted(tmp_path, rows, responses="generate")
     assert data.missing_responses("teacher") == [] and data.missing_responses("student") == [0]
     data.replace_responses({0: "maybe"})
-    assert words(data) == {0: ["yes", "maybe"], 1: ["yes", "no"]}
+    assert responses_of(data) == {0: ["yes", "maybe"], 1: ["yes", "no"]}
 
 
 # -------------------------------------------------------------------------------------------------------- found again
 class Recorder(L.LightningModule):
-    """Learns nothing; writes down the tokens of every batch; brings new responses before each pass but the first."""
+    """Trains nothing; records the tokens of every batch; replaces responses before each pass except the first."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.fail_at = fail_at
         self.seen: list[list[list[int]]] = []
-        self.told: list[int] = []
+        self.passes: list[int] = []
 
     def on_fit_start(self) -> None:
         self.trainer.datamodule.add_before_pass(self.respond)  # type: ignore[attr-defined]
 
     def respond(self, number: int) -> None:
-        self.told.append(number)
+        self.passes.append(number)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if number == 0 and data.responses == "generate":
             for side in ("teacher", "student"):
@@ -196,11 +196,11 @@ def fit(
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
     run = fit(tmp_path_factory.mktemp("untouched"))
-    assert run.told == [0, 1, 2]
+    assert run.passes == [0, 1, 2]
     return run.seen
 
 
-def test_a_pass_holds_every_pair_once_and_the_next_has_new_words(untouched: list[list[list[int]]]) -> None:
+def test_a_pass_holds_every_pair_once_and_the_next_has_new_responses(untouched: list[list[list[int]]]) -> None:
     assert len(untouched) == 3 * PASS
     passes = [untouched[n * PASS : (n + 1) * PASS] for n in range(3)]
     for batches in passes:
@@ -209,27 +209,27 @@ def test_a_pass_holds_every_pair_once_and_the_next_has_new_words(untouched: list
 
 
 @pytest.mark.parametrize(("step", "workers"), [(2, 0), (PASS, 0), (PASS + 2, 0), (2 * PASS, 2), (2 * PASS + 3, 2)])
-def test_a_resumed_run_reads_on(untouched: list[list[list[int]]], step: int, workers: int, tmp_path: Path) -> None:
+def test_a_resumed_run_reads_the_remaining_batches(untouched: list[list[list[int]]], step: int, workers: int, tmp_path: Path) -> None:
     killed = fit(tmp_path, workers, fail_at=step + 1)
     assert killed.seen == untouched[: step + 1]
     resumed = fit(tmp_path, workers, ckpt=str(tmp_path / f"step={step}.ckpt"))
     assert resumed.seen == untouched[step:]
-    assert resumed.told == [number for number in range(3) if number * PASS >= step]
+    assert resumed.passes == [number for number in range(3) if number * PASS >= step]
 
 
 @pytest.mark.parametrize(("step", "workers"), [(2, 0), (PASS, 2), (PASS + 2, 0)])
-def test_a_run_that_began_with_prompts_reads_on(step: int, workers: int, tmp_path: Path) -> None:
+def test_a_run_that_began_with_prompts_reads_the_remaining_batches(step: int, workers: int, tmp_path: Path) -> None:
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = fit(tmp_path / "whole", late=True)
-    assert whole.told == [0, 1, 2] and len(whole.seen) == 3 * PASS
+    assert whole.passes == [0, 1, 2] and len(whole.seen) == 3 * PASS
     assert {n for batch in whole.seen for n in batch[-1]} == set(range(PAIRS)) - {2}
     fit(tmp_path / "cut", fail_at=step + 1, late=True)
     resumed = fit(tmp_path / "cut", workers, ckpt=str(tmp_path / "cut" / f"step={step}.ckpt"), late=True)
     assert resumed.seen == whole.seen[step:]
 
 
-def test_responses_that_are_gone_or_others_are_not_read(tmp_path: Path) -> None:
+def test_missing_or_changed_responses_are_refused(tmp_path: Path) -> None:
     fit(tmp_path, fail_at=PASS + 3)
     ckpt = str(tmp_path / f"step={PASS + 2}.ckpt")
     file = tmp_path / "responses" / "student-0001.jsonl"

@@ -91,7 +91,7 @@ def test_sharded_ranks_and_one_device_go_on_with_theirs(tmp_path: Path) -> None:
 def test_adapters_of_other_weights_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "whole", written(tmp_path / "start"))
     other = written(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"adapters of another model than .*other: its weights have digest"):
+    with pytest.raises(ValueError, match=r"adapters of another model than .*other: its base weights have digest"):
         run(tmp_path / "again", other, tmp_path / "whole" / "epoch=1.ckpt")
 
 

@@ -22,6 +22,7 @@ from kd_lightning.teachers.cache_format import CacheManifest, CacheReader, row_k
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
+from kd_lightning.training.student import StudentWithLoss
 from locations import SUPPORT
 from refusals import refused
 
@@ -150,7 +151,7 @@ def test_the_first_step_is_the_live_one_and_no_teacher_is_asked(
     live.configure_model()
     datamodule = InstructionDataModule(str(data), tokenizer="asset:student", batch_size=7, max_length=128)
     datamodule.setup("fit")
-    assert live.teacher is not None and live.model is not None
+    assert live.teacher is not None
     fill_cache(tmp_path / "cache", live.teacher, datamodule, live.model.vocabulary, dtype="float32", bar=False)
 
     def never(*_: Any, **__: Any) -> None:
@@ -171,18 +172,21 @@ def test_the_first_step_is_the_live_one_and_no_teacher_is_asked(
             torch.testing.assert_close(other.grad, one.grad, atol=1e-6, rtol=0, msg=name)
 
 
+def refuse(model: Any) -> Any:
+    raise ValueError("cannot be split")
+
+
 def test_a_student_that_cannot_be_cut_reads_a_cache_too(kept: dict[str, Path]) -> None:
     away = DistillationModule("asset:student", CachedTeacher(str(kept["hidden"])))
     away.configure_model()
-    assert away.model is not None
     batch = next(batches(kept["data"]))
     for name in ("hidden", "top_k"):
         teacher = opened(kept[name])
-        away.model._reading = away.model._reading or None
+        whole = StudentWithLoss(None, away.loss)
+        whole.set_student(away.student, split=refuse)
+        assert away.model.head() is not None and whole.head() is None
         through = away.model(batch, teacher).mean
-        reading, away.model._reading = away.model._reading, None
-        torch.testing.assert_close(away.model(batch, teacher).mean, through, atol=1e-5, rtol=1e-5)
-        away.model._reading = reading
+        torch.testing.assert_close(whole(batch, teacher).mean, through, atol=1e-5, rtol=1e-5)
 
 
 def test_a_run_from_top_k_measures_lower_bounds(tmp_path: Path, kept: dict[str, Path]) -> None:
@@ -350,7 +354,11 @@ def test_another_kind_is_not_mixed_in(kept: dict[str, Path], capfd: pytest.Captu
     refused(words(kept["data"], kept["hidden"]), ["another dtype", "float32", "bfloat16"], capfd)
     refused(words(kept["data"], kept["hidden"], "--kind", "top_k"), ["another kind", "'hidden'", "'top_k'"], capfd)
     away = ["--model.teacher", "CachedTeacher", "--model.teacher.path", str(kept["hidden"])]
-    refused(words(kept["data"], kept["bfloat16"], *away), ["a cache already", str(kept["hidden"])], capfd)
+    refused(
+        words(kept["data"], kept["bfloat16"], *away),
+        ["already a cache", "pass the teacher itself", str(kept["hidden"])],
+        capfd,
+    )
 
 
 def spoil(folder: Path, how: str) -> None:

@@ -1,0 +1,50 @@
+"""Checks of arguments of `DistillationModule` that belong together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kd_lightning.schedules import Weight
+from kd_lightning.teachers.base import Teacher
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuse "none", which has no single loss to train on.
+
+    Raises:
+        ValueError: the reduction is "none".
+    """
+    if reduction == "none":
+        raise ValueError("reduction must be 'token_mean', 'sequence_mean' or 'sum' in training, got 'none'")
+
+
+def check_models(
+    student: Any, teacher: Any, student_init: str, teacher_kwargs: dict[str, Any] | None, ce_weight: Weight
+) -> None:
+    """Check student and teacher, before anything is loaded.
+
+    Raises:
+        ValueError: an argument is out of its range, or two of them contradict each other.
+    """
+    if student_init not in ("pretrained", "random"):
+        raise ValueError(f"student_init must be 'pretrained' or 'random', got {student_init!r}")
+    if teacher is None and ce_weight != 1:
+        raise ValueError(f"ce_weight must be 1 where there is no teacher, got {ce_weight}")
+    if teacher is not None and student is teacher and not isinstance(student, str):
+        raise ValueError("student and teacher must be two objects, as the teacher is frozen: pass copy.deepcopy of one")
+    if teacher_kwargs and isinstance(teacher, Teacher):
+        raise ValueError(
+            f"teacher_kwargs must be empty if teacher is a Teacher, got {teacher_kwargs}: pass them to "
+            f"{type(teacher).__name__}"
+        )
+
+
+def check_teacher_cache(teacher: Any, responses: object | None) -> None:
+    """Check that the teacher's outputs can be cached before the run.
+
+    Raises:
+        ValueError: there is no teacher, or responses are generated during the run.
+    """
+    if teacher is None or responses is not None:
+        reason = "there is no teacher" if teacher is None else f"{type(responses).__name__} generates new ones"
+        raise ValueError(f"teacher_cache must be false where no responses can be known beforehand: {reason}")
