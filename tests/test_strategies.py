@@ -314,7 +314,7 @@ def test_a_sharded_teacher_cannot_mix_into_generation(tmp_path: Path) -> None:
     arguments += ["--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--model.responses.max_new_tokens", "4"]
     code, _, err = runs.finish(arguments)
     assert code == 1
-    assert "kd-lightning: error: teacher_share must be 0 where a strategy shards the teacher" in err
+    assert "kd-lightning: error: teacher_share must be 0 if the strategy shards the teacher (fsdp2): use ddp" in err
     assert "Traceback" not in err
 
 
