@@ -21,7 +21,7 @@ def test_cross_entropy_is_read_at_temperature_one() -> None:
 
 # ----------------------------------------------------------------------------------------------- policy gradient
 def policy(ratio: float, advantage: float, importance: float = 1.0, clip: float = 0.2) -> tuple[float, float]:
-    """Loss and derivative where the ratio of probabilities is as given."""
+    """Loss and derivative for a given ratio of probabilities."""
     log_q = torch.tensor([math.log(0.3)], dtype=torch.float64, requires_grad=True)
     rows = {
         "advantage": torch.tensor([advantage], dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""Schedules: where they stand, when they move, and that their state keeps its precision."""
+"""Schedules: values, updates, and the precision of their state."""
 
 from __future__ import annotations
 
