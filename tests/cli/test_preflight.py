@@ -259,7 +259,7 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
             "--config", str(runs.CONFIGS / "seqkd.yaml"), "--model.ce_weight", "0", "--model.teacher_cache", "true"
         ),
         "error: words",
-        "teacher_cache must be false where no responses can be known beforehand",
+        "teacher_cache must be false with Regeneration",
     ),
     "a token without an embedding": (
         added_token,
