@@ -17,7 +17,8 @@ from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.distributed.trainer import limit_batches
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
-from kd_lightning.models.loading import auto, check_tokenizers, resolve_model
+from kd_lightning.models.loading import check_tokenizers, resolve_model
+from kd_lightning.models.pretrained import from_pretrained
 from kd_lightning.training.evaluation import limited_batches
 
 Check = Callable[[PreparedFit], Findings]
@@ -56,7 +57,7 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
     if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
         return
     try:
-        theirs = auto.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        theirs = from_pretrained("tokenizer", path)
     except OSError:
         return  # a hub name without a tokenizer; `check_tokenizers` has logged that it is not checked
     special = {
