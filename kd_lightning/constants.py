@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 SOURCES = ("dataset", "teacher", "student")
-"""Who wrote a response; the column `source` holds indices into it."""
+"""Origins of a response; the column `source` contains indices into this tuple."""
 
 IGNORE_INDEX = -100
-"""The label of a token that is not scored."""
+"""Label of tokens without a label, such as prompts and padding; the loss ignores them."""
 
 
 def moves_objective(path: str) -> bool:
-    """Whether a schedule at this dotted path changes what the objective measures, and not a weight beside it."""
+    """Whether a schedule at this dotted path changes the objective itself, not `ce_weight` or the responses."""
     return path != "ce_weight" and not path.startswith("responses.")

@@ -1,8 +1,9 @@
-r"""Divergences and mixtures as pure mathematics on log-probabilities: [..., V] in, [...] out (mixtures: [..., V]).
+r"""Divergences and mixtures as functions of log-probabilities: [..., V] -> [...] (mixtures: -> [..., V]).
 
-Teacher first: `log_p`, `log_q` are normalised over the last dimension and clamped at −1e4 by `log_softmax`, so that a
-dead column (−inf, padding) has probability exactly 0 in both, differs by 0, and needs no guard anywhere. Nothing
-here branches on data: every function runs under `torch.compile(fullgraph=True)` and `torch.func`.
+The teacher comes first. `log_p` and `log_q` are normalized over the last dimension and clamped at −1e4 by
+`log_softmax`: a padding column (logit −inf) has probability exactly 0 and an equal log-probability in both models, so
+that no function needs a special case for it. No function branches on data: all of them run under
+`torch.compile(fullgraph=True)` and `torch.func`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ FLOOR = -1e4
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    r"""\(\log\mathrm{softmax}\) in fp32 at least (float64 stays), clamped once at −1e4.
+    r"""\(\log\mathrm{softmax}\) in fp32 at least (float64 stays), clamped at −1e4.
 
     Args:
-        logits: [..., V]; −inf where a column is dead.
+        logits: [..., V]; −inf for padding columns.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return torch.log_softmax(wide, dim=-1).clamp_min(FLOOR)
@@ -47,13 +48,13 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def head_mask(log_p: Tensor, mu: float, rule: str = "covering") -> Tensor:
-    r"""The teacher's most probable tokens up to mass μ, as a threshold on log p found by bisection, without a sort.
+    r"""Mask of the teacher's most probable tokens with total mass μ; a bisection on log p, without a sort.
 
-    "covering": the smallest top set with mass ≥ μ. "official": the token that crosses μ is left out, unless it is the
-    first. Tokens of equal probability go together.
+    "covering": the smallest set of top tokens with mass ≥ μ. "official": the token that crosses μ is left out, unless
+    it is the first. Tokens of equal probability are in the mask together or not at all.
 
-    The threshold token has at least the mean probability of what remains, (1 − μ) / V: with that as the lower end,
-    30 halvings reach the resolution of fp32.
+    The threshold token has at least the mean probability of the remaining tokens, (1 − μ) / V: with that as the lower
+    end, 30 halvings reach the resolution of fp32.
 
     Args:
         log_p: [..., V].
@@ -61,7 +62,7 @@ def head_mask(log_p: Tensor, mu: float, rule: str = "covering") -> Tensor:
         rule: "covering" or "official".
 
     Returns:
-        [..., V], true in the head.
+        [..., V], True for the top tokens.
     """
     p = log_p.exp()
     top = log_p.amax(-1, keepdim=True)
@@ -77,10 +78,10 @@ def head_mask(log_p: Tensor, mu: float, rule: str = "covering") -> Tensor:
 
 
 def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float, rule: str = "covering") -> Tensor:
-    r"""\(w\,\mathrm{KL}(p\|q) + (1-w)\,\mathrm{KL}(q\|p)\), w the head's share of \(\sum|p-q|\), without gradient."""
-    if mu == 1:  # everything is head; a sum that rounds to 1 + ε must not say otherwise
+    r"""\(w\,\mathrm{KL}(p\|q) + (1-w)\,\mathrm{KL}(q\|p)\), w the top tokens' share of \(\sum|p-q|\), detached."""
+    if mu == 1:  # all tokens are top tokens: the weight is exactly 1, without rounding
         return forward_kl(log_p, log_q)
-    a, b = log_p.detach(), log_q.detach()  # either may be the student or a mixture, inside an objective
+    a, b = log_p.detach(), log_q.detach()  # in an objective either may be the student or a mixture
     gap = (a.exp() - b.exp()).abs()
     total = gap.sum(-1)
     in_head = torch.where(head_mask(a, mu, rule), gap, 0.0).sum(-1)
@@ -89,7 +90,7 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float, rule: str = "covering")
 
 
 def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    r"""The α-β-divergence of Cichocki et al., every limit by continuity.
+    r"""The α-β-divergence of Cichocki et al., with every limit by continuity.
 
     \(D = -\frac{1}{\alpha\beta}\sum\bigl[p^\alpha q^\beta - \frac{\alpha}{\alpha+\beta}p^{\alpha+\beta}
     - \frac{\beta}{\alpha+\beta}q^{\alpha+\beta}\bigr]\).
@@ -102,7 +103,7 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tenso
         return alpha_beta(log_q, log_p, beta, alpha)
     total = alpha + beta
     x = log_p - log_q
-    if total <= 0:  # q^s does not vanish in a dead column; a mixture's may lie somewhat off the floor
+    if total <= 0:  # q^s does not vanish in a padding column, where a mixture is not exactly at the floor
         dead = torch.maximum(log_p, log_q) < FLOOR / 2
         x, log_q = x.masked_fill(dead, 0.0), log_q.masked_fill(dead, 0.0)
     if beta == 0:
@@ -116,7 +117,7 @@ def _weighted_phi(u: Tensor, x: Tensor, c: float) -> Tensor:
     if c == 0:
         return u.exp() * x
     g = c * x
-    positive = torch.relu(g)  # its gradient at 0 is 0, which makes the whole right there; clamp's would be 1
+    positive = torch.relu(g)  # its gradient at 0 must be 0; that of clamp would be 1
     product = (u + positive).exp() * torch.expm1(g - 2 * positive)
     return torch.where(g > 0, -product, product) / c
 
@@ -127,7 +128,7 @@ def arithmetic_mixture(log_p: Tensor, log_q: Tensor, teacher_weight: float | Ten
     Args:
         log_p: [..., V].
         log_q: [..., V].
-        teacher_weight: λ, a number, 0-d, or [...]: one per row.
+        teacher_weight: λ, a number, 0-d, or one per token [...].
     """
     log_w, log_v = _logs(teacher_weight)
     return torch.logaddexp(log_p + log_w, log_q + log_v)
@@ -135,8 +136,8 @@ def arithmetic_mixture(log_p: Tensor, log_q: Tensor, teacher_weight: float | Ten
 
 def geometric_mixture(log_p: Tensor, log_q: Tensor, teacher_weight: float | Tensor) -> Tensor:
     r"""\(\log(p^\lambda q^{1-\lambda}/Z)\), [..., V]; shapes as in `arithmetic_mixture`."""
-    w = _per_row(teacher_weight)
-    h = log_q + w * (log_p - log_q)  # exact where they agree
+    w = _per_token(teacher_weight)
+    h = log_q + w * (log_p - log_q)  # exact where both models agree
     return torch.log_softmax(h, -1)
 
 
@@ -145,16 +146,16 @@ def alpha_mixture(log_p: Tensor, log_q: Tensor, alpha: float, teacher_weight: fl
 
     Reduces to the arithmetic mixture at α = −1, the geometric at α = 1 (the limit), the harmonic at α = 3.
 
-    With \(g = k(\log p - \log q)\) it is logaddexp(k log p + log λ, k log q + log(1 − λ))/k, up to its sum. For
-    |k| < 1/2 and |g| < 1, where 1/k would enlarge its rounding, \(\log q + \log(1 + \lambda(e^g - 1))/k\) instead. Both
-    hold for any λ in [0, 1], whose ends a schedule may reach.
+    Computed as logaddexp(k log p + log λ, k log q + log(1 − λ))/k, then normalized. For |k| < 1/2 and |g| < 1 with
+    \(g = k(\log p - \log q)\), where 1/k would amplify rounding, as \(\log q + \log(1 + \lambda(e^g - 1))/k\). Both
+    hold for any λ in [0, 1], including the ends, which a schedule may reach.
     """
     k = (1 - alpha) / 2
     if k == 1:
         return arithmetic_mixture(log_p, log_q, teacher_weight)
     if k == 0:
         return geometric_mixture(log_p, log_q, teacher_weight)
-    w = _per_row(teacher_weight)
+    w = _per_token(teacher_weight)
     log_w, log_v = _logs(teacher_weight)
     h = torch.logaddexp(k * log_p + log_w, k * log_q + log_v) / k
     if abs(k) < 0.5:
@@ -165,7 +166,7 @@ def alpha_mixture(log_p: Tensor, log_q: Tensor, alpha: float, teacher_weight: fl
 
 
 def entropy(log_q: Tensor) -> Tensor:
-    r"""\(-\sum q \log q\), in nats: 0 iff one token is certain, at most \(\log V\)."""
+    r"""\(-\sum q \log q\), in nats: 0 if and only if one token has probability 1, at most \(\log V\)."""
     return -(log_q.exp() * log_q).sum(-1)
 
 
@@ -180,9 +181,9 @@ def nll(log_q: Tensor, labels: Tensor) -> Tensor:
 
 
 def agreement(log_p: Tensor, log_q: Tensor, top_k: int = 1) -> Tensor:
-    r"""Share of the teacher's k likeliest tokens that are among the student's k, in [0, 1].
+    r"""Share of the teacher's k most probable tokens that are among the student's, in [0, 1].
 
-    Reduces to \(\arg\max p = \arg\max q\) at k = 1. Among equals, which come first is torch's choice.
+    Reduces to \(\arg\max p = \arg\max q\) at k = 1. Ties are broken as in `torch.topk`.
 
     Args:
         log_p: [..., V].
@@ -196,14 +197,14 @@ def agreement(log_p: Tensor, log_q: Tensor, top_k: int = 1) -> Tensor:
 
 
 def beats_teacher(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
-    r"""1 where the student gives the label more than the teacher does, \(q(y) > p(y)\), ½ where as much, else 0."""
+    r"""1 if the student gives the label more probability than the teacher, \(q(y) > p(y)\); ½ if equal; else 0."""
     return (1 + (nll(log_p, labels) - nll(log_q, labels)).sign()) / 2
 
 
 def calibration_sums(log_q: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
-    r"""Tokens, their confidence and how many are right, in bins of equal width of the confidence \(\max_v q(v)\).
+    r"""Token count, summed confidence and correct tokens in bins of equal width of the confidence \(\max_v q(v)\).
 
-    Sums of several batches may be added, which `calibration_error` of parts may not.
+    These sums can be added over batches, unlike values of `calibration_error`.
 
     Args:
         log_q: log-probabilities of either model, [..., V].
@@ -213,32 +214,32 @@ def calibration_sums(log_q: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     Returns:
         [3, bins], float64.
     """
-    top, likeliest = log_q.max(-1)
+    top, predicted = log_q.max(-1)
     confidence = top.exp().reshape(-1)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    values = torch.stack([torch.ones_like(confidence), confidence, (likeliest == labels).reshape(-1).to(top.dtype)])
-    return torch.zeros(3, bins, dtype=torch.float64, device=log_q.device).index_add(1, place, values.double())
+    bin_index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    values = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).reshape(-1).to(top.dtype)])
+    return torch.zeros(3, bins, dtype=torch.float64, device=log_q.device).index_add(1, bin_index, values.double())
 
 
 def calibration_error(log_q: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     r"""Expected calibration error of all tokens, \(\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|\), 0-d.
 
-    In [0, 1]; NaN of no token. Arguments as in `calibration_sums`.
+    In [0, 1]; NaN without tokens. Arguments as in `calibration_sums`.
     """
-    count, confidence, right = calibration_sums(log_q, labels, bins)
-    error: Tensor = (right - confidence).abs().sum() / count.sum()
+    count, confidence, correct = calibration_sums(log_q, labels, bins)
+    error: Tensor = (correct - confidence).abs().sum() / count.sum()
     return error
 
 
-def _per_row(weight: float | Tensor) -> float | Tensor:
-    """One weight per row, made to stand beside the vocabulary."""
+def _per_token(weight: float | Tensor) -> float | Tensor:
+    """A weight per token with a dimension for the vocabulary; a single weight unchanged."""
     return weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.ndim else weight
 
 
 def _logs(weight: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
     """Log λ and log(1 − λ)."""
     if isinstance(weight, Tensor):
-        w = _per_row(weight)
+        w = _per_token(weight)
         assert isinstance(w, Tensor)
         return w.log(), torch.log1p(-w)
     return (math.log(weight) if weight > 0 else -math.inf), (math.log1p(-weight) if weight < 1 else -math.inf)

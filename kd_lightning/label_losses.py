@@ -1,4 +1,4 @@
-r"""The second term of a token's loss: a function of the label's log-probability under the student."""
+r"""Label losses, the second term of the loss: functions of the student's log-probability of the label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kd_lightning.schedules import check_number, column
 
 
 class LabelLoss(nn.Module, ABC):
-    """A loss of log q at the label; `temperature` is where it wants log q (None: at the loss's own)."""
+    """A loss of the label's log q. `temperature`: the one at which log q is computed; None: that of the whole loss."""
 
     temperature: float | None = 1.0
 
@@ -22,17 +22,17 @@ class LabelLoss(nn.Module, ABC):
         """Loss per token.
 
         Args:
-            log_q_label: student's log-probability of the label, [N].
-            rows: columns, [N].
+            log_q_label: the student's log-probability of the label, [N].
+            rows: extra inputs per token by name, each [N].
 
         Returns:
-            [N].
+            One value per token, [N].
         """
 
 
 @final
 class CrossEntropy(LabelLoss):
-    r"""\(-\log q_y\), at temperature 1: plain fine-tuning on the labels."""
+    r"""\(-\log q_y\), at temperature 1: supervised fine-tuning on the labels."""
 
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Loss per token."""
@@ -41,17 +41,17 @@ class CrossEntropy(LabelLoss):
 
 @final
 class ClippedPolicyGradient(LabelLoss):
-    r"""MiniLLM's and PPO's clipped surrogate, \(\max(-A\rho, -A\,\mathrm{clip}(\rho, 1-c, 1+c))\).
+    r"""The clipped surrogate loss of MiniLLM and PPO, \(\max(-A\rho, -A\,\mathrm{clip}(\rho, 1-c, 1+c))\).
 
-    \(\rho = w\,e^{\log q_y - \log q_y^{old}}\), clipped after the importance weight w is in it. Reads the columns
-    "advantage" (A), "old_log_prob", and "importance" (w: 1 where the student alone was sampled), at the sampling
-    temperature. Beside `ReverseKL` with `ce_weight=0.5` it is half of the authors' loss.
+    \(\rho = w\,e^{\log q_y - \log q_y^{old}}\), clipped after multiplication by the importance weight w. Reads
+    "advantage" (A), "old_log_prob" and "importance" (w: 1 for tokens sampled from the student alone) from `rows`, at
+    the sampling temperature. With `ReverseKL` and `ce_weight=0.5` the loss is half of the authors' loss.
 
     Args:
         clip: c in (0, 1).
 
     Raises:
-        ValueError: clip is out of its range; in a call, a column is missing.
+        ValueError: clip is out of range; in `forward`, an entry of `rows` is missing.
 
     Reference: Gu et al., arXiv 2306.08543.
     """
@@ -73,18 +73,18 @@ class ClippedPolicyGradient(LabelLoss):
 
 @final
 class SampledReverseKL(LabelLoss):
-    r"""Reverse KL estimated from the student's own sampled tokens; in expectation the gradient of `ReverseKL`.
+    r"""Reverse KL estimated from tokens sampled from the student; its expected gradient is that of `ReverseKL`.
 
     With \(k = \log q_y - \log p_y\) both estimators have the gradient \(k \nabla \log q_y\): "k2" has the value
-    \(k^2/2\), never negative, "k1_reward" the value k, unbiased. (Differentiating k itself gives 0 in expectation,
-    and the popular \(e^{-k} - 1 + k\) gives the gradient of **forward** KL: neither is offered.) Reads the
-    column "teacher_token_log_prob", at the sampling temperature.
+    \(k^2/2\), never negative, "k1_reward" the value k, unbiased. (Neither k itself nor \(e^{-k} - 1 + k\) is offered:
+    the expected gradient of k is 0, and that of the other is the gradient of **forward** KL.) Reads
+    "teacher_token_log_prob" from `rows`, at the sampling temperature.
 
     Args:
         estimator: "k2" or "k1_reward".
 
     Raises:
-        ValueError: the estimator is neither; in a call, the column is missing.
+        ValueError: the estimator is unknown; in `forward`, the entry of `rows` is missing.
     """
 
     temperature = None

@@ -1,7 +1,7 @@
-r"""Weights that move while a run goes on. Wherever a weight is a number, a schedule is accepted.
+r"""Schedules: weights that change during training. Every weight that is a number can also be a schedule.
 
-State lives in 0-d fp32 buffers: it follows the device and the checkpoint, never the dtype, and a compiled loss sees new
-values without compiling again. Only `update` changes it, called once per optimizer step.
+State is kept in 0-d fp32 buffers: it moves with the device and is saved in checkpoints, keeps its dtype, and a compiled
+loss reads new values without recompilation. Only `update` changes it, called once per optimizer step.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from torch import Tensor, nn
 
 
 class Schedule(nn.Module, ABC):
-    """A weight that `update` moves; `forward` gives its present value."""
+    """A weight that changes in `update`; `forward` returns its current value.
 
-    columns: tuple[str, ...] = ()  # columns of `rows` it reads, which the loss then fills
-    side: str | None = None  # whose responses it is for: "teacher" (and the data set), "student"; None: all
+    `columns`: entries of `rows` that it reads; the loss computes them. `side`: the responses that it applies to,
+    "teacher" (those of the dataset too) or "student"; None: all.
+    """
+
+    columns: tuple[str, ...] = ()
+    side: str | None = None
 
     @abstractmethod
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The present value: 0-d, or one per row where it depends on `rows` (0-d without them)."""
+        """The current value: 0-d, or one per token if it depends on `rows` (0-d without them)."""
 
     @abstractmethod
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """Move after an optimizer step.
+        """Update after an optimizer step.
 
         Args:
-            progress: share of the run that is done, in [0, 1].
-            stats: means of this step's tokens over all ranks: "loss", "kd", "ce"; "epoch", how many passes over the
-                data are done; where a schedule reads columns "gap", "teacher_gap", "student_gap", over responses.
+            progress: finished share of the run, in [0, 1].
+            stats: means over this step's tokens on all ranks: "loss", "kd", "ce"; "epoch", the number of finished
+                passes over the data; if a schedule has `columns`, the means over responses "gap", "teacher_gap" and
+                "student_gap".
         """
 
     def state(self, name: str, number: float) -> None:
@@ -40,11 +45,11 @@ class Schedule(nn.Module, ABC):
         self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
 
     def extra_repr(self) -> str:
-        """The numbers it was made with."""
+        """Constructor arguments."""
         return numbers(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Follow the device only: a cast of the model must not round t."""
+        """Follow the device only: casting the model must not round the state."""
         kept = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
@@ -58,17 +63,16 @@ Weight = float | Schedule
 
 
 def value(weight: Weight, rows: Mapping[str, Tensor] | None = None) -> float | Tensor:
-    """What a weight is now: a number stays a number, a schedule gives 0-d or one per row."""
+    """The current value of a weight: the number itself, or the schedule's value, 0-d or one per token."""
     return weight(rows) if isinstance(weight, Schedule) else weight
 
 
 def check_number(
     name: str, number: Any, low: float = -math.inf, high: float = math.inf, ends: str = "[]", hint: str = ""
 ) -> None:
-    """Refuse what is no finite number in the interval; a bracket of `ends` that is round leaves its end out.
+    """Raise a ValueError with argument, range and value unless it is a finite number in the interval.
 
-    Raises:
-        ValueError: naming argument, value and range.
+    `ends`: "[" and "]" include an end, "(" and ")" exclude it.
     """
     if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
         above = low <= number if ends[0] == "[" else low < number
@@ -83,35 +87,30 @@ def check_number(
 
 
 def check_weight(name: str, weight: Any, ends: str = "[]", hint: str = "", per_row: bool = True) -> None:
-    """Refuse a weight that is neither a schedule nor a number from 0 to 1; `per_row`: it may read columns.
+    """Raise a ValueError unless the weight is a number in [0, 1] or a schedule.
 
-    Raises:
-        ValueError: naming argument, value and range.
+    `per_row`: whether a schedule may have one value per token.
     """
     if not isinstance(weight, Schedule):
         check_number(name, weight, 0, 1, ends, f"{hint} or a schedule")
     elif weight.columns and not per_row:
-        raise ValueError(f"{name} must be a number or a schedule with one value for all rows, got {weight!r}")
+        raise ValueError(f"{name} must be a number or a schedule with one value for all tokens, got {weight!r}")
 
 
 def numbers(part: nn.Module) -> str:
-    """The plain attributes of a part, for its representation."""
+    """The plain attributes of a module, for its representation."""
     return ", ".join(f"{name}={x!r}" for name, x in vars(part).items() if name[0] != "_" and name != "training")
 
 
 def column(rows: Mapping[str, Tensor] | None, name: str, reader: str) -> Tensor:
-    """One column.
-
-    Raises:
-        ValueError: it is missing; naming it and who reads it.
-    """
+    """One entry of the extra inputs per token; a ValueError with its name and reader if it is missing."""
     if rows is None or name not in rows:
         raise ValueError(f"{reader} reads the column {name!r} of rows, which is missing")
     return rows[name]
 
 
 class _Between(Schedule):
-    """A value between start and end that depends on progress alone."""
+    """A value between start and end that depends only on progress."""
 
     now: Tensor
 
@@ -125,28 +124,28 @@ class _Between(Schedule):
 
     @abstractmethod
     def at(self, progress: float) -> float:
-        """The value at a share of the way, in [0, 1]."""
+        """The value at a progress in [0, 1]."""
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The present value, 0-d."""
+        """The current value, 0-d."""
         return self.now
 
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """Move along the curve."""
+        """Set the value for this progress."""
         self.now.fill_(self.at(min(progress / self.until, 1.0)))
 
 
 class Linear(_Between):
-    r"""\(\text{start} + (\text{end} - \text{start})\cdot\text{progress}\), progress counted up to `until`.
+    r"""\(\text{start} + (\text{end} - \text{start})\cdot\text{progress}\), where progress reaches 1 at `until`.
 
     Args:
         start: value at the beginning, in [0, 1].
         end: value at the end, in [0, 1].
-        until: share of the run after which it stays, in (0, 1].
+        until: share of the run after which the value is constant, in (0, 1].
     """
 
     def at(self, progress: float) -> float:
-        """On the line."""
+        """Linear interpolation."""
         return self.start + (self.end - self.start) * progress
 
 
@@ -156,30 +155,30 @@ class Cosine(_Between):
     Args:
         start: value at the beginning, in [0, 1].
         end: value at the end, in [0, 1].
-        until: share of the run after which it stays, in (0, 1].
+        until: share of the run after which the value is constant, in (0, 1].
     """
 
     def at(self, progress: float) -> float:
-        """On the curve."""
+        """Cosine interpolation."""
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class TAIDSchedule(Schedule):
-    r"""TAID's weight of the teacher, which rises faster while the loss falls.
+    r"""TAID's teacher weight, which increases faster while the loss decreases.
 
     \(t \leftarrow \min(\text{end}, \max(\text{linear}(\text{progress}),\; t + \alpha\,\sigma(m)(1 - t)))\),
-    \(m \leftarrow \beta m + (1-\beta)(L_{prev} - L)/L_{prev}\); the first step only remembers its loss L, the step's
-    mean divergence. Reduces to `Linear(start, end)` with `adaptive=False`.
+    \(m \leftarrow \beta m + (1-\beta)(L_{prev} - L)/L_{prev}\); the first step only stores its loss L, the
+    mean divergence of the step. Reduces to `Linear(start, end)` with `adaptive=False`.
 
     Args:
         start: t at the beginning, in [0, 1].
         end: t at the end, in [start, 1].
         step_size: α ≥ 0.
         momentum: β in [0, 1).
-        adaptive: whether the loss moves t at all.
+        adaptive: whether t depends on the loss.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Reference: Shing et al., arXiv 2501.16937.
     """
@@ -203,16 +202,16 @@ class TAIDSchedule(Schedule):
         check_number("momentum", momentum, 0, 1, "[)")
         self.start, self.end, self.step_size, self.momentum, self.adaptive = start, end, step_size, momentum, adaptive
         self.state("t", start)
-        self.state("previous", math.nan)  # no loss seen yet
+        self.state("previous", math.nan)  # before the first step
         self.state("trend", 0.0)
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The present t, 0-d."""
+        """The current t, 0-d."""
         return self.t
 
     @torch.no_grad()
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """Move t by the paper's rule, without waiting for the device."""
+        """Update t as in the paper, without a device synchronization."""
         target = self.start + (self.end - self.start) * progress
         if not self.adaptive:
             self.t.fill_(target)
@@ -228,22 +227,22 @@ class TAIDSchedule(Schedule):
 
 
 class ResponseGap(Schedule):
-    r"""DistiLLM-2's skew of each response: lowered where the two models are closer than on the average response.
+    r"""DistiLLM-2's skew per response: smaller for responses on which the models are closer than on average.
 
     \(\alpha = 1 - (1 - \alpha_0)\,m / (g + 10^{-5})\), clipped to [minimum, \(\alpha_0\)];
     \(g = e^{\overline{\log p}} - e^{\overline{\log q}}\) over the response's labels, m the mean of g over the
-    responses of the last optimizer step. Constant in the gradient; \(\alpha_0\) until `start`, and without rows.
+    responses of the last optimizer step. It has no gradient; it is \(\alpha_0\) before `start` and without `rows`.
 
     Args:
         initial: α0, in (0, 1).
         minimum: lower end, in (0, initial].
-        side: "teacher": g as above, for responses of data set and teacher; "student": with the roles swapped, for the
-            student's own. m is the mean over the responses of that side.
-        start: progress from which m is followed, in [0, 1]; None: from the second pass over the data on, as the paper
-            has it (at once in a loop that does not tell its passes).
+        side: "teacher": g as above, for responses of the dataset and the teacher; "student": −g, for the student's
+            responses. m is the mean over the responses of that side.
+        start: progress from which m is updated, in [0, 1]; None: from the second pass over the data, as in the paper
+            (immediately in a loop that does not report "epoch").
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Reference: Ko et al., arXiv 2503.07067.
     """
@@ -262,30 +261,30 @@ class ResponseGap(Schedule):
         if side not in ("teacher", "student"):
             raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
         self.initial, self.minimum, self.side, self.start = initial, minimum, side, start
-        self.state("mean_gap", math.nan)  # not followed yet
+        self.state("mean_gap", math.nan)  # before the first update
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """One skew per row; the initial one, 0-d, without rows."""
+        """One skew per token; without rows the initial one, 0-d."""
         if rows is None:
             return torch.full_like(self.mean_gap, self.initial)
         teacher, student = (column(rows, name, "ResponseGap").detach().exp() for name in self.columns)
         gap = self._sign() * (teacher - student)
         skew = (1 - (1 - self.initial) * (self.mean_gap / (gap + 1e-5))).clamp(self.minimum, self.initial)
-        return torch.where(skew.isnan(), self.initial, skew)  # not followed yet, or 0 / 0
+        return torch.where(skew.isnan(), self.initial, skew)  # before the first update, or 0 / 0
 
     @torch.no_grad()
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """Remember this step's mean gap.
+        """Store the mean gap of this step.
 
         Args:
-            progress: share of the run that is done.
+            progress: finished share of the run.
             stats: "teacher_gap" and "student_gap", the means of exp(teacher) − exp(student) over the responses of each
-                side, nan where there was none; where the two are not told apart "gap", the mean over all.
+                side, NaN without any; or "gap", the mean over all responses, if the sides are not distinguished.
         """
-        followed = float(stats.get("epoch", 1)) >= 1 if self.start is None else progress >= self.start
-        if followed:
+        started = float(stats.get("epoch", 1)) >= 1 if self.start is None else progress >= self.start
+        if started:
             gap = torch.as_tensor(stats.get(f"{self.side}_gap", stats["gap"])).to(self.mean_gap)
-            # A step without a response of this side tells nothing of it.
+            # A step without a response of this side keeps the previous mean.
             self.mean_gap.copy_(torch.where(gap.isnan(), self.mean_gap, self._sign() * gap))
 
     def _sign(self) -> float:
@@ -293,10 +292,10 @@ class ResponseGap(Schedule):
 
 
 class Complement(Schedule):
-    """1 − another schedule, which moves by itself.
+    """1 − another schedule.
 
     Args:
-        schedule: the other.
+        schedule: the other schedule.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -305,8 +304,8 @@ class Complement(Schedule):
         self.columns, self.side = schedule.columns, schedule.side
 
     def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """One minus its present value."""
+        """1 − the other schedule's current value."""
         return 1 - self.schedule(rows)  # type: ignore[no-any-return]
 
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """Nothing: the other schedule is a part of the same module and is updated itself."""
+        """No-op: the other schedule is a submodule and is updated itself."""

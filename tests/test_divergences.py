@@ -341,7 +341,7 @@ def test_a_sum_hands_rows_on_and_moves_with_its_schedules() -> None:
         (lambda: GeneralizedJSD(0), r"beta must be a number in \(0, 1\) .*ForwardKL.*ReverseKL.*, got 0$"),
         (lambda: GeneralizedJSD(1.0), r"beta must be a number in \(0, 1\) .*ForwardKL.*ReverseKL.*, got 1.0$"),
         (lambda: GeneralizedJSD(True), "beta must be a number in .* got True"),
-        (lambda: GeneralizedJSD(ResponseGap()), "beta must be a number or a schedule with one value for all rows"),
+        (lambda: GeneralizedJSD(ResponseGap()), "beta must be a number or a schedule with one value for all tokens"),
         (lambda: SymmetricKL(1.5), r"forward_weight must be a number in \[0, 1\] or a schedule, got 1.5"),
         (lambda: SymmetricKL("0.5"), "forward_weight must be a number in .*, got '0.5'"),  # type: ignore[arg-type]
         (lambda: SymmetricKL(math.nan), "forward_weight must be a number in .*, got nan"),

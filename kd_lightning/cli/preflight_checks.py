@@ -8,9 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_lightning.callbacks.baselines import Baselines
-from kd_lightning.callbacks.export import HFExport
-from kd_lightning.callbacks.generation_eval import GenerationQuality
+from kd_lightning.callbacks.base import ChecksBeforeStart
+from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import GenerationRow
@@ -83,7 +82,7 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
 def check_responses(fit: PreparedFit) -> Findings:
     """Nothing has to be known in advance of responses that are generated during the run."""
     for regeneration in fit.regenerations:
-        regeneration.check(fit.module)
+        regeneration.check_before_start(fit)
     return iter(())  # a refusal is the finding
 
 
@@ -94,12 +93,10 @@ def check_callbacks(fit: PreparedFit) -> Findings:
         if data.sources[split]:
             limited_batches(loader(), limit_batches(fit.trainer, split))
     for callback in fit.callbacks:
-        if isinstance(callback, Baselines):
-            callback.check(data, fit.trainer.limit_val_batches)
-        if isinstance(callback, GenerationQuality):
-            callback.check(fit.student, data)
-        if isinstance(callback, HFExport):
-            callback.check_monitor(fit.module)
+        if isinstance(callback, Regeneration):
+            continue  # `check_responses` has checked it
+        if isinstance(callback, ChecksBeforeStart):
+            callback.check_before_start(fit)
     return iter(())
 
 

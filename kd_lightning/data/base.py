@@ -92,7 +92,7 @@ class DistillationDataModule(L.LightningDataModule, ABC):
             model: folder, hub name or `asset:` name; None changes nothing.
         """
 
-    # ----------------------------------------------------------------------------------------------------- what it has
+    # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
     @abstractmethod
     def splits(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Torchmetrics of a student and its teacher."""
+"""Torchmetrics that compare a student with its teacher."""
 
 from kd_lightning.metrics.bucketed import ByPosition, BySource
 from kd_lightning.metrics.per_token import (

@@ -1,4 +1,4 @@
-"""Any metric of tokens once more for each part of them: by place in the response, by who wrote it."""
+"""Any token metric per bucket of tokens: by position in the response, or by origin of the response."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from kd_lightning.constants import IGNORE_INDEX, SOURCES
 
 
 class Bucketed(WrapperMetric, ABC):
-    """A metric for each bucket of tokens; every counted token lies in one.
+    """One copy of a metric per bucket of tokens; every token with a label is in one bucket.
+
+    `columns`: keyword arguments of `update` that are passed to `bucket` instead of the metric.
 
     Args:
-        metric: any metric whose `update` takes `labels`, with −100 where a token is not counted.
-        names: the buckets'.
+        metric: any metric whose `update` takes `labels`, with −100 for tokens without a label.
+        names: names of the buckets.
         kwargs: arguments of `torchmetrics.Metric`.
     """
 
-    columns: tuple[str, ...] = ()  # what `bucket` takes out of the keywords of `update`
+    columns: tuple[str, ...] = ()
 
     def __init__(self, metric: Metric, names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -34,97 +36,105 @@ class Bucketed(WrapperMetric, ABC):
 
     @abstractmethod
     def bucket(self, labels: Tensor, **kwargs: Tensor) -> Tensor:
-        """Index of the bucket of every token, of the shape of `labels` or broadcast to it."""
+        """Bucket index of every token, in the shape of `labels` or broadcastable to it."""
 
     def update(self, *args: Tensor, labels: Tensor, **kwargs: Any) -> None:
         """Add tokens.
 
         Args:
-            args: what the metric takes before its labels (`log_p`, `log_q`).
-            labels: [B, T], −100 where a token is not counted.
-            kwargs: what the metric or `bucket` take besides.
+            args: arguments of the metric before its labels (`log_p`, `log_q`).
+            labels: [B, T]; −100: no label.
+            kwargs: further arguments of the metric or of `bucket`.
 
         Raises:
-            ValueError: what the metric raises.
+            ValueError: raised by the metric or by `bucket`.
         """
-        for metric, part in self._parts(labels, kwargs):
-            metric.update(*args, labels=part, **metric._filter_kwargs(**kwargs))
+        for metric, selected in self._split(labels, kwargs):
+            metric.update(*args, labels=selected, **metric._filter_kwargs(**kwargs))
 
     def forward(self, *args: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        """Add tokens and give the metric of each bucket of them alone; arguments as in `update`."""
-        parts = self._parts(labels, kwargs)
-        found = [metric(*args, labels=part, **metric._filter_kwargs(**kwargs)) for metric, part in parts]
-        return dict(zip(self.names, found, strict=True))
+        """Add tokens and return the metric of each bucket over these tokens; arguments as in `update`."""
+        buckets = self._split(labels, kwargs)
+        values = [metric(*args, labels=selected, **metric._filter_kwargs(**kwargs)) for metric, selected in buckets]
+        return dict(zip(self.names, values, strict=True))
 
-    def _parts(self, labels: Tensor, kwargs: dict[str, Any]) -> list[tuple[Metric, Tensor]]:
-        """Each bucket's metric with the labels that count in it; what `bucket` takes leaves the keywords."""
+    def _split(self, labels: Tensor, kwargs: dict[str, Any]) -> list[tuple[Metric, Tensor]]:
+        """The metric and the labels of each bucket; arguments of `bucket` are removed from `kwargs`."""
         own = {name: kwargs.pop(name) for name in self.columns if name in kwargs}
         bucket = self.bucket(labels, **own)
         return [(metric, labels.masked_fill(bucket != i, IGNORE_INDEX)) for i, metric in enumerate(self.metrics)]
 
     def merge_state(self, incoming_state: Any) -> None:
-        """Add what another one has seen, bucket by bucket.
+        """Add the state of another metric, bucket by bucket.
 
         Raises:
             ValueError: it has other buckets.
         """
-        names = getattr(incoming_state, "names", None)
-        if not isinstance(incoming_state, Bucketed) or names != self.names:
-            raise ValueError(f"merge_state needs a metric of the buckets {self.names}, got {incoming_state!r}")
+        if not isinstance(incoming_state, Bucketed) or incoming_state.names != self.names:
+            raise ValueError(f"merge_state needs a metric with the buckets {self.names}, got {incoming_state!r}")
         for metric, other in zip(self.metrics, incoming_state.metrics, strict=True):
             metric.merge_state(other)
 
     def compute(self) -> dict[str, Tensor]:
-        """The metric of each bucket by name; NaN where a bucket had no token."""
+        """The metric of each bucket by name; NaN for a bucket without tokens."""
         return {name: metric.compute() for name, metric in zip(self.names, self.metrics, strict=True)}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the buckets' values with matplotlib; arguments and result as in torchmetrics.
+        """Plot the values of all buckets with matplotlib; arguments and result as in torchmetrics.
 
         Args:
-            val: what `compute` gives, or a sequence of it, one a step; None: `compute()`.
-            ax: axes to draw on; None: new ones.
+            val: a result of `compute`, or a sequence of them, one per step; None: `compute()`.
+            ax: axes to draw on; None: new axes.
         """
         return self._plot(val, ax)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Reset all buckets."""
         super().reset()
         for metric in self.metrics:
             metric.reset()
 
 
+def response_positions(labels: Tensor) -> Tensor:
+    """Position of every token in its response: n for the n-th labelled token of its row, from 0.
+
+    Args:
+        labels: [..., T], −100 for tokens without a label, whose position has no meaning.
+    """
+    return (labels != IGNORE_INDEX).cumsum(-1) - 1
+
+
 class ByPosition(Bucketed):
-    """A metric by a token's place in its response: the n-th counted token of its row, from 0.
+    """A metric by position in the response: the n-th token with a label of its row, from 0.
 
     Args:
         metric: any metric whose `update` takes `labels`.
-        edges: where buckets begin: (0, 4, 16) makes "position_0-3", "position_4-15" and "position_16-".
+        edges: first position of each bucket: (0, 4, 16) gives "position_0-3", "position_4-15" and "position_16-".
         kwargs: arguments of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: `edges` do not begin with 0 or do not rise.
+        ValueError: `edges` do not start with 0 or do not increase.
     """
 
     def __init__(self, metric: Metric, edges: Sequence[int] = (0, 4, 16, 64), **kwargs: Any) -> None:
         edges = tuple(edges)
         if not edges or edges[0] != 0 or any(b <= a for a, b in pairwise(edges)):
-            raise ValueError(f"edges must begin with 0 and rise, got {edges}")
+            raise ValueError(f"edges must start with 0 and increase, got {edges}")
         names = [f"position_{a}-{b - 1}" for a, b in pairwise(edges)] + [f"position_{edges[-1]}-"]
         super().__init__(metric, names, **kwargs)
         self.edges = edges
 
     def bucket(self, labels: Tensor, **kwargs: Tensor) -> Tensor:
-        """Bucket of the place of every token."""
-        place = (labels != IGNORE_INDEX).cumsum(-1) - 1
-        inner = torch.tensor(self.edges[1:], device=labels.device, dtype=place.dtype)
-        return torch.bucketize(place, inner, right=True)
+        """Bucket of each token's position."""
+        position = response_positions(labels)
+        inner = torch.tensor(self.edges[1:], device=labels.device, dtype=position.dtype)
+        return torch.bucketize(position, inner, right=True)
 
 
 class BySource(Bucketed):
-    """A metric by who wrote the response: "source_dataset", "source_teacher" and "source_student".
+    """A metric by the origin of the response: "source_dataset", "source_teacher" and "source_student".
 
-    `update` takes `source` besides, [B] or [B, T]: an index into `objectives.SOURCES`.
+    `update` also takes `source`, [B] or [B, T]: an index into `objectives.SOURCES`.
 
     Args:
         metric: any metric whose `update` takes `labels`.
@@ -140,11 +150,13 @@ class BySource(Bucketed):
         """The column `source`.
 
         Raises:
-            ValueError: it is missing, or holds what is no index into `objectives.SOURCES`.
+            ValueError: it is missing, or has values that are not indices into `objectives.SOURCES`.
         """
         if kwargs.get("source") is None:
-            raise ValueError(f"update needs source=, [B]: an index into {SOURCES} for every row")
+            raise ValueError(f"update needs source=, [B]: an index into {SOURCES} for every response")
         source = kwargs["source"]
         if source.numel() and not 0 <= int(source.min()) <= int(source.max()) < len(SOURCES):
-            raise ValueError(f"source must hold indices into {SOURCES}, got {int(source.min())} to {int(source.max())}")
+            raise ValueError(
+                f"source must contain indices into {SOURCES}, got {int(source.min())} to {int(source.max())}"
+            )
         return source.unsqueeze(-1) if source.ndim < labels.ndim else source

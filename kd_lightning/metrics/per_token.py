@@ -1,9 +1,9 @@
-r"""Torchmetrics of a student and its teacher: means over counted tokens, right over ranks and unequal batches.
+r"""Torchmetrics that compare a student with its teacher: means over the tokens with a label.
 
-Every metric keeps a sum and a count in float64, both added up over ranks; one line divides. Log-probabilities are
-`functional.log_softmax` of the logits, \(\log p\) the teacher's and \(\log q\) the student's, already aligned with the
-labels (position t predicts `labels[..., t]`). Usable in any loop; Lightning logs them as they are. The value of one
-token is the function of the same name in `functional` (of a divergence: the divergence).
+They reduce correctly across ranks and uneven batches: every metric keeps a sum and a count in float64, both summed over
+ranks. Log-probabilities are `functional.log_softmax` of the logits, \(\log p\) of the teacher and \(\log q\) of the
+student, aligned with the labels (position t predicts `labels[..., t]`). They work in any loop, and Lightning's `log`
+accepts them. The value of one token is the function of the same name in `functional`, or the divergence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kd_lightning.divergences import Divergence, evaluate
 
 
 class _Plotted(Metric, ABC):
-    """What every metric here has in common."""
+    """Common settings of all metrics in this file."""
 
     full_state_update = False
     is_differentiable = False
@@ -30,35 +30,35 @@ class _Plotted(Metric, ABC):
     plot_lower_bound = 0.0
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw the value with matplotlib, as torchmetrics' own metrics do.
+        """Plot the value with matplotlib, as in torchmetrics.
 
         Args:
-            val: a value, or one a step; None: `compute()`.
-            ax: axes to draw on; None: new ones.
+            val: a value, or one per step; None: `compute()`.
+            ax: axes to draw on; None: new axes.
 
         Returns:
-            The figure, None where axes were given, and the axes.
+            The figure (None if `ax` is given) and the axes.
         """
         return self._plot(val, ax)
 
 
 class _PerTokenMean(_Plotted, ABC):
-    """Sum and count of values that stand one to a token."""
+    """Sum and count of one value per token."""
 
     total: Tensor
     count: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # A run's validation may add up 1e9 tokens: fp32 stops counting at 1.7e7.
+        # A run may validate on 1e9 tokens, and fp32 cannot count beyond 1.7e7.
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        # A MetricCollection takes metrics for one and the same whose states are equal after the first batch, as those
-        # of two divergences are where p = q there. NaN equals nothing.
+        # A MetricCollection merges metrics whose states are equal after the first batch, as those of two divergences
+        # are if p = q there. NaN is never equal.
         self.add_state("unlike", torch.tensor(float("nan")), dist_reduce_fx="max")
 
     def _add(self, values: Tensor, weights: Tensor | None = None) -> None:
-        # Not in place: a state made in inference mode (`Trainer.validate`) must not be written to outside of it.
+        # Not in place: a state made in inference mode (`Trainer.validate`) cannot be written to outside of it.
         values = values.detach().double()
         if weights is None:
             self.count = self.count + values.numel()
@@ -69,14 +69,14 @@ class _PerTokenMean(_Plotted, ABC):
         self.total = self.total + values.sum()
 
     def compute(self) -> Tensor:
-        """Mean over every token seen on every rank, 0-d fp32; NaN where none was."""
+        """Mean over all tokens of all ranks, 0-d fp32; NaN without tokens."""
         return (self.total / self.count).float()
 
 
 class TokenMean(_PerTokenMean):
-    r"""Mean of values that are there already, \(\sum_i w_i x_i / \sum_i w_i\): the `values` of `LossParts`, say.
+    r"""Mean of given values, \(\sum_i w_i x_i / \sum_i w_i\), for example the `values` of `LossParts`.
 
-    Reduces to the plain mean without weights. NaN before the first token.
+    Reduces to the unweighted mean without weights. NaN before the first token.
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
@@ -86,8 +86,8 @@ class TokenMean(_PerTokenMean):
         """Add values.
 
         Args:
-            values: any shape, any float type; empty is fine.
-            weights: the same shape, not negative; None: 1 each.
+            values: any shape and floating-point dtype; may be empty.
+            weights: the same shape, not negative; None: all 1.
 
         Raises:
             ValueError: the shapes differ.
@@ -98,10 +98,10 @@ class TokenMean(_PerTokenMean):
 
 
 class DivergenceMetric(_PerTokenMean):
-    r"""Mean divergence of teacher and student, \(\frac1N \sum_t D(p_t, q_t)\), whatever the training loss is.
+    r"""Mean divergence of teacher and student, \(\frac1N \sum_t D(p_t, q_t)\), independent of the training loss.
 
     Args:
-        divergence: any `Divergence`, the user's own included.
+        divergence: any `Divergence`, also your own.
         kwargs: arguments of `torchmetrics.Metric`.
     """
 
@@ -123,20 +123,20 @@ class DivergenceMetric(_PerTokenMean):
         Args:
             log_p: the teacher's log-probabilities, [..., V].
             log_q: the student's, the same shape.
-            labels: [...], −100 where a token is not counted; None: all are.
-            rows: columns of shape [...] for a divergence that reads them (`Contrastive`: "source").
+            labels: [...]; −100: no label; None: all tokens are used.
+            rows: extra inputs per token by name, [...], for a divergence that reads them (`Contrastive`: "source").
 
         Raises:
             ValueError: shapes differ.
         """
         _check_pair(log_p, log_q)
-        index = _counted(log_q, labels)
+        index = _labeled(log_q, labels)
         columns = None if rows is None else {name: column.reshape(-1)[index] for name, column in rows.items()}
-        self._add(evaluate(self.divergence, _rows(log_p, index), _rows(log_q, index), columns))
+        self._add(evaluate(self.divergence, _select(log_p, index), _select(log_q, index), columns))
 
 
 class NLL(_PerTokenMean):
-    r"""Mean negative log-likelihood of the labels, \(-\frac1N \sum_t \log q_t(y_t)\), in nats per counted token.
+    r"""Mean negative log-likelihood of the labels, \(-\frac1N \sum_t \log q_t(y_t)\), in nats per token with a label.
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
@@ -149,19 +149,19 @@ class NLL(_PerTokenMean):
 
         Args:
             log_q: log-probabilities of either model, [..., V].
-            labels: [...], −100 where a token is not counted.
+            labels: [...]; −100: no label.
 
         Raises:
-            ValueError: shapes differ, or a counted label lies outside the vocabulary.
+            ValueError: shapes differ, or a label is outside the vocabulary.
         """
-        index = _counted(log_q, labels)
-        self._add(functional.nll(_rows(log_q, index), _targets(log_q, labels, index)))
+        index = _labeled(log_q, labels)
+        self._add(functional.nll(_select(log_q, index), _targets(log_q, labels, index)))
 
 
 class BeatsTeacher(_PerTokenMean):
-    r"""Share of tokens to whose label the student gives more than the teacher, \(q_t(y_t) > p_t(y_t)\), in [0, 1].
+    r"""Share of tokens whose label has a higher probability under the student, \(q_t(y_t) > p_t(y_t)\), in [0, 1].
 
-    ½ where both give the same, so that a copy of the teacher scores ½.
+    Equal probabilities count ½, so that a copy of the teacher scores ½.
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
@@ -176,21 +176,21 @@ class BeatsTeacher(_PerTokenMean):
         Args:
             log_p: the teacher's log-probabilities, [..., V].
             log_q: the student's, the same shape.
-            labels: [...], −100 where a token is not counted.
+            labels: [...]; −100: no label.
 
         Raises:
-            ValueError: shapes differ, or a counted label lies outside the vocabulary.
+            ValueError: shapes differ, or a label is outside the vocabulary.
         """
         _check_pair(log_p, log_q)
-        index = _counted(log_q, labels)
+        index = _labeled(log_q, labels)
         targets = _targets(log_q, labels, index)
-        self._add(functional.beats_teacher(_rows(log_p, index), _rows(log_q, index), targets))
+        self._add(functional.beats_teacher(_select(log_p, index), _select(log_q, index), targets))
 
 
 class Agreement(_PerTokenMean):
-    r"""Share of the teacher's k likeliest tokens that are among the student's k likeliest, in [0, 1].
+    r"""Share of the teacher's k most probable tokens that are among the student's k most probable ones, in [0, 1].
 
-    Reduces to the share of tokens where both put the same one first, \(\arg\max p_t = \arg\max q_t\), at k = 1.
+    Reduces to the share of positions with the same most probable token, \(\arg\max p_t = \arg\max q_t\), at k = 1.
 
     Args:
         top_k: k, at least 1.
@@ -214,14 +214,14 @@ class Agreement(_PerTokenMean):
         _check_pair(log_p, log_q)
         if self.top_k > log_p.shape[-1]:
             raise ValueError(f"top_k must be at most the vocabulary's size, {log_p.shape[-1]}, got {self.top_k}")
-        index = _counted(log_q, labels)
-        self._add(functional.agreement(_rows(log_p, index), _rows(log_q, index), self.top_k))
+        index = _labeled(log_q, labels)
+        self._add(functional.agreement(_select(log_p, index), _select(log_q, index), self.top_k))
 
 
 class Entropy(_PerTokenMean):
     r"""Mean entropy of one model, \(-\frac1N \sum_t \sum_v q_t(v) \log q_t(v)\), in nats.
 
-    Zero iff every distribution is certain, at most \(\log V\).
+    Zero if and only if every distribution has one token with probability 1; at most \(\log V\).
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
@@ -231,24 +231,24 @@ class Entropy(_PerTokenMean):
         """Add tokens.
 
         Args:
-            log_q: log-probabilities of either model, [..., V], −1e4 or more everywhere.
-            labels: [...], −100 where a token is not counted; None: all are.
+            log_q: log-probabilities of either model, [..., V], at least −1e4 everywhere.
+            labels: [...]; −100: no label; None: all tokens are used.
 
         Raises:
             ValueError: shapes differ.
         """
-        self._add(functional.entropy(_rows(log_q, _counted(log_q, labels))))
+        self._add(functional.entropy(_select(log_q, _labeled(log_q, labels))))
 
 
 class CalibrationError(_Plotted):
-    r"""Expected calibration error of the likeliest token, \(\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|\).
+    r"""Expected calibration error of the top token, \(\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|\).
 
-    Over bins of equal width of the model's confidence \(\max_v q_t(v)\): how far "80 % sure" is from being right 80 %
-    of the time. Equal to torchmetrics' `MulticlassCalibrationError` with norm l1, which keeps every confidence; here
-    three sums a bin are kept.
+    The mean difference between accuracy and confidence \(\max_v q_t(v)\) over bins of equal width of the confidence.
+    Equal to torchmetrics' `MulticlassCalibrationError` with norm l1, which stores every confidence; this metric stores
+    three sums per bin.
 
     Args:
-        bins: how many, at least 1.
+        bins: number of bins, at least 1.
         kwargs: arguments of `torchmetrics.Metric`.
 
     Raises:
@@ -268,45 +268,45 @@ class CalibrationError(_Plotted):
 
     def update(self, log_q: Tensor, labels: Tensor) -> None:
         """Add tokens; arguments and errors as in `NLL.update`."""
-        index = _counted(log_q, labels)
+        index = _labeled(log_q, labels)
         targets = _targets(log_q, labels, index)
-        self.sums = self.sums + functional.calibration_sums(_rows(log_q, index), targets, self.bins)
+        self.sums = self.sums + functional.calibration_sums(_select(log_q, index), targets, self.bins)
 
     def compute(self) -> Tensor:
         """The error in [0, 1], 0-d fp32; NaN before the first token."""
-        count, confidence, right = self.sums
-        error: Tensor = (right - confidence).abs().sum() / count.sum()
+        count, confidence, correct = self.sums
+        error: Tensor = (correct - confidence).abs().sum() / count.sum()
         return error.float()
 
 
-def _counted(log_q: Tensor, labels: Tensor | None) -> Tensor:
-    """Indices of the counted rows among all of them."""
+def _labeled(log_q: Tensor, labels: Tensor | None) -> Tensor:
+    """Indices of the tokens with a label among all tokens."""
     if labels is None:
         return torch.arange(log_q.shape[:-1].numel(), device=log_q.device)
     if labels.shape != log_q.shape[:-1]:
         raise ValueError(
-            f"labels must have the shape of the log-probabilities less their vocabulary, {_shape(log_q[..., 0])}, "
+            f"labels must have the shape of the log-probabilities without the vocabulary, {_shape(log_q[..., 0])}, "
             f"got {_shape(labels)}"
         )
-    return (labels.reshape(-1).long() != IGNORE_INDEX).nonzero().squeeze(-1)  # uint8 holds no −100
+    return (labels.reshape(-1).long() != IGNORE_INDEX).nonzero().squeeze(-1)  # uint8 cannot hold −100
 
 
 def _targets(log_q: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-    """Labels of the counted rows, seen to lie in the vocabulary."""
+    """Labels of the tokens with a label; a ValueError if one is outside the vocabulary."""
     targets = labels.reshape(-1)[index].long()
     outside = targets[(targets < 0) | (targets >= log_q.shape[-1])]
     if outside.numel():
-        raise ValueError(f"labels must lie in [0, {log_q.shape[-1]}) or be −100, got {int(outside[0])}")
+        raise ValueError(f"labels must be in [0, {log_q.shape[-1]}) or −100, got {int(outside[0])}")
     return targets
 
 
-def _rows(log_p: Tensor, index: Tensor) -> Tensor:
+def _select(log_p: Tensor, index: Tensor) -> Tensor:
     return log_p.detach().reshape(-1, log_p.shape[-1]).index_select(0, index)
 
 
 def _check_pair(log_p: Tensor, log_q: Tensor) -> None:
     if log_p.shape != log_q.shape:
-        raise ValueError(f"log_p and log_q must have one shape, got {_shape(log_p)} and {_shape(log_q)}")
+        raise ValueError(f"log_p and log_q must have the same shape, got {_shape(log_p)} and {_shape(log_q)}")
 
 
 def _shape(x: Tensor) -> str:

@@ -259,12 +259,12 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
             "--config", str(runs.CONFIGS / "seqkd.yaml"), "--model.ce_weight", "0", "--model.teacher_cache", "true"
         ),
         "error: words",
-        "teacher_cache must be false where no responses can be known beforehand",
+        "teacher_cache must be false with Regeneration",
     ),
     "a token without an embedding": (
         added_token,
         "error: places",
-        "token 2048 ('<|system|>') of the rows has no place",
+        "token 2048 ('<|system|>') of the data is outside of the student's 2048 embeddings",
     ),
     "rows longer than the positions": (few_places, "error: places", "the student max_position_embeddings of 24"),
     "another end, and a long row in the batch": (

@@ -130,7 +130,7 @@ def test_it_stands_in_a_collection_and_forgets() -> None:
 
 @pytest.mark.parametrize("edges", [(), (1, 2), (0, 4, 4), (0, 5, 3)])
 def test_edges_that_do_not_rise_from_zero_are_refused(edges: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="edges must begin with 0 and rise"):
+    with pytest.raises(ValueError, match="edges must start with 0 and increase"):
         ByPosition(NLL(), edges=edges)
 
 
@@ -138,7 +138,7 @@ def test_a_source_that_is_missing_or_unknown_is_refused() -> None:
     log_p, _, labels = case()
     with pytest.raises(ValueError, match="update needs source="):
         BySource(NLL()).update(log_p, labels=labels)
-    with pytest.raises(ValueError, match=r"source must hold indices .* got 0 to 3"):
+    with pytest.raises(ValueError, match=r"source must contain indices .* got 0 to 3"):
         BySource(NLL()).update(log_p, labels=labels, source=torch.tensor([0, 1, 3]))
 
 
@@ -178,5 +178,5 @@ def test_merged_halves_are_the_whole() -> None:
         part.update(log_q[rows], labels=labels[rows])
     parts[0].merge_state(parts[1])
     assert same(parts[0].compute(), parts[2].compute())
-    with pytest.raises(ValueError, match="needs a metric of the buckets"):
+    with pytest.raises(ValueError, match="needs a metric with the buckets"):
         parts[0].merge_state(ByPosition(NLL(), edges=(0, 3)))

@@ -259,7 +259,7 @@ def test_without_labels_every_token_counts() -> None:
         (lambda p, q, y: DivergenceMetric(ForwardKL()).update(p, q[..., :-1]), r"log_p and log_q .*\[3, 5, 6\]"),
         (lambda p, q, y: Agreement().update(p, q[:1]), r"log_p and log_q .*\[1, 5, 7\]"),
         (lambda p, q, y: NLL().update(q, y[:, 1:]), r"labels must have the shape .*\[3, 5\], got \[3, 4\]"),
-        (lambda p, q, y: NLL().update(q, y.masked_fill(y == -100, V)), r"labels must lie in \[0, 7\) .* got 7"),
+        (lambda p, q, y: NLL().update(q, y.masked_fill(y == -100, V)), r"labels must be in \[0, 7\) .* got 7"),
         (lambda p, q, y: Agreement(0), r"top_k must be at least 1, got 0"),
         (lambda p, q, y: Agreement(8).update(p, q, y), r"top_k must be at most the vocabulary's size, 7, got 8"),
         (lambda p, q, y: CalibrationError(0), r"bins must be at least 1, got 0"),
