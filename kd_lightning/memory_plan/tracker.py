@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -50,7 +51,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         collective_bytes: their bytes, of the larger side of each.
     """
 
-    def __init__(self, fake: Any = None, widths: Mapping[int, str] | None = None) -> None:
+    def __init__(self, fake: FakeTensorMode | None = None, widths: Mapping[int, str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fake, self.widths = fake, dict(widths or {})
         self.now: Counter[str] = Counter()
@@ -58,7 +59,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = self.total = 0
         self.collectives: Counter[str] = Counter()
         self.collective_bytes: Counter[str] = Counter()
-        self._held: dict[int, tuple[str, int, Any]] = {}
+        self._held: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
         self._resize = torch.UntypedStorage.resize_
 
     def hold(self, kind: str, tensors: Iterable[Tensor]) -> None:
@@ -115,6 +116,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _create(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a factory function: floating-point tensors with dimensions are fake, all others real."""
+        assert self.fake is not None
         with self.fake:
             result = func(*args, **kwargs)
         real = isinstance(result, Tensor) and not (result.is_floating_point() and result.ndim)
