@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import lightning.pytorch as L
 from lightning.pytorch import Trainer
@@ -20,9 +20,12 @@ from kd_lightning.callbacks.checkpoint import checkpoint_folder
 from kd_lightning.data.base import tokenizer_of
 from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.distributed.trainer import is_fast_dev_run
-from kd_lightning.models.hf_adapter import is_peft_model
+from kd_lightning.models.hf_adapter import base_model, is_peft_model
 from kd_lightning.models.lora import merged_state_dict, save_adapter
 from kd_lightning.training.base import StudentTeacherModule
+
+if TYPE_CHECKING:  # importing peft takes a second
+    from peft import PeftModel
 
 
 class HFExport(L.Callback):
@@ -171,12 +174,12 @@ def save_student(
         state: the full tensors of a sharded model; None: those of `student`.
     """
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar of a single step
-    model: Any = student
-    if is_peft_model(model):
-        state = model.state_dict() if state is None else state
+    model = student
+    if is_peft_model(student):
+        state = student.state_dict() if state is None else state
         with atomic_folder(path.with_name("adapter")) as part:
-            save_adapter(model, state, part)
-        model, state = model.get_base_model(), merged_state_dict(model, state)
+            save_adapter(cast("PeftModel", student), state, part)
+        model, state = base_model(student), merged_state_dict(student, state)
     with atomic_folder(path) as part:
         model.save_pretrained(part, state_dict=state)
         if tokenizer is not None:

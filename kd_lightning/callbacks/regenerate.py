@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel
 
 from kd_lightning.callbacks.base import PreparedRun, student_and_teacher, student_of, teacher_model
-from kd_lightning.callbacks.response_generation import PassGenerator
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import SIDES
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.generation.batch_generator import BatchGenerator, summary
+from kd_lightning.generation.pass_generator import PassGenerator
 from kd_lightning.generation.response_file import Response
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.generate import Sampling

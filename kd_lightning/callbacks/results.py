@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from kd_lightning.atomic_io import atomic_file
 from kd_lightning.callbacks.base import on_training_device, student_and_teacher, student_of, teacher_model
-from kd_lightning.callbacks.exact_match import exact_match, greedy_responses
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.generation.exact_match import exact_match, greedy_responses
 from kd_lightning.reporting.run_dir import HEADINGS, ResultRow, Results, formatted_results
 from kd_lightning.training.evaluation import limited_batches, token_means
 

@@ -89,9 +89,9 @@ def warnings(run: RunFolder, rows: dict[str, dict[str, int]]) -> Iterator[str]:
     table = run.results or {}
     before, after, teacher = (table.get(name) for name in ("student_before", "student_after", "teacher"))
     if before and after and (after["nll"] or 0) > (before["nll"] or 0):
-        yield "the student's NLL on the test rows is worse than before"
+        yield "the student's NLL on the test rows is worse than before training"
     if teacher and before and (teacher["nll"] or 0) > (before["nll"] or 0):
-        yield "the teacher's NLL on the test rows is worse than the student's at the start"
+        yield "the teacher's NLL on the test rows is worse than that of the untrained student"
 
 
 def _figures(run: RunFolder) -> Iterator[str]:
