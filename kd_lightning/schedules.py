@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Schedule(nn.Module, ABC):
         """Constructor arguments."""
         return numbers(self)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the device only: casting the model must not round the state."""
         kept = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -68,7 +68,7 @@ def value(weight: Weight, rows: Mapping[str, Tensor] | None = None) -> float | T
 
 
 def check_number(
-    name: str, number: Any, low: float = -math.inf, high: float = math.inf, ends: str = "[]", hint: str = ""
+    name: str, number: object, low: float = -math.inf, high: float = math.inf, ends: str = "[]", hint: str = ""
 ) -> None:
     """Raise a ValueError with argument, range and value unless it is a finite number in the interval.
 
@@ -86,7 +86,7 @@ def check_number(
     raise ValueError(f"{name} must be {allowed}{hint}, got {number!r}")
 
 
-def check_weight(name: str, weight: Any, ends: str = "[]", hint: str = "", per_row: bool = True) -> None:
+def check_weight(name: str, weight: object, ends: str = "[]", hint: str = "", per_row: bool = True) -> None:
     """Raise a ValueError unless the weight is a number in [0, 1] or a schedule.
 
     `per_row`: whether a schedule may have one value per token.
@@ -105,7 +105,7 @@ def numbers(part: nn.Module) -> str:
 def column(rows: Mapping[str, Tensor] | None, name: str, reader: str) -> Tensor:
     """One entry of the extra inputs per token; a ValueError with its name and reader if it is missing."""
     if rows is None or name not in rows:
-        raise ValueError(f"{reader} reads the column {name!r} of rows, which is missing")
+        raise ValueError(f"missing column {name!r} in rows, which {reader} reads: pass rows with {name!r}")
     return rows[name]
 
 

@@ -1,4 +1,4 @@
-"""The one list of all leaves: whoever adds a divergence, assistant, objective, schedule or source adds a line here.
+"""The list of all implementations: add a line for every new divergence, assistant, objective, schedule or source.
 
 With each divergence comes the same formula as a slow loop over Python floats, written from the definition alone.
 """
@@ -38,7 +38,7 @@ Slow = Callable[[Row, Row], float]
 
 @dataclass(frozen=True)
 class Leaf:
-    """A divergence and what is known of it.
+    """A divergence and its properties for the tests.
 
     Args:
         make: builds it.
@@ -55,7 +55,7 @@ class Leaf:
     rows: dict[str, float | int] = field(default_factory=dict)
 
     def columns(self, log_p: Tensor) -> dict[str, Tensor]:
-        """The columns, as tensors that fit the rows."""
+        """The extra inputs as tensors of the shape of the tokens."""
         dtypes = {name: log_p.dtype if isinstance(x, float) else torch.int64 for name, x in self.rows.items()}
         return {name: torch.full(log_p.shape[:-1], x, dtype=dtypes[name]) for name, x in self.rows.items()}
 
@@ -234,7 +234,7 @@ ALL = {**DIVERGENCES, **OBJECTIVES}
 
 
 def gap() -> ResponseGap:
-    """A schedule that has seen a step whose mean gap was 0.25."""
+    """A schedule after a step with mean gap 0.25."""
     schedule = ResponseGap(minimum=0.001)
     schedule.update(0.5, {"gap": 0.25})
     return schedule

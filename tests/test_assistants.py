@@ -1,4 +1,4 @@
-"""Assistants: distributions, equal to their definition, between the two models."""
+"""Assistants are distributions between the two models and equal their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file or folder is whole, or it is the one that was there before."""
+"""A file or folder is complete, or it is the previous one."""
 
 import errno
 from pathlib import Path
@@ -12,7 +12,7 @@ from kd_lightning.atomic_io import atomic_file, atomic_folder
 from kd_lightning.distributed.checkpoint_io import REQUIRED_KEYS, AtomicCheckpointIO, install_checkpoint_io
 
 
-def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     path = tmp_path / "a" / "file.txt"
     with atomic_file(path) as part:
         part.write_text("first")
@@ -24,7 +24,7 @@ def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_folder_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     path = tmp_path / "student"
     for text in ("first", "second"):
         with atomic_folder(path) as part:
@@ -36,7 +36,7 @@ def test_a_folder_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+def test_a_kill_between_the_two_renames_is_repaired(tmp_path: Path) -> None:
     (tmp_path / ".student.old").mkdir()
     (tmp_path / ".student.old" / "weights").write_text("first")
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "student") as part:

@@ -1,4 +1,4 @@
-"""Facts that hold for every divergence and objective, from the list in `leaves.py`; then what is special to one."""
+"""Generic tests of every divergence and objective in `leaves.py`, followed by tests of single ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def call(leaf: Leaf, divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Te
 
 
 def value_and_gradient(leaf: Leaf, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of rows, and the gradient of their sum with respect to the student's logits."""
+    """Values per token, and the gradient of their sum with respect to the student's logits."""
     student = student.detach().requires_grad_()
     values = call(leaf, leaf.make(), log_softmax(teacher), log_softmax(student))
     (gradient,) = torch.autograd.grad(values.sum(), student)
@@ -201,7 +201,7 @@ def test_moves_between_dtypes_and_copies(leaf: Leaf) -> None:
 
 # ------------------------------------------------------------------------------------------------- one leaf or another
 def same(a: Divergence, b: Divergence, tolerance: float = 1e-10, scale: float = 1.0) -> None:
-    """Equal in value and gradient, b times `scale`."""
+    """Check that a equals b times `scale` in value and gradient."""
     teacher, student = logits(5, 17)
     one, other = (value_and_gradient(Leaf(lambda d=d: d, _none), teacher, student) for d in (a, b))  # type: ignore[misc]
     torch.testing.assert_close(one[0], other[0] * scale, rtol=tolerance, atol=tolerance)
@@ -304,19 +304,19 @@ def test_head_rules_of_adaptive_kl() -> None:
     assert share(mu=0.8) == pytest.approx(0.5 / 0.7)  # 0.4 + 0.3 < 0.8: the third is in
     assert share(mu=0.8, head_rule="official") == pytest.approx(0.35 / 0.7)  # the third crosses: out
     for rule in ("covering", "official"):
-        assert share(mu=0.1, head_rule=rule) == pytest.approx(0.35 / 0.7)  # the first is in, whatever μ
-        assert share(mu=1.0, head_rule=rule) == pytest.approx(1.0)  # all are in, though the sum rounds
+        assert share(mu=0.1, head_rule=rule) == pytest.approx(0.35 / 0.7)  # the first is in for any μ
+        assert share(mu=1.0, head_rule=rule) == pytest.approx(1.0)  # all are in, although the sum rounds
 
 
 class Hellinger(Divergence):
-    """A user's own."""
+    """A custom divergence."""
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return 1 - ((log_p + log_q) / 2).exp().sum(-1)
 
 
 class Column(Composite):
-    """A user's own that reads a column."""
+    """A custom divergence that reads an extra input per token."""
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         assert rows is not None

@@ -1,4 +1,4 @@
-"""Numerics of the formulas themselves: what the facts about leaves do not reach."""
+"""Numerics of the formulas that the generic tests of divergences do not cover."""
 
 from __future__ import annotations
 

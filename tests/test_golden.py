@@ -1,6 +1,6 @@
 """Loss and gradient of the authors' own code on fixed logits: every record of `golden/manifest.json`.
 
-The reference is the full divergence in float64, written below as one would on a blackboard, in probabilities. Where the
+The reference is the full divergence in float64, written below in terms of probabilities. Where the
 authors' code agrees with it (the manifest says where not, and why), its gradient is compared too.
 """
 
@@ -37,7 +37,7 @@ RECORDS: dict[str, dict[str, Any]] = {
 }
 TOLERANCE = 2e-4
 
-# Decisions of DistiLLM's replay, which are a response source's: test_rollout_replay.py.
+# Decisions of DistiLLM's replay buffer, a response source: rollout/test_replay.py.
 REPLAY = ("taid.SampleGenerator.update", "taid.SampleGenerator.forward")
 SCHEDULES = [name for name in RECORDS if name.startswith("taid.update_t.")]
 ELSEWHERE = [name for name in RECORDS if name.startswith("minillm.")]  # test_minillm_golden.py
@@ -72,7 +72,7 @@ def skew(a: Tensor, b: Tensor, alpha: Any, detach: bool = False) -> Tensor:
 
 
 def detached(r: dict[str, Any]) -> bool:
-    """DistiLLM-2's code holds the mixture of its reverse skew constant, with an adaptive skew too."""
+    """DistiLLM-2's code detaches the mixture of its reverse skew, also with an adaptive skew."""
     return r["name"] == "skew_rkl_rows" or r.get("detach_mixture", False)
 
 
@@ -104,8 +104,8 @@ def mixture(p: Tensor, q: Tensor, alpha: float, weight: float) -> Tensor:
     return r / r.sum(-1, keepdim=True)
 
 
-def blackboard(p: Tensor, q: Tensor, r: dict[str, Any]) -> Tensor:
-    """The divergence of each token as the manifest's `reference` names it."""
+def reference_loss(p: Tensor, q: Tensor, r: dict[str, Any]) -> Tensor:
+    """The divergence of each token that the manifest's `reference` names."""
     match r["name"]:
         case "fkl":
             return kl(p, q)
@@ -140,7 +140,7 @@ def blackboard(p: Tensor, q: Tensor, r: dict[str, Any]) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- the same by this package
 def objective(record: dict[str, Any], r: dict[str, Any]) -> Divergence:
-    """What a user would write."""
+    """The objective as a user would write it."""
     match r["name"]:
         case "fkl":
             return ForwardKL()
@@ -178,7 +178,7 @@ def objective(record: dict[str, Any], r: dict[str, Any]) -> Divergence:
 
 
 def followed(hyper: dict[str, Any], side: str) -> ResponseGap:
-    """DistiLLM-2's adaptive skew after a step with the record's mean gap; the loss finds the responses' own."""
+    """DistiLLM-2's adaptive skew after a step with the record's mean gap; the loss computes each response's gap."""
     schedule = ResponseGap(hyper["alpha0"], hyper["clip"][0], side)
     schedule.update(0.0, {"gap": torch.tensor(hyper["m"] if side == "teacher" else -hyper["m"])})
     return schedule
@@ -217,7 +217,7 @@ def run(path: str, record: dict[str, Any], divergence: Divergence, temperature: 
         "temperature": temperature,
         "square_temperature": False,
         "reduction": reductions.get(record["reduction"], record["reduction"]),
-        "rows": {"source": torch.tensor([1, 2])},  # of CALD's two responses; nobody else reads it
+        "rows": {"source": torch.tensor([1, 2])},  # of CALD's two responses; no other objective reads it
     }
     if path == "logits":
         student = inputs["student_logits"].clone().requires_grad_()
@@ -240,12 +240,12 @@ def run(path: str, record: dict[str, Any], divergence: Divergence, temperature: 
 
 
 def expected(record: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Loss and gradient by the blackboard."""
+    """Loss and gradient of the reference implementation."""
     inputs, r = arrays(f"inputs_{record['case']}"), reference(record)
     temperature = r.get("temperature", 1.0)
     student = inputs["student_logits"].double().requires_grad_()
     p = (inputs["teacher_logits"].double() / temperature).softmax(-1)
-    losses = blackboard(p, (student / temperature).softmax(-1), r)
+    losses = reference_loss(p, (student / temperature).softmax(-1), r)
     loss = reduce(losses, inputs["labels"], record["reduction"], student.shape[-1])
     (gradient,) = torch.autograd.grad(loss, student)
     return loss.detach(), gradient

@@ -21,7 +21,7 @@ def test_cross_entropy_is_read_at_temperature_one() -> None:
 
 # ----------------------------------------------------------------------------------------------- policy gradient
 def policy(ratio: float, advantage: float, importance: float = 1.0, clip: float = 0.2) -> tuple[float, float]:
-    """Loss and derivative where the ratio of probabilities is as given."""
+    """Loss and derivative for a given ratio of probabilities."""
     log_q = torch.tensor([math.log(0.3)], dtype=torch.float64, requires_grad=True)
     rows = {
         "advantage": torch.tensor([advantage], dtype=torch.float64),
@@ -100,7 +100,7 @@ def test_the_estimators_that_are_not_offered_have_another_gradient() -> None:
 def test_a_missing_column_is_named(loss: LabelLoss, names: tuple[str, ...]) -> None:
     for missing in names:
         rows = {name: torch.zeros(2) for name in names if name != missing}
-        with pytest.raises(ValueError, match=f"reads the column '{missing}' of rows, which is missing"):
+        with pytest.raises(ValueError, match=f"missing column '{missing}' in rows, which .* reads"):
             loss(torch.zeros(2), rows)
     assert loss.temperature is None
 

@@ -1,4 +1,4 @@
-"""What goes in beside the models and comes out beside the loss: columns, schedules, monitors; and what is refused."""
+"""Extra inputs and outputs of the loss: columns, schedules, monitors; and arguments that are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_columns_reach_their_rows_in_every_chunk() -> None:
 
 
 class Advantage(LabelLoss):
-    """A policy gradient's term, read at the loss's temperature."""
+    """A policy gradient term at the loss's temperature."""
 
     temperature = None
 
@@ -75,7 +75,7 @@ def test_a_label_loss_reads_columns_and_its_own_temperature() -> None:
 
 
 class Half(Schedule):
-    """A schedule that stands still."""
+    """A constant schedule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_the_label_weight_may_be_a_schedule() -> None:
 
 
 class Gap(Half):
-    """Reads how much better the teacher likes a response."""
+    """Reads how much more probable a response is under the teacher."""
 
     columns = ("teacher_log_prob", "student_log_prob")
 
@@ -111,7 +111,7 @@ class Gap(Half):
 
 
 class Scheduled(ByColumn):
-    """A composite with such a schedule inside."""
+    """A composite with such a schedule."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Labels of every kind, losses inside other people's steps, and what a user's own part may get wrong."""
+"""Edge cases: label dtypes and masks, losses inside a user's training step, and mistakes in custom classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logits(*shape: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_labels_of_any_integer_dtype_count_alike(dtype: torch.dtype) -> None:
     student, teacher = logits(2, 3, 200)
-    labels = LABELS.clamp_min(0)  # uint8 has no −100; 156 is what −100 would be in it
+    labels = LABELS.clamp_min(0)  # uint8 cannot hold −100, which would become 156
     each = [
         distillation_loss(student, teacher, x, objective=ForwardKL(), ce_weight=0.3, reduction="none")
         for x in (labels, labels.to(dtype))

@@ -1,4 +1,4 @@
-"""Losses on batches: equal to a slow loop in float64, whichever path, mask, vocabulary, reduction or precision."""
+"""Losses on batches: equal to a slow loop in float64 for every path, mask, vocabulary, reduction and precision."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_without_reduction_every_token_has_its_loss_and_takes_any_weight(path: s
     else:
         loss = fused_distillation_loss(*problem.hidden, reduction="none", chunk=2, **settings)
     torch.testing.assert_close(loss, expected)
-    for _ in range(2):  # it can be asked twice, for it computes anew
+    for _ in range(2):  # a second backward computes everything again
         mine = torch.autograd.grad((loss * weights).sum(), problem.leaves, retain_graph=True)
         wanted = torch.autograd.grad((expected * weights).sum(), problem.leaves, retain_graph=True)
         assert max(map(error, mine, wanted)) < 1e-12

@@ -30,7 +30,7 @@ def value_and_gradient(objective: Any, log_p: Tensor, log_q: Tensor, *rows: Any)
 
 
 def same(a: Any, b: Any) -> None:
-    """Equal in value, and in gradient with respect to the logits."""
+    """Check equality in value and in gradient with respect to the logits."""
     log_p, log_q = pair(4, 13)
     for mine, expected in zip(value_and_gradient(a, log_p, log_q), value_and_gradient(b, log_p, log_q), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
@@ -121,7 +121,7 @@ def test_the_objective_of_the_others_does_not_spoil_a_gradient() -> None:
 def test_a_missing_column_is_named() -> None:
     log_p, log_q = pair(2, 5)
     for rows in (None, {"weight": torch.ones(2)}):
-        with pytest.raises(ValueError, match="Contrastive reads the column 'source' of rows, which is missing"):
+        with pytest.raises(ValueError, match="missing column 'source' in rows, which Contrastive reads"):
             Contrastive()(log_p, log_q, rows)
 
 

@@ -1,4 +1,4 @@
-"""Schedules: where they stand, when they move, and that their state keeps its precision."""
+"""Schedules: values, updates, and the precision of their state."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_a_line_may_end_before_the_run() -> None:
 @pytest.mark.parametrize("missing", ["teacher_log_prob", "student_log_prob"])
 def test_a_missing_column_is_named(missing: str) -> None:
     rows: Mapping[str, torch.Tensor] = {name: x for name, x in ROWS.items() if name != missing}
-    with pytest.raises(ValueError, match=f"ResponseGap reads the column '{missing}' of rows, which is missing"):
+    with pytest.raises(ValueError, match=f"missing column '{missing}' in rows, which ResponseGap reads"):
         ResponseGap()(rows)
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 for two models: every rank holds its part, what leaves a run is what one device leaves, bad sizes are seen."""
+"""FSDP2 for two models: every rank has its shard, results are those of one device, and bad sizes are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(
     strategy: str | None = None,
     **sizes: Any,
 ) -> Run:
-    """One step in each of some epochs under AdamW, with a checkpoint of each and the export."""
+    """Two epochs of one AdamW step, with a checkpoint of each epoch and the export."""
     torch.manual_seed(0)
     student = student or tiny("llama", tie_word_embeddings=True)
     teacher = tiny("llama", hidden_size=48)
@@ -54,7 +54,7 @@ def run(
 
 
 def held(model: nn.Module) -> int:
-    """Numbers that this rank holds."""
+    """Number of elements on this rank."""
     return sum(local_shard(parameter).numel() for parameter in model.parameters())
 
 
@@ -95,7 +95,7 @@ def on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """What two ranks have found, and where they wrote."""
+    """The results of two ranks, and their folder."""
     folder = tmp_path_factory.mktemp("two")
     return folder, processes.run(on_two_ranks, str(folder))
 
@@ -115,7 +115,7 @@ def test_clipped_steps_are_one_devices(two: Two, one: Run) -> None:
         assert_same_student(found["spared"], full_state_dict(one.student))
 
 
-def test_every_rank_holds_its_part(two: Two, one: Run) -> None:
+def test_every_rank_has_its_shard(two: Two, one: Run) -> None:
     first, second = two[1]
     for i, model in enumerate((one.student, one.teacher.model)):
         parts = [found["held"][i] for found in (first, second)]
@@ -138,13 +138,13 @@ def test_a_resumed_run_has_the_same_bits(two: Two, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_one_device_goes_on_with_the_checkpoint_and_exports_the_same_bytes(
+def test_one_device_resumes_the_checkpoint_and_exports_the_same_bytes(
     two: Two, one: Run, kind: str, tmp_path: Path
 ) -> None:
     folder = two[0]
     resumed = run(tmp_path / "again", ckpt=folder / kind / "epoch=0.ckpt")
     assert_same_student(full_state_dict(resumed.student), full_state_dict(one.student))
-    run(tmp_path / "over", ckpt=folder / kind / f"epoch={EPOCHS - 1}.ckpt")  # no step left but the export
+    run(tmp_path / "over", ckpt=folder / kind / f"epoch={EPOCHS - 1}.ckpt")  # no step is left, only the export
     files = sorted(path.name for path in (folder / kind / "student").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "over" / "student").iterdir())
     for name in files:
@@ -165,12 +165,12 @@ def test_heads_that_cannot_be_split(two: Two) -> None:
 
 def test_a_checkpoint_with_a_missing_file_is_refused(two: Two, tmp_path: Path) -> None:
     folder = tmp_path / "broken.ckpt"
-    whole = two[0] / "folder" / "epoch=0.ckpt"
+    complete = two[0] / "folder" / "epoch=0.ckpt"
     folder.mkdir()
-    for path in whole.iterdir():
+    for path in complete.iterdir():
         if path.name != "rank-00001.safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    assert AtomicCheckpointIO().load_checkpoint(whole)["global_step"] == 1
+    assert AtomicCheckpointIO().load_checkpoint(complete)["global_step"] == 1
     with pytest.raises(ValueError, match=r"the checkpoint is incomplete: no file has rows .* of"):
         AtomicCheckpointIO().load_checkpoint(folder)
 
@@ -188,14 +188,14 @@ def on_four_ranks(rank: int, folder: str, start: str) -> dict[str, Any]:
     found = {}
     for name, sizes in SIZES.items():
         module = run(Path(folder) / name, rank, 4, Path(start), **sizes)
-        # ranks that share a vocabulary write the same
+        # ranks that share a vocabulary generate the same
         said = responses(module.student, rank // sizes.get("tensor_parallel_size", 1) % 2)
         found[name] = [full_state_dict(module.student), held(module.student), said]
     return found
 
 
 @pytest.mark.slow
-def test_four_ranks_go_on_with_the_checkpoint_of_two_and_one_with_theirs(two: Two, one: Run, tmp_path: Path) -> None:
+def test_four_ranks_resume_the_checkpoint_of_two_and_one_resumes_theirs(two: Two, one: Run, tmp_path: Path) -> None:
     ranks = processes.run(on_four_ranks, str(tmp_path), str(two[0] / "folder" / "epoch=0.ckpt"), world_size=4)
     for name, copies in zip(SIZES, (1, 2, 1, 2), strict=True):
         for rank, found in enumerate(ranks):
@@ -208,7 +208,7 @@ def test_four_ranks_go_on_with_the_checkpoint_of_two_and_one_with_theirs(two: Tw
 
 
 # --------------------------------------------------------------------------------------------------------------- wiring
-def test_layers_are_the_outermost_lists_that_share_nothing() -> None:
+def test_layers_are_the_outermost_lists_without_shared_parameters() -> None:
     model = tiny("llama")
     assert transformer_layers(model) == list(model.model.layers)
     model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
@@ -235,13 +235,13 @@ def test_sizes_that_do_not_divide(devices: int, sizes: dict[str, int], message: 
         L.Trainer(accelerator="cpu", devices=devices, strategy=FSDP2Strategy(**sizes), logger=False)
 
 
-def test_a_precision_it_cannot_do() -> None:
+def test_an_unsupported_precision() -> None:
     with pytest.raises(ValueError, match=r"trainer\.precision must be one of 32-true, .* with fsdp2, got '64-true'"):
         L.Trainer(accelerator="cpu", devices=2, strategy="fsdp2", precision="64-true", logger=False)
 
 
-def test_the_program_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
+def test_the_program_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
         "fit",
         "--config",
         "quickstart",
@@ -250,8 +250,8 @@ def test_the_program_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
         "--trainer.accelerator",
         "cpu",
     ]
-    words += ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.shard_size", "3"]
-    assert main(words) == 1
+    arguments += ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.shard_size", "3"]
+    assert main(arguments) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.endswith("strategy.shard_size must divide the number of ranks, 2, got 3")
 
@@ -270,11 +270,11 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(victim: int, tmp_path: Path) -> None:
-    words = [*runs.little(tmp_path, steps=10_000), "--data.train", str(runs.little_data(tmp_path))]
-    words += ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--checkpoint.every_n_train_steps", "1"]
-    words += ["--trainer.max_epochs", "-1", "--trainer.limit_val_batches", "0"]
-    job = runs.start(words, start_new_session=True)
+def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_complete(victim: int, tmp_path: Path) -> None:
+    arguments = [*runs.little(tmp_path, steps=10_000), "--data.train", str(runs.little_data(tmp_path))]
+    arguments += ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--checkpoint.every_n_train_steps", "1"]
+    arguments += ["--trainer.max_epochs", "-1", "--trainer.limit_val_batches", "0"]
+    job = runs.start(arguments, start_new_session=True)
     try:
         last = tmp_path / "checkpoints" / "last.ckpt"
         end = time.monotonic() + 300
@@ -296,7 +296,7 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(victim: int
 
 
 @pytest.mark.slow
-def test_a_memory_that_has_grown_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_grown_replay_buffer_is_resumed(tmp_path: Path) -> None:
     data = ["--data.train", str(runs.little_data(tmp_path)), "--trainer.strategy", "fsdp2", "--trainer.devices", "2"]
     data += ["--model.responses.threshold", "1.0", "--model.responses.capacity", "12"]
     data += ["--model.responses.max_new_tokens", "4"]
@@ -309,25 +309,25 @@ def test_a_memory_that_has_grown_is_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sharded_teacher_does_not_write_along(tmp_path: Path) -> None:
-    words = [*runs.little(tmp_path / "root", "minillm", steps=2), "--data.train", str(runs.little_data(tmp_path))]
-    words += ["--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--model.responses.max_new_tokens", "4"]
-    code, _, err = runs.finish(words)
+def test_a_sharded_teacher_cannot_mix_into_generation(tmp_path: Path) -> None:
+    arguments = [*runs.little(tmp_path / "root", "minillm", steps=2), "--data.train", str(runs.little_data(tmp_path))]
+    arguments += ["--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--model.responses.max_new_tokens", "4"]
+    code, _, err = runs.finish(arguments)
     assert code == 1
-    assert "kd-lightning: error: teacher_share must be 0 where a strategy shards the teacher" in err
+    assert "kd-lightning: error: teacher_share must be 0 if the strategy shards the teacher (fsdp2): use ddp" in err
     assert "Traceback" not in err
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_ends_all_ranks_and_keeps_every_checkpoint_that_is_there(tmp_path: Path) -> None:
+def test_a_full_disk_ends_all_ranks_and_keeps_existing_checkpoints(tmp_path: Path) -> None:
     with runs.small_disk(tmp_path, "12m") as disk:
-        words = [*runs.little(disk / "root", steps=40), "--trainer.devices", "2"]
-        words += ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
-        words += ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k=-1"]
-        code, _, err = runs.finish(words)
+        arguments = [*runs.little(disk / "root", steps=40), "--trainer.devices", "2"]
+        arguments += ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
+        arguments += ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k=-1"]
+        code, _, err = runs.finish(arguments)
         assert code == 1, err
         said = [line for line in err.splitlines() if line.startswith("kd-lightning: error:")]
-        assert 1 <= len(said) <= 2  # whoever is through first ends the job, and the other may be ended by that
+        assert 1 <= len(said) <= 2  # the first rank that fails ends the job, maybe before the other one prints
         assert len(set(said)) == 1
         assert "could not be written by rank" in said[0] and "No space left" in said[0]
         assert "Traceback" not in err

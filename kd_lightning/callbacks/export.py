@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import lightning.pytorch as L
 from lightning.pytorch import Trainer
@@ -15,28 +15,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from kd_lightning.atomic_io import atomic_folder
+from kd_lightning.callbacks.base import PreparedRun, student_of
 from kd_lightning.callbacks.checkpoint import checkpoint_folder
 from kd_lightning.data.base import tokenizer_of
 from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.distributed.trainer import is_fast_dev_run
-from kd_lightning.models.hf_adapter import is_peft_model
+from kd_lightning.models.hf_adapter import base_model, is_peft_model
 from kd_lightning.models.lora import merged_state_dict, save_adapter
+from kd_lightning.training.base import StudentTeacherModule
+
+if TYPE_CHECKING:  # importing peft takes a second
+    from peft import PeftModel
 
 
 class HFExport(L.Callback):
-    """Leave the student under `ROOT/student` as plain Hugging Face: model, tokenizer, generation config.
+    """Export the student to `ROOT/student` in the Hugging Face format: model, tokenizer, generation config.
 
     It acts in `on_fit_end`, after every checkpoint callback has saved the last step.
 
     Args:
-        which: `last`: the weights at the end; `best`: those with the lowest `monitor` in validation, kept as
+        which: `last`: the weights at the end; `best`: those with the lowest `monitor` in validation, saved as
             `ROOT/checkpoints/best.ckpt`.
         overwrite: allow a fresh run into a folder that already holds an exported student.
-        monitor: what `best` goes by; None: `val/kd`; `val/ce` where the labels alone are learned (`ce_weight: 1`), and
-            `val/forward_kl` where a schedule moves what `val/kd` measures (TAID's target goes away from the student).
+        monitor: the metric that `best` minimizes; None: `val/kd`; `val/ce` with `ce_weight: 1`; `val/forward_kl` if a
+            schedule changes what `val/kd` measures (TAID moves its target away from the student).
 
     Raises:
-        ValueError: before step 0, where the folder is taken or cannot be written to, or `which` is neither.
+        ValueError: `which` is neither; before step 0: the folder holds an exported student or is not writable.
     """
 
     def __init__(
@@ -48,83 +53,108 @@ class HFExport(L.Callback):
         self.overwrite = overwrite
         self.monitor_name = monitor
         self.best: float | None = None
-        self.resuming = False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float | None]:
         """The lowest value so far."""
         return {"best": self.best}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the lowest value back; a run that has a state to take back goes on in its own folder."""
+    def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
+        """Restore the lowest value so far."""
         self.best = state_dict["best"]
-        self.resuming = True
 
-    def check(self, root: str | Path) -> None:
-        """Refuse a folder that holds a finished run or that cannot be written to."""
+    def check(self, root: str | Path, resuming: bool = False) -> None:
+        """Check that a run can export into a folder.
+
+        Args:
+            root: folder of the run; created if it does not exist.
+            resuming: the run continues the one in this folder.
+
+        Raises:
+            ValueError: the folder holds an exported student, or is not writable.
+        """
         root = Path(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            probe = root / f".writable.{os.getpid()}"  # every rank looks
+            probe = root / f".writable.{os.getpid()}"  # its own name on each rank
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise ValueError(f"trainer.default_root_dir {root} cannot be written to: {error.strerror}") from error
-        if (root / "student").exists() and not self.resuming and not self.overwrite:
+        if (root / "student").exists() and not resuming and not self.overwrite:
             raise ValueError(
                 f"{root / 'student'} holds the student of a finished run: choose another --trainer.default_root_dir, "
-                "or --export.overwrite true to replace it, or --ckpt_path last to go on with it"
+                "or pass --export.overwrite true to replace it, or --ckpt_path last to resume the run"
             )
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle what `best` goes by."""
+        """Choose the metric that `best` minimizes."""
         if self.monitor_name is None:
-            self.monitor_name = "val/ce" if getattr(pl_module, "labels_only", False) else "val/kd"
-            if getattr(pl_module, "objective_moves", False) and "forward_kl" in getattr(pl_module, "monitors", ()):
-                self.monitor_name = "val/forward_kl"
+            self.monitor_name = _default_monitor(pl_module)
         if stage == "fit":
             self.check_monitor(pl_module)
 
-    def check_monitor(self, module: Any) -> None:
-        """Refuse a monitor that validation does not log (a module of the user's own may log anything)."""
-        known = [f"val/{name}" for name in getattr(module, "measured", ())]
-        ours = type(module).__module__.startswith("kd_lightning")
-        if self.which == "best" and ours and self.monitor_name not in (None, *known):
+    def check_monitor(self, module: L.LightningModule) -> None:
+        """Check that validation logs the monitor; a custom module may log any name.
+
+        Raises:
+            ValueError: validation does not log it.
+        """
+        if self.which != "best" or self.monitor_name is None or not isinstance(module, StudentTeacherModule):
+            return
+        known = [f"val/{name}" for name in module.measured]
+        custom = not type(module).__module__.startswith("kd_lightning")  # a subclass may log more than it inherits
+        if not custom and self.monitor_name not in known:
             raise ValueError(f"export.monitor must be one of {', '.join(known)}, got {self.monitor_name!r}")
 
+    def check_before_start(self, run: PreparedRun) -> None:
+        """Check the monitor.
+
+        Raises:
+            ValueError: validation does not log it.
+        """
+        self.check_monitor(run.module)
+
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Check the folder before step 0 (the command line has done so earlier still)."""
+        """Check the folder before step 0; the command line checks it before models are loaded."""
         if not is_fast_dev_run(trainer):
-            self.check(trainer.default_root_dir)
+            self.check(trainer.default_root_dir, resuming=trainer.ckpt_path is not None)
 
     def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the weights where they are the best so far."""
+        """Save the weights if they are the best so far."""
         if self.which != "best" or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = trainer.callback_metrics.get(str(self.monitor_name))
         if value is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise ValueError(f"export.monitor {self.monitor_name!r} is not measured in validation; there are {known}")
+            raise ValueError(
+                f"export.monitor must be a metric that validation logs ({known}), got {self.monitor_name!r}"
+            )
         if self.best is None or float(value) < self.best:
             self.best = float(value)
             trainer.save_checkpoint(checkpoint_folder(trainer) / "best.ckpt", weights_only=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Export the student, also if a resumed run had no step left to train."""
-        if not is_fast_dev_run(trainer):
-            self._export(trainer, pl_module)
-
-    def _export(self, trainer: Trainer, pl_module: Any) -> None:
-        best = checkpoint_folder(trainer) / "best.ckpt"
+        if is_fast_dev_run(trainer):
+            return
         if self.which == "best" and self.best is not None:
-            state = trainer.strategy.load_checkpoint(best, weights_only=True)
-            trainer.strategy.load_model_state_dict(state)
+            checkpoint = trainer.strategy.load_checkpoint(checkpoint_folder(trainer) / "best.ckpt", weights_only=True)
+            trainer.strategy.load_model_state_dict(checkpoint)
         elif self.which == "best":
-            rank_zero_warn("export.which is 'best', and there was no validation to go by: the last weights are kept")
-        state = full_state_dict(pl_module.student, keep=trainer.is_global_zero)
+            rank_zero_warn("export.which is 'best', but there was no validation: exporting the last weights")
+        student = student_of(pl_module)
+        state = full_state_dict(student, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            tokenizer = tokenizer_of(trainer)
-            save_student(pl_module.student, tokenizer, Path(trainer.default_root_dir) / "student", state)
+            save_student(student, tokenizer_of(trainer), Path(trainer.default_root_dir) / "student", state)
         trainer.strategy.barrier("export")
+
+
+def _default_monitor(module: L.LightningModule) -> str:
+    if not isinstance(module, StudentTeacherModule):
+        return "val/kd"
+    if module.objective_moves and "forward_kl" in module.monitors:
+        return "val/forward_kl"
+    return "val/ce" if module.labels_only else "val/kd"
 
 
 def save_student(
@@ -133,26 +163,26 @@ def save_student(
     path: Path,
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write model, generation config and tokenizer; what lay at `path` stays whole until the new folder is.
+    """Save model, generation config and tokenizer. Atomic: an existing folder is replaced by a complete one.
 
-    Of a student with adapters, the model has them in its weights; as PEFT keeps them they lie in `adapter` beside it.
+    Adapters are merged into the weights, and also saved in PEFT's format in a folder `adapter` next to `path`.
 
     Args:
         student: the model.
-        tokenizer: its tokenizer; None: none is written.
+        tokenizer: its tokenizer; None: none is saved.
         path: the folder.
-        state: the model's tensors, where it does not hold them whole itself.
+        state: the full tensors of a sharded model; None: those of `student`.
     """
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one file: a bar of one step
-    model: Any = student
-    if is_peft_model(model):
-        state = model.state_dict() if state is None else state
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar of a single step
+    model = student
+    if is_peft_model(student):
+        state = student.state_dict() if state is None else state
         with atomic_folder(path.with_name("adapter")) as part:
-            save_adapter(model, state, part)
-        model, state = model.get_base_model(), merged_state_dict(model, state)
+            save_adapter(cast("PeftModel", student), state, part)
+        model, state = base_model(student), merged_state_dict(student, state)
     with atomic_folder(path) as part:
         model.save_pretrained(part, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         for file in part.iterdir():
-            shutil.copymode(part / "config.json", file)  # safetensors leaves weights to their owner alone
+            shutil.copymode(part / "config.json", file)  # safetensors creates files that only the owner can read

@@ -1,17 +1,24 @@
-"""How good a model's responses are: ROUGE-L, exact match, length, ends, distinct n-grams; samples side by side."""
+"""Generation metrics: ROUGE-L, exact match, length, finished responses, distinct bigrams; samples side by side."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import lightning.pytorch as L
+from transformers import PreTrainedModel
 
+from kd_lightning.callbacks.base import (
+    PreparedRun,
+    required_datamodule,
+    student_and_teacher,
+    student_of,
+    teacher_model,
+)
 from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.console import progress_bar, progress_bar_enabled
-from kd_lightning.data.base import DistillationDataModule, datamodule_of
+from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.trainer import data_parallel_rank
 from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
@@ -19,31 +26,31 @@ from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import max_positions
 from kd_lightning.reporting.figures import markdown_table
-from kd_lightning.teachers.base import generating_model
 
 SHOWN = 8
 
 
 class GenerationQuality(L.Callback):
-    """Let student and teacher answer validation rows, every so many validations, and log what the answers are worth.
+    """Generate responses to validation rows with student and teacher every N validations, and log generation metrics.
 
-    Logged under `val/`: `rouge_l` (F-measure, stemmed), `exact_match`, `response_length` (tokens), `ends` (share that
-    the model ends itself), `distinct_2` (share of different word pairs among all); the teacher's, measured once, under
-    `baseline/teacher_…`. At the end mean and standard deviation (`…_std`) over `seeds` samples of the test rows, the
-    student's under `test/`, the teacher's under `test/teacher_…`. Greedy where `temperature` is 0, then one sample says
-    all.
+    Logged under `val/`: `rouge_l` (F-measure, stemmed), `exact_match`, `response_length` (tokens), `ends` (share of
+    responses that end before `max_new_tokens`), `distinct_2` (distinct word bigrams as a share of all); the teacher's,
+    measured once, under `baseline/teacher_…`. At the end, mean and standard deviation (`…_std`) over `seeds` samples of
+    the test rows: the student's under `test/`, the teacher's under `test/teacher_…`; with `temperature` 0 one greedy
+    pass without a deviation.
 
     Args:
-        every_n_validations: 0: never.
-        rows: how many rows are answered, from the first on.
+        every_n_validations: validations between two measurements; 0: never.
+        rows: number of rows, from the first on.
         max_new_tokens: longest response.
-        temperature: of the samples at the end; during the run answers are greedy.
-        top_p: of the samples at the end.
+        temperature: sampling temperature at the end; responses during the run are greedy.
+        top_p: mass of nucleus sampling at the end, in (0, 1].
         seeds: samples of each row at the end.
-        batch_size: prompts answered together.
+        batch_size: prompts per batch.
 
     Raises:
-        ValueError: a number is out of its range; (before step 0) the student's generation config names no end.
+        ValueError: an argument is out of range; before step 0: the student has no end of sequence or too few
+            positions.
     """
 
     def __init__(
@@ -72,24 +79,36 @@ class GenerationQuality(L.Callback):
         self._validations = 0
         self._teacher: tuple[dict[str, float], list[str]] | None = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """How many validations there were."""
+    def state_dict(self) -> dict[str, int]:
+        """The number of validations."""
         return {"validations": self._validations}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore the number of validations."""
         self._validations = state_dict["validations"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that responses can end and fit the model, before anything is measured."""
-        self.check(pl_module.student, _data(trainer))
+        if self.every_n_validations:
+            self.check(student_of(pl_module), self._datamodule(trainer))
 
-    def check(self, student: Any, datamodule: DistillationDataModule) -> None:
-        """See that a response can end, and that student has places for the longest.
+    def check_before_start(self, run: PreparedRun) -> None:
+        """Check that responses can end and fit the model.
+
+        Raises:
+            ValueError: the student has no end of sequence, or too few positions.
+        """
+        self.check(run.student, run.datamodule)
+
+    def check(self, student: PreTrainedModel, datamodule: DistillationDataModule) -> None:
+        """Check that responses can end and fit the model.
 
         Args:
-            student: the model.
-            datamodule: with its validation rows loaded.
+            student: the student, loaded.
+            datamodule: the data module, with its validation rows loaded.
+
+        Raises:
+            ValueError: the student has no end of sequence, or too few positions.
         """
         if not self.every_n_validations or not datamodule.sources["val"]:
             return
@@ -97,27 +116,26 @@ class GenerationQuality(L.Callback):
         splits = [split for split in ("val", "test") if split in datamodule.splits]
         rows = [row for split in splits for row in datamodule.generation_rows(split, self.rows)]
         longest = max(len(row["prompt_ids"]) for row in rows)
-        places = max_positions(student)
-        if places is not None and longest + self.sampling.max_new_tokens > places:
+        positions = max_positions(student)
+        if positions is not None and longest + self.sampling.max_new_tokens > positions:
             raise ValueError(
-                f"generation.max_new_tokens must be at most {places - longest}, what the longest prompt leaves of the "
-                f"student's max_position_embeddings of {places}, got {self.sampling.max_new_tokens}"
+                f"generation.max_new_tokens must be at most {positions - longest}, what the longest prompt leaves of "
+                f"the student's max_position_embeddings of {positions}, got {self.sampling.max_new_tokens}"
             )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Answer, measure, log."""
+        """Generate greedy responses to the validation rows, and log their metrics."""
         if not self.every_n_validations or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
         greedy = replace(self.sampling, temperature=0.0)
-        ours, texts = self._quality(trainer, pl_module, pl_module.student, "val", greedy, 0)
-        scalars = {f"val/{name}": value for name, value in ours.items()}
-        module: Any = pl_module
-        teacher = generating_model(module.teacher)
+        metrics, texts = self._measure(trainer, pl_module, student_of(pl_module), "val", greedy, 0)
+        scalars = {f"val/{name}": value for name, value in metrics.items()}
+        teacher = teacher_model(student_and_teacher(pl_module))
         if self._teacher is None and teacher is not None:
-            self._teacher = self._quality(trainer, pl_module, teacher, "val", greedy, 0)
+            self._teacher = self._measure(trainer, pl_module, teacher, "val", greedy, 0)
         if self._teacher is not None:
             scalars |= {f"baseline/teacher_{name}": value for name, value in self._teacher[0].items()}
         for logger in trainer.loggers:
@@ -125,71 +143,88 @@ class GenerationQuality(L.Callback):
         self._show(trainer, texts)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let both answer the test rows with every seed, and log means and standard deviations."""
-        if not self.every_n_validations or not _data(trainer).sources["test"] or trainer.limit_test_batches == 0:
+        """Sample responses to the test rows with every seed, and log means and standard deviations."""
+        if not self.every_n_validations or trainer.limit_test_batches == 0:
             return
-        _data(trainer).setup("test")
-        module: Any = pl_module
-        models = {"": module.student, "teacher_": generating_model(module.teacher)}
-        scalars: dict[str, float] = {}
-        for who, model in models.items():
-            if model is None:
-                continue
-            if who:
-                pl_module.teacher.to(pl_module.device)
-            seeds = range(self.seeds if self.sampling.temperature else 1)
-            found = [self._quality(trainer, pl_module, model, "test", self.sampling, seed)[0] for seed in seeds]
-            scalars |= {f"test/{who}{name}": statistics.mean(one[name] for one in found) for name in found[0]}
-            if len(found) > 1:
-                scalars |= {f"test/{who}{name}_std": statistics.stdev(one[name] for one in found) for name in found[0]}
+        datamodule = self._datamodule(trainer)
+        if not datamodule.sources["test"]:
+            return
+        datamodule.setup("test")
+        scalars = self._over_seeds(trainer, pl_module, student_of(pl_module), "test/")
+        module = student_and_teacher(pl_module)
+        if (model := teacher_model(module)) is not None and module.teacher is not None:
+            module.teacher.to(pl_module.device)
+            scalars |= self._over_seeds(trainer, pl_module, model, "test/teacher_")
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
 
-    def _quality(
-        self, trainer: L.Trainer, module: Any, model: Any, split: str, sampling: Sampling, seed: int
+    def _over_seeds(
+        self, trainer: L.Trainer, module: L.LightningModule, model: PreTrainedModel, prefix: str
+    ) -> dict[str, float]:
+        """Mean and standard deviation of the metrics of the test rows, by name with a prefix."""
+        seeds = range(self.seeds if self.sampling.temperature else 1)
+        measured = [self._measure(trainer, module, model, "test", self.sampling, seed)[0] for seed in seeds]
+        scalars = {f"{prefix}{name}": statistics.mean(one[name] for one in measured) for name in measured[0]}
+        if len(measured) > 1:
+            scalars |= {f"{prefix}{name}_std": statistics.stdev(one[name] for one in measured) for name in measured[0]}
+        return scalars
+
+    def _measure(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        model: PreTrainedModel,
+        split: str,
+        sampling: Sampling,
+        seed: int,
     ) -> tuple[dict[str, float], list[str]]:
-        """Figures over all ranks, and the responses to the first rows (on the first rank)."""
-        rows = _data(trainer).generation_rows(split, self.rows)
+        """Metrics over all ranks, and the responses to the first rows."""
+        datamodule = self._datamodule(trainer)
+        rows = datamodule.generation_rows(split, self.rows)
         prompts = [row["prompt_ids"] for row in rows]
-        plan = length_batches([len(prompt) for prompt in prompts], self.batch_size)
-        writer = BatchGenerator(model, _data(trainer).tokenizer, sampling, seed, module.device)
+        batches = length_batches([len(prompt) for prompt in prompts], self.batch_size)
+        generator = BatchGenerator(model, datamodule.tokenizer, sampling, seed, module.device)
         rank, ranks = data_parallel_rank(trainer)
-        mine = list(batches_of_rank(plan, rank=rank, ranks=ranks))
-        mine += [(0, plan[0])] * (-(-len(plan) // ranks) - len(mine))  # ranks ask a sharded model equally often
-        asked = progress_bar(mine, f"Answers, {split}, seed {seed}", shown=progress_bar_enabled(trainer))
-        parts = all_gather_objects(dict(writer.generate(prompts, asked)), trainer.world_size)
-        found = {number: response for part in parts for number, response in part.items()}
-        responses = [found[number] for number in range(len(rows))]
-        figures = quality(responses, [row["answer"] for row in rows])
-        return figures, [response.text for response in responses[:SHOWN]]
+        own = list(batches_of_rank(batches, rank=rank, ranks=ranks))
+        own += [(0, batches[0])] * (-(-len(batches) // ranks) - len(own))  # ranks run a sharded model equally often
+        shown = progress_bar(own, f"Answers, {split}, seed {seed}", shown=progress_bar_enabled(trainer))
+        gathered = all_gather_objects(dict(generator.generate(prompts, shown)), trainer.world_size)
+        by_number = {number: response for part in gathered for number, response in part.items()}
+        responses = [by_number[number] for number in range(len(rows))]
+        metrics = quality(responses, [row["answer"] for row in rows])
+        return metrics, [response.text for response in responses[:SHOWN]]
 
     def _show(self, trainer: L.Trainer, texts: Sequence[str]) -> None:
-        """A table of samples in TensorBoard's text."""
-        rows = _data(trainer).generation_rows("val", len(texts))
-        theirs = self._teacher[1] if self._teacher is not None else ["–"] * len(rows)
+        """Add a table of samples to TensorBoard's text."""
+        rows = self._datamodule(trainer).generation_rows("val", len(texts))
+        teacher_texts = self._teacher[1] if self._teacher is not None else ["–"] * len(rows)
         cells = [
             [" ".join(text.split()) for text in (row["prompt"], row["answer"], teacher, student)]
-            for row, teacher, student in zip(rows, theirs, texts, strict=True)
+            for row, teacher, student in zip(rows, teacher_texts, texts, strict=True)
         ]
         table = markdown_table(["prompt", "answer", "teacher", "student"], cells)
         for writer in summary_writers(trainer):
             writer.add_text("samples", table, trainer.global_step)
 
+    @staticmethod
+    def _datamodule(trainer: L.Trainer) -> DistillationDataModule:
+        return required_datamodule(trainer, "GenerationQuality")
+
 
 def quality(responses: Sequence[Response], answers: Sequence[str]) -> dict[str, float]:
-    """ROUGE-L, exact match, length, share that ends itself, and distinct word pairs, of responses to known answers.
+    """ROUGE-L, exact match, length, share of finished responses, and distinct bigrams.
 
     Args:
-        responses: what was said.
-        answers: what was to be said, one each.
+        responses: generated responses, at least one.
+        answers: the reference answer of each.
 
     Raises:
-        ValueError: there is nothing to judge, or not one answer a response.
+        ValueError: there is no response, or not one answer per response.
     """
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
     if not responses or len(responses) != len(answers):
-        raise ValueError(f"answers must be one a response, got {len(answers)} for {len(responses)} responses")
+        raise ValueError(f"answers must be one per response, got {len(answers)} for {len(responses)} responses")
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     texts = [response.text.strip() for response in responses]
     pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
@@ -204,10 +239,3 @@ def quality(responses: Sequence[Response], answers: Sequence[str]) -> dict[str, 
         "ends": statistics.mean(float(response.finish_reason == "eos") for response in responses),
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
     }
-
-
-def _data(trainer: L.Trainer) -> DistillationDataModule:
-    datamodule = datamodule_of(trainer)
-    if datamodule is None:
-        raise ValueError("GenerationQuality needs a data module of this package, such as InstructionDataModule")
-    return datamodule

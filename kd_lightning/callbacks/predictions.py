@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.atomic_io import atomic_file
-from kd_lightning.data.base import DistillationDataModule, datamodule_of
+from kd_lightning.callbacks.base import required_datamodule
 from kd_lightning.distributed.collectives import all_gather_objects
 
 
@@ -41,15 +41,17 @@ class Predictions(L.Callback):
         self.unfinished: set[int] = set()
 
     def on_predict_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Set the longest response; a module of the user's own class decides itself."""
+        """Set the longest response; a custom module decides itself."""
         if isinstance(pl_module, GeneratesResponses):
             pl_module.set_max_new_tokens(self.max_new_tokens)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+        self, trainer: Trainer, pl_module: L.LightningModule, outputs: Any, batch: object, batch_idx: int, *args: object
     ) -> None:
         """Keep this batch's responses as text."""
-        texts = _data(trainer).tokenizer.batch_decode(outputs["responses"], skip_special_tokens=True)
+        texts = required_datamodule(trainer, "Predictions").tokenizer.batch_decode(
+            outputs["responses"], skip_special_tokens=True
+        )
         row_ids = outputs["row_ids"].tolist()
         self.responses |= dict(zip(row_ids, texts, strict=True))
         finished = outputs["finished"].tolist()
@@ -57,14 +59,14 @@ class Predictions(L.Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Gather the ranks' responses and write them."""
-        found = all_gather_objects((self.responses, self.unfinished), trainer.world_size)
+        gathered = all_gather_objects((self.responses, self.unfinished), trainer.world_size)
         if not trainer.is_global_zero:
             return
-        responses = {row_id: text for texts, _ in found for row_id, text in texts.items()}
-        unfinished = set().union(*(row_ids for _, row_ids in found))
+        responses = {row_id: text for texts, _ in gathered for row_id, text in texts.items()}
+        unfinished = set().union(*(row_ids for _, row_ids in gathered))
         path = Path(trainer.default_root_dir) / "predictions.jsonl"
         with atomic_file(path) as part, part.open("w", encoding="utf-8") as lines:
-            for row in _data(trainer).generation_rows("test"):
+            for row in required_datamodule(trainer, "Predictions").generation_rows("test"):
                 if row["index"] in responses:
                     fields = {**row["row"], "response": responses[row["index"]].strip()}
                     lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
@@ -74,10 +76,3 @@ class Predictions(L.Callback):
                 f"{len(unfinished)} of {len(responses)} responses were cut at {self.max_new_tokens} tokens: raise "
                 "--predictions.max_new_tokens for complete ones"
             )
-
-
-def _data(trainer: Trainer) -> DistillationDataModule:
-    datamodule = datamodule_of(trainer)
-    if datamodule is None:
-        raise ValueError("Predictions needs a data module of this package, such as InstructionDataModule")
-    return datamodule

@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, plain lines in a file; and what it has to say meanwhile."""
+"""Progress of a run: a bar in a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 
 def progress() -> ProgressBar:
-    """What suits where the output goes."""
+    """A bar if stdout is a terminal, else plain lines."""
     return StepBar() if sys.stdout.isatty() else PlainProgress()
 
 
 class StepBar(RichProgressBar):
-    """Lightning's bar, with the step among all steps in the place of the logger's version."""
+    """Lightning's bar, with the step and the number of steps instead of the logger's version."""
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
-        found = super().get_metrics(trainer, pl_module)
-        found.pop("v_num", None)
-        return {"step": f"{trainer.global_step}/{trainer.max_steps}", **found} if trainer.max_steps > 0 else found
+        """The values shown after the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {"step": f"{trainer.global_step}/{trainer.max_steps}", **metrics} if trainer.max_steps > 0 else metrics
 
     def _get_train_description(self, current_epoch: int) -> str:
         if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
@@ -31,17 +31,17 @@ class StepBar(RichProgressBar):
 
 
 class PlainProgress(ProgressBar):
-    """A line on stderr every so many seconds: step, loss, time left.
+    """A line on stderr every N seconds: step, loss, time left.
 
     Args:
-        seconds: between two lines.
+        seconds: shortest time between two lines.
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
         super().__init__()
         self.seconds = seconds
         self._enabled = True
-        self._began = self._said = self._validating = 0.0
+        self._start = self._last_line = self._validation_start = 0.0
         self._first = 0
 
     @property
@@ -50,48 +50,54 @@ class PlainProgress(ProgressBar):
         return self._enabled
 
     def disable(self) -> None:
-        """Write no more."""
+        """Stop writing lines."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Write again."""
+        """Write lines again."""
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the time; what is left is told from the second step on, as the first loads, compiles and measures."""
-        self._began, self._said = 0.0, time.monotonic()
+        """Start the clock; the time left is shown from the second step on, as the first one loads and compiles."""
+        self._start, self._last_line = 0.0, time.monotonic()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the time of a validation."""
-        self._validating = time.monotonic()
-        self._said = self._said or self._validating
+        """Start the clock of a validation."""
+        self._validation_start = time.monotonic()
+        self._last_line = self._last_line or self._validation_start
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        *args: object,
     ) -> None:
-        """Say how far the validation is."""
+        """Write the progress of the validation."""
         now, total = time.monotonic(), sum(map(float, trainer.num_val_batches))
-        if not self._enabled or not trainer.is_global_zero or now - self._said < self.seconds:
+        if not self._enabled or not trainer.is_global_zero or now - self._last_line < self.seconds:
             return
-        self._said, done = now, batch_idx + 1
-        left = (now - self._validating) / done * (total - done)
+        self._last_line, done = now, batch_idx + 1
+        left = (now - self._validation_start) / done * (total - done)
         print(f"validation {done}/{total:.0f}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Say how far it is, where the time has come."""
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Write the progress of the run if the last line is old enough."""
         now = time.monotonic()
-        if not self._began:
-            self._began, self._first = now, trainer.global_step
-        if not self._enabled or not trainer.is_global_zero or now - self._said < self.seconds:
+        if not self._start:
+            self._start, self._first = now, trainer.global_step
+        if not self._enabled or not trainer.is_global_zero or now - self._last_line < self.seconds:
             return
-        self._said = now
+        self._last_line = now
         total = trainer.estimated_stepping_batches
         done, steps = trainer.global_step - self._first, trainer.global_step
         parts = [f"step {steps}"]
         if total and total != float("inf"):
             parts = [f"step {steps}/{int(total)} ({steps / total:.0%})"]
             if done:
-                parts.append(f"{(now - self._began) / done * (total - steps) / 60:.1f} min left")
+                parts.append(f"{(now - self._start) / done * (total - steps) / 60:.1f} min left")
         for name in ("train/loss", "val/kd"):
             if name in trainer.callback_metrics:
                 parts.append(f"{name} {float(trainer.callback_metrics[name]):.3f}")

@@ -1,65 +1,57 @@
-"""Responses written in the run: before the first step, or anew before each pass over the data."""
+"""Responses to the training prompts, generated during a run: before the first step, or before each pass."""
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedModel
 
-from kd_lightning.console import progress_bar_enabled
+from kd_lightning.callbacks.base import PreparedRun, student_and_teacher, student_of, teacher_model
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import SIDES
-from kd_lightning.distributed.collectives import all_gather_objects
-from kd_lightning.distributed.dtensor import tensor_digest
-from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
-from kd_lightning.generation.batch_generator import (
-    BatchGenerator,
-    NumberedResponses,
-    length_batches,
-    summary,
-    write_responses,
-)
-from kd_lightning.generation.response_file import Response, ResponseFile
+from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.generation.batch_generator import BatchGenerator, summary
+from kd_lightning.generation.pass_generator import PassGenerator
+from kd_lightning.generation.response_file import Response
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.generate import Sampling
-from kd_lightning.seeding import derive_seed, run_seed
-from kd_lightning.teachers.base import generating_model
 from kd_lightning.teachers.cached import CachedTeacher
+from kd_lightning.training.base import StudentTeacherModule
 
 
 class Regeneration(L.Callback):
-    """Lets teacher or student respond to the training prompts, and hands the words to the data module.
+    """Generate responses to the training prompts with teacher or student, and pass them to the data module.
 
-    The data module is a `PromptDataModule` (SeqKD) or a `ContrastiveDataModule` (DistiLLM-2). All ranks share the work.
-    Responses are written to ROOT/responses as they come, so that a run killed in the middle goes on there; they follow
-    from the weights and the run's seed alone.
+    The data module is a `PromptDataModule` (SeqKD) or a `ContrastiveDataModule` (DistiLLM-2). The ranks share the work.
+    Responses are saved in `ROOT/responses` as they are generated, so generation is resumable; they depend on the
+    weights and the run's seed alone.
 
     Args:
-        side: who writes, "teacher" or "student".
-        when: "once": before the first step, what is missing; "every_pass": all of them anew before each pass over the
-            training data, the first included.
+        side: the model that generates, "teacher" or "student".
+        when: "once": missing responses, before the first step; "every_pass": all responses, before each pass over the
+            training data, including the first.
         max_new_tokens: longest response, at least 1.
-        temperature: of sampling, ≥ 0; 0: the likeliest token each time.
-        top_p: of sampling, in (0, 1].
-        batch_size: prompts answered together on each rank, at least 1.
-        keep_unfinished: take responses that were cut at `max_new_tokens` too, with an end that the writer did not
-            write; False: such a row keeps its old response, or is dropped where it has none.
+        temperature: sampling temperature, ≥ 0; 0: greedy.
+        top_p: mass of nucleus sampling, in (0, 1].
+        batch_size: prompts per batch on each rank, at least 1.
+        keep_unfinished: also train on responses that were cut at `max_new_tokens`, with an end of sequence appended;
+            False: such a row keeps its previous response, or is dropped if it has none.
 
-    Logged: `train/regenerate_share`, the share of the run's time so far that all of them together have been writing;
-    and of each pass under `train/SIDE_…`: `response_length` (tokens), `finished` (share that the writer ended itself),
+    Logged: `train/regenerate_share`, the share of the run's time so far that was spent on generation; for each pass,
+    under `train/SIDE_…`: `response_length` (tokens), `finished` (share of responses that end before `max_new_tokens`),
     `empty`.
 
     Raises:
-        ValueError: an argument is out of its range; before the first step: the data module takes no responses, there is
-            no such writer in this process, no room for a prompt, or the teacher's words are to be cached.
+        ValueError: an argument is out of range; before the first step: the data module accepts no responses, the model
+            cannot generate, there is no room for a prompt, or the teacher is cached.
     """
 
     def __init__(
@@ -83,26 +75,43 @@ class Regeneration(L.Callback):
         self.sampling = Sampling(max_new_tokens, temperature, top_p)
         self.batch_size = batch_size
         self.keep_unfinished = keep_unfinished
-        self.seconds = 0.0  # spent writing in this run
-        self._began = 0.0
+        self.seconds = 0.0  # spent on generation in this run
+        self._start = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look at the teacher before any model is loaded."""
+        """Check the teacher before any model is loaded."""
         if stage == "fit":
             self.check(pl_module)
 
-    def check(self, module: Any) -> None:
-        """Refuse a teacher whose words on the responses are to be known before there are any."""
-        if getattr(module, "teacher_cache", False):
+    def check(self, module: L.LightningModule) -> None:
+        """Check that the teacher is not cached.
+
+        Raises:
+            ValueError: it is: a cache cannot hold outputs for responses that do not exist yet.
+        """
+        if not isinstance(module, StudentTeacherModule):
+            return
+        if module.teacher_cache:
             raise ValueError(
-                "teacher_cache must be false where no responses can be known beforehand: Regeneration writes new ones"
+                "teacher_cache must be false with Regeneration: its responses are not known before the run"
             )
-        if isinstance(getattr(module, "teacher", None), CachedTeacher):
-            raise ValueError("a teacher cache holds no responses that Regeneration writes: leave one of them out")
+        if isinstance(module.teacher, CachedTeacher):
+            raise ValueError(
+                "a CachedTeacher has no outputs for the responses of Regeneration: use another teacher, or remove "
+                "Regeneration from trainer.callbacks"
+            )
+
+    def check_before_start(self, run: PreparedRun) -> None:
+        """Check that the teacher is not cached.
+
+        Raises:
+            ValueError: it is.
+        """
+        self.check(run.module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look whether it can work here, and let the data module call before each pass."""
-        self.seconds, self._began = 0.0, time.perf_counter()
+        """Check data module and model, and register the generation before each pass."""
+        self.seconds, self._start = 0.0, time.perf_counter()
         datamodule = self._datamodule(trainer)
         if self.when == "every_pass" and not datamodule.responses_can_change:
             kind = type(datamodule).__name__
@@ -110,74 +119,80 @@ class Regeneration(L.Callback):
         model = self._model(pl_module)
         BatchGenerator(model, datamodule.tokenizer, self.sampling)
         self.sampling.max_prompt_tokens(model, datamodule.max_length)
-        datamodule.add_before_pass(lambda number: self.respond(trainer, pl_module, number))
+        datamodule.add_before_pass(lambda number: self.generate_pass(trainer, pl_module, number))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Log how much of the run's time went into writing."""
-        writers = [part for part in trainer.callbacks if isinstance(part, Regeneration)]  # type: ignore[attr-defined]
-        if writers[0] is self:
-            share = sum(writer.seconds for writer in writers) / (time.perf_counter() - self._began)
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Log the share of the run's time that was spent on generation, by all these callbacks together."""
+        every = [part for part in trainer.callbacks if isinstance(part, Regeneration)]  # type: ignore[attr-defined]
+        if every[0] is self:
+            share = sum(part.seconds for part in every) / (time.perf_counter() - self._start)
             pl_module.log("train/regenerate_share", torch.full((), share, device=pl_module.device))
 
-    def respond(self, trainer: L.Trainer, module: Any, number: int) -> None:
-        """Write the responses of a pass and hand them on.
+    def generate_pass(self, trainer: L.Trainer, module: L.LightningModule, number: int) -> None:
+        """Generate the responses of a pass and give them to the data module.
 
         Args:
-            trainer: of the run.
-            module: with student and teacher on their device.
-            number: of the pass, from 0 on.
+            trainer: the Trainer of the run.
+            module: the module, with student and teacher loaded.
+            number: number of the pass, from 0.
+
+        Raises:
+            ValueError: no row has a response to train on.
         """
         datamodule = self._datamodule(trainer)
         if self.when == "once" and number > 0:
             return
-        rows = datamodule.generation_rows("train")
+        every_row = datamodule.generation_rows("train")
         missing = set(datamodule.missing_responses(self.side))
-        nothing_yet = len(missing) == len(rows)
-        if self.when == "once":
-            rows = [row for row in rows if row["index"] in missing]
+        rows = [row for row in every_row if row["index"] in missing] if self.when == "once" else every_row
         if not rows:
             return
-        began = time.perf_counter()
-        with self._folder(trainer) as folder, trainer.precision_plugin.forward_context():
-            found = self._everyone(trainer, self._write(trainer, module, rows, folder, number))
-        told, seconds = summary(list(found.values())), time.perf_counter() - began
-        self.seconds += seconds
-        rank_zero_info(f"{self.side}, pass {number}: {told}, {seconds:.0f} s")
-        self._log(trainer, list(found.values()))
-        taken = {
+        responses = self._generate(trainer, module, rows, number)
+        texts = {
             index: response.text
-            for index, response in found.items()
+            for index, response in responses.items()
             if self.keep_unfinished or response.finish_reason == "eos"
         }
-        if nothing_yet and not any(text.strip() for text in taken.values()):
+        if len(missing) == len(every_row) and not any(text.strip() for text in texts.values()):
             raise ValueError(
-                f"the {self.side} wrote nothing that can be learned with max_new_tokens "
-                f"{self.sampling.max_new_tokens}: {told}"
+                f"the {self.side} generated no response to train on with max_new_tokens "
+                f"{self.sampling.max_new_tokens}: {summary(list(responses.values()))}"
             )
-        datamodule.replace_responses(taken, self.side)
-        for text in check_model_fits_data(module.student, module.teacher and module.teacher.model, datamodule):
+        datamodule.replace_responses(texts, self.side)
+        teacher = student_and_teacher(module).teacher
+        for text in check_model_fits_data(student_of(module), None if teacher is None else teacher.model, datamodule):
             rank_zero_warn(text)
         if not is_fast_dev_run(trainer):
-            self._path(Path(trainer.default_root_dir) / "responses", trainer, number - 1).unlink(missing_ok=True)
+            folder = Path(trainer.default_root_dir) / "responses"
+            self._generator(trainer, module).file_path(trainer, folder, number - 1).unlink(missing_ok=True)
 
-    # ------------------------------------------------------------------------------------------------------- helpers
-    def _log(self, trainer: L.Trainer, found: Sequence[Response]) -> None:
-        lengths = [response.tokens for response in found if response.tokens] or [0]  # a file does not hold them
-        figures = {
-            "response_length": sum(lengths) / len(lengths),
-            "finished": sum(response.finish_reason == "eos" for response in found) / len(found),
-            "empty": sum(not response.text.strip() for response in found) / len(found),
-        }
-        scalars = {f"train/{self.side}_{name}": value for name, value in figures.items()}
+    def _generate(
+        self, trainer: L.Trainer, module: L.LightningModule, rows: list[GenerationRow], number: int
+    ) -> dict[int, Response]:
+        """Generate with the time measured, and log what was generated."""
+        start = time.perf_counter()
+        if self.side == "teacher" and (teacher := student_and_teacher(module).teacher) is not None:
+            teacher.to(module.device)
+        with _folder(trainer) as folder, trainer.precision_plugin.forward_context():
+            responses = self._generator(trainer, module).responses(trainer, rows, folder, number)
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        rank_zero_info(f"{self.side}, pass {number}: {summary(list(responses.values()))}, {seconds:.0f} s")
+        scalars = {f"train/{self.side}_{name}": value for name, value in _figures(responses.values()).items()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
+        return responses
+
+    def _generator(self, trainer: L.Trainer, module: L.LightningModule) -> PassGenerator:
+        model, datamodule = self._model(module), self._datamodule(trainer)
+        return PassGenerator(self.side, model, datamodule, self.sampling, self.batch_size, module.device)
 
     @staticmethod
     def _datamodule(trainer: L.Trainer) -> DistillationDataModule:
         """The data module that takes the responses.
 
         Raises:
-            ValueError: it takes none.
+            ValueError: it accepts none.
         """
         datamodule = datamodule_of(trainer)
         if datamodule is None or not datamodule.accepts_responses:
@@ -186,75 +201,39 @@ class Regeneration(L.Callback):
             raise ValueError(f"Regeneration needs a PromptDataModule or a ContrastiveDataModule, got {kind}")
         return datamodule
 
-    def _model(self, module: Any) -> Any:
-        """What writes.
+    def _model(self, module: L.LightningModule) -> PreTrainedModel:
+        """The model that generates.
 
         Raises:
             ValueError: it is not in this process.
         """
         if self.side == "student":
-            return module.student
-        model = generating_model(module.teacher)
+            return student_of(module)
+        pair = student_and_teacher(module)
+        model = teacher_model(pair)
         if model is None:
-            kind = "none" if module.teacher is None else type(module.teacher).__name__
+            kind = "none" if pair.teacher is None else type(pair.teacher).__name__
             raise ValueError(
                 f"Regeneration with side='teacher' needs a teacher that can generate (a model in this process), "
                 f"got {kind}"
             )
         return model
 
-    def _write(
-        self, trainer: L.Trainer, module: Any, rows: list[GenerationRow], folder: Path, number: int
-    ) -> dict[int, Response]:
-        """This rank's share of the responses, by `index`.
 
-        All ranks ask for equally many batches from the same one on, as the model may be spread over them.
-        """
-        if self.side == "teacher":
-            module.teacher.to(module.device)
-        model, datamodule = self._model(module), self._datamodule(trainer)
-        most = self.sampling.max_prompt_tokens(model, datamodule.max_length)
-        prompts = [row["prompt_ids"][-most:] for row in rows]
-        rank, ranks = data_parallel_rank(trainer)
-        plan = list(enumerate(length_batches([len(prompt) for prompt in prompts], self.batch_size)))
-        mine = plan[rank::ranks]
-        mine += plan[:1] * (-(-len(plan) // ranks) - len(mine))  # a rank with a batch less asks for one once more
-        order = list(dict.fromkeys(row for _, numbers in mine for row in numbers))
-        seed = derive_seed(run_seed(), SIDES[self.side], number)
-        writer = BatchGenerator(model, datamodule.tokenizer, self.sampling, seed, module.device)
-        weights = tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
-        path = self._path(folder, trainer, number)
-        settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
-        file = ResponseFile(path, [_fields(rows[row]) for row in order], weights[:16], settings, start_over=True)
-        with file:
-            done = min(self._everyone(trainer, {trainer.global_rank: self._batches_done(file, mine)}).values())
-            place = {row: local for local, row in enumerate(order)}
-            answers: NumberedResponses = ((place[row], said) for row, said in writer.generate(prompts, mine[done:]))
-            write_responses(file, answers, progress_bar_enabled(trainer), f"{self.side}, pass {number}")
-            return {rows[row]["index"]: file.responses[local] for row, local in place.items()}
-
-    def _path(self, folder: Path, trainer: L.Trainer, number: int) -> Path:
-        return folder / f"{self.side}-pass-{number:04d}.{trainer.global_rank}-of-{trainer.world_size}.jsonl"
-
-    @staticmethod
-    def _batches_done(file: ResponseFile, mine: Sequence[tuple[int, list[int]]]) -> int:
-        ends = itertools.accumulate(len(numbers) for _, numbers in mine)
-        return sum(end <= file.done for end in ends)
-
-    @contextmanager
-    def _folder(self, trainer: L.Trainer) -> Iterator[Path]:
-        if is_fast_dev_run(trainer):
-            with tempfile.TemporaryDirectory() as folder:
-                yield Path(folder)
-            return
-        yield Path(trainer.default_root_dir) / "responses"
-
-    @staticmethod
-    def _everyone(trainer: L.Trainer, mine: dict[int, Any]) -> dict[int, Any]:
-        """What all ranks have, by key, on every rank."""
-        return {key: value for part in all_gather_objects(mine, trainer.world_size) for key, value in part.items()}
+def _figures(responses: Collection[Response]) -> dict[str, float]:
+    lengths = [response.tokens for response in responses if response.tokens] or [0]  # a resumed file has no lengths
+    return {
+        "response_length": sum(lengths) / len(lengths),
+        "finished": sum(response.finish_reason == "eos" for response in responses) / len(responses),
+        "empty": sum(not response.text.strip() for response in responses) / len(responses),
+    }
 
 
-def _fields(row: GenerationRow) -> dict[str, Any]:
-    """The row's own fields, without what a file of responses would say itself."""
-    return {"row_id": row["index"], "prompt": row["prompt"]}
+@contextmanager
+def _folder(trainer: L.Trainer) -> Iterator[Path]:
+    """The folder of the responses; a temporary one in a `fast_dev_run`."""
+    if is_fast_dev_run(trainer):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    yield Path(trainer.default_root_dir) / "responses"

@@ -16,13 +16,13 @@ from kd_lightning.reporting.run_report import page
 
 
 class Report(L.Callback):
-    """Write `ROOT/report.md` when a fit has ended: set-up, table, curves beside baselines, samples, warnings.
+    """Write `ROOT/report.md` after a fit: setup, results table, curves with baselines, samples, warnings.
 
     It acts in `teardown`, after every `on_fit_end`.
     """
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the page, on one rank."""
+        """Write the report, on rank 0."""
         root = Path(trainer.default_root_dir)
         if (
             stage != "fit"
@@ -39,6 +39,6 @@ class Report(L.Callback):
         samples = [] if table is None else table.samples
         with atomic_file(root / "report.md") as part:
             part.write_text(page(RunFolder.read(root), counts, samples), encoding="utf-8")
-        left = {"student": "student/ (plain Hugging Face)", "report.md": "report.md", "tensorboard": "tensorboard/"}
-        left["checkpoints/last.ckpt"] = "checkpoints/last.ckpt"
-        rank_zero_info(f"{root}: {', '.join(text for name, text in left.items() if (root / name).exists())}")
+        saved = {"student": "student/ (Hugging Face format)", "report.md": "report.md", "tensorboard": "tensorboard/"}
+        saved["checkpoints/last.ckpt"] = "checkpoints/last.ckpt"
+        rank_zero_info(f"Saved in {root}: {', '.join(text for name, text in saved.items() if (root / name).exists())}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch import Trainer
@@ -17,10 +16,10 @@ from kd_lightning.distributed.trainer import is_fast_dev_run
 
 
 class RunConfig(L.Callback):
-    """Write `ROOT/config.yaml`, which repeats the run, once every check before step 0 has passed, and `rows.json`.
+    """Save `ROOT/config.yaml`, which repeats the run, and `ROOT/rows.json`, once every check before step 0 has passed.
 
-    The latter has a line for each split that changes with its rows, so that runs on others are not taken for alike.
-    Curves and tables that another run has left there go to `ROOT/earlier-N`, so that they are not read as this one's.
+    `rows.json` has a line for each split that changes with its rows: runs on different rows are not comparable. Curves
+    and tables of another run in the same folder are moved to `ROOT/earlier-N`.
 
     Args:
         text: the configuration as YAML.
@@ -31,24 +30,24 @@ class RunConfig(L.Callback):
         self._earlier: list[Path] = []
         self._fresh = False
 
-    def look(self, root: str | Path) -> None:
-        """See what another run has left; before a logger writes, and not where a run goes on."""
+    def find_earlier_files(self, root: str | Path) -> None:
+        """Find the curves and tables of another run; call it before a logger writes, and not for a resumed run."""
         root = Path(root)
-        there = [root / "results.json", root / "report.md", *root.glob("tensorboard/*")]
-        self._earlier = [path for path in there if path.exists()]
+        candidates = [root / "results.json", root / "report.md", *root.glob("tensorboard/*")]
+        self._earlier = [path for path in candidates if path.exists()]
         self._fresh = True
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """See that every rank was started with the same one."""
+        """Check that all ranks were started with the same configuration."""
         check_ranks_agree({"configuration": self.text})
 
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file of a fresh run, which may have to write much else before its first step."""
+        """Save the configuration of a fresh run; other callbacks may need long before the first step."""
         if self._fresh:
             self._write(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Write the file of a run that goes on, which nobody has refused now."""
+    def on_train_batch_start(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        """Save the configuration of a resumed run, after every check before step 0 has passed."""
         if not self._fresh:
             self._fresh = True
             self._write(trainer)
@@ -64,7 +63,7 @@ class RunConfig(L.Callback):
                 target = aside / path.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)
-            rank_zero_info(f"{root} holds another run: its curves and tables are in {aside} now")
+            rank_zero_info(f"{root} held another run: moved its curves and tables to {aside}")
         with atomic_file(root / "config.yaml") as part:
             part.write_text(self.text, encoding="utf-8")
         with atomic_file(root / "rows.json") as part:
@@ -72,7 +71,7 @@ class RunConfig(L.Callback):
 
 
 def split_digests(datamodule: DistillationDataModule | None) -> dict[str, str]:
-    """Every loaded split in a line that changes with its rows; training rows only where they are there beforehand."""
+    """A line for each loaded split that changes with its rows; without training rows that get generated responses."""
     if datamodule is None:
         return {}
     later = datamodule.accepts_responses

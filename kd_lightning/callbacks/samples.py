@@ -1,12 +1,12 @@
-"""What a run trains on, to be read, where a model wrote it."""
+"""Generated responses that a run trains on, as text in TensorBoard."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.constants import IGNORE_INDEX, SOURCES
@@ -14,19 +14,21 @@ from kd_lightning.data.base import tokenizer_of
 from kd_lightning.reporting.figures import markdown_table
 from kd_lightning.training.base import StudentTeacherModule
 
+Batch = dict[str, Tensor]
+
 
 class Samples(L.Callback):
-    """Show prompts and responses of a batch in TensorBoard's text, every so many steps, where a model wrote them.
+    """Show prompts and generated responses of a training batch as text in TensorBoard, every N steps.
 
-    These are the student's own of a source of responses, both of a pair, or the teacher's words in SeqKD. Where people
-    wrote all that is trained on, or with another logger, nothing happens.
+    Generated responses are those of a response source, both of a contrastive pair, and the teacher's in SeqKD. With
+    responses from the data alone, or with another logger, the callback does nothing.
 
     Args:
         every_n_steps: optimizer steps between two tables; 0: never.
-        rows: of a table, at most.
+        rows: largest number of rows in a table, at least 1.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, every_n_steps: int = 200, rows: int = 4) -> None:
@@ -39,45 +41,46 @@ class Samples(L.Callback):
         self._shown = -1  # the last period of steps that has its table
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
-        """Show what was trained on, once a period; what a source writes may come later than the period begins."""
+        """Show what was trained on, once per period: as soon as there is a generated batch."""
         period = trainer.global_step // self.every_n_steps if self.every_n_steps else self._shown
         if period == self._shown:
             return
+        shown: Batch | None = batch
         if isinstance(pl_module, StudentTeacherModule) and pl_module.generates_responses:
-            batch = pl_module.take_generated_batch()
-            if batch is None:
-                return
-        self._shown = period
-        boards = summary_writers(trainer)
-        tokenizer = tokenizer_of(trainer)
-        if not boards or tokenizer is None or "source" not in batch:
+            shown = pl_module.take_generated_batch()
+        if shown is None:
             return
-        if cells := written_rows(batch, tokenizer, self.rows):
+        self._shown = period
+        writers, tokenizer = summary_writers(trainer), tokenizer_of(trainer)
+        if not writers or tokenizer is None or "source" not in shown:
+            return
+        if cells := generated_rows(shown, tokenizer, self.rows):
             table = markdown_table(["prompt", "who", "response", "tokens"], cells)
-            for writer in boards:
+            for writer in writers:
                 writer.add_text("trained on", table, trainer.global_step)
 
 
-def written_rows(batch: dict[str, Tensor], tokenizer: Any, count: int) -> list[list[str]]:
-    """Prompt, author, response and its number of tokens, of the first rows that a model wrote.
+def generated_rows(batch: Batch, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[str]]:
+    """Prompt, source, response and its number of tokens, of the first rows whose response a model generated.
 
     Args:
-        batch: with `source`.
-        tokenizer: of its tokens.
-        count: rows at most.
+        batch: a training batch with the column `source`.
+        tokenizer: the tokenizer of the batch.
+        count: largest number of rows.
     """
     labels = batch["labels"]
-    counted = labels != IGNORE_INDEX
-    chosen = torch.nonzero((batch["source"] > 0) & counted.any(1)).flatten()[:count].tolist()
-    found = []
+    labelled = labels != IGNORE_INDEX
+    chosen = torch.nonzero((batch["source"] > 0) & labelled.any(1)).flatten()[:count].tolist()
+    rows = []
     for row in chosen:
-        first = int(counted[row].int().argmax())
+        first = int(labelled[row].int().argmax())
         prompt = batch["input_ids"][row, :first][batch["attention_mask"][row, :first].bool()]
-        response = labels[row][counted[row]]
+        response = labels[row][labelled[row]]
         texts = [
-            " ".join(tokenizer.decode(ids.tolist(), skip_special_tokens=True).split()) for ids in (prompt, response)
+            " ".join(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)).split())
+            for ids in (prompt, response)
         ]
-        found.append([texts[0], SOURCES[int(batch["source"][row])], texts[1], str(len(response))])
-    return found
+        rows.append([texts[0], SOURCES[int(batch["source"][row])], texts[1], str(len(response))])
+    return rows

@@ -8,9 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_lightning.callbacks.baselines import Baselines
-from kd_lightning.callbacks.export import HFExport
-from kd_lightning.callbacks.generation_eval import GenerationQuality
+from kd_lightning.callbacks.base import ChecksBeforeStart
+from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import GenerationRow
@@ -18,7 +17,8 @@ from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.distributed.trainer import limit_batches
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
-from kd_lightning.models.loading import auto, check_tokenizers, resolve_model
+from kd_lightning.models.loading import check_tokenizers, resolve_model
+from kd_lightning.models.pretrained import from_pretrained
 from kd_lightning.training.evaluation import limited_batches
 
 Check = Callable[[PreparedFit], Findings]
@@ -57,7 +57,7 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
     if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
         return
     try:
-        theirs = auto.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        theirs = from_pretrained("tokenizer", path)
     except OSError:
         return  # a hub name without a tokenizer; `check_tokenizers` has logged that it is not checked
     special = {
@@ -83,7 +83,7 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
 def check_responses(fit: PreparedFit) -> Findings:
     """Nothing has to be known in advance of responses that are generated during the run."""
     for regeneration in fit.regenerations:
-        regeneration.check(fit.module)
+        regeneration.check_before_start(fit)
     return iter(())  # a refusal is the finding
 
 
@@ -94,12 +94,10 @@ def check_callbacks(fit: PreparedFit) -> Findings:
         if data.sources[split]:
             limited_batches(loader(), limit_batches(fit.trainer, split))
     for callback in fit.callbacks:
-        if isinstance(callback, Baselines):
-            callback.check(data, fit.trainer.limit_val_batches)
-        if isinstance(callback, GenerationQuality):
-            callback.check(fit.student, data)
-        if isinstance(callback, HFExport):
-            callback.check_monitor(fit.module)
+        if isinstance(callback, Regeneration):
+            continue  # `check_responses` has checked it
+        if isinstance(callback, ChecksBeforeStart):
+            callback.check_before_start(fit)
     return iter(())
 
 

@@ -182,14 +182,14 @@ class TrainerCLI(LightningCLI):
         """
         for regeneration in self.callbacks_of(Regeneration):
             regeneration.check(self.model)
-        export: HFExport = self.built.export
-        export.resuming = bool(self.parsed.ckpt_path)
         if is_fast_dev_run(self.trainer):
             return
-        export.check(self.trainer.default_root_dir)
-        if not export.resuming:
+        export: HFExport = self.built.export
+        resuming = bool(self.parsed.ckpt_path)
+        export.check(self.trainer.default_root_dir, resuming)
+        if not resuming:
             for run_config in self.callbacks_of(RunConfig):
-                run_config.look(self.trainer.default_root_dir)
+                run_config.find_earlier_files(self.trainer.default_root_dir)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self._start:

@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.assets import resolve
 from kd_lightning.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from kd_lightning.data.conversation import Conversation, parse_row
 from kd_lightning.data.sources import cache_folder, fingerprint, read_rows
 from kd_lightning.models.hf_adapter import backend_state, has_offsets
+from kd_lightning.models.pretrained import RemoteCodeError, from_pretrained
 
 VERSION = "2"
 """Changes when the same settings give other token ids or labels."""
@@ -42,11 +43,14 @@ def load_tokenizer(name: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
         return name
     path = resolve(name)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = from_pretrained("tokenizer", path)
+    except RemoteCodeError as error:
+        raise ValueError(f"tokenizer: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = "the folder holds no tokenizer" if os.path.isdir(path) else "no such folder"
         detail = " ".join(str(error).split())[:160]
         raise ValueError(f"tokenizer: {name!r} cannot be loaded ({reason}): {detail}") from None
+    return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

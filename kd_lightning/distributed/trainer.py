@@ -1,19 +1,11 @@
-"""The one adapter to Lightning's Trainer: what Lightning sets dynamically, or only while something is attached."""
+"""The one adapter to Lightning's Trainer: attributes that its class does not declare, defaults without a Trainer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-
-
-def attached_trainer(module: LightningModule) -> Trainer | None:
-    """The Trainer that a module is attached to; None outside of a run.
-
-    Reads `_trainer`, because the public `module.trainer` raises when no Trainer is attached.
-    """
-    return module._trainer
 
 
 def data_parallel_rank(trainer: Trainer | None) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def split_by_shapes(model: Any) -> tuple[nn.Module, Head]:
         model: a Hugging Face causal language model on fake tensors.
 
     Returns:
-        As `cutting.body_and_head`, but for the factors of the head, which nobody can see in shapes.
+        As `models.backbone.body_and_head`, without the scale and the soft-cap of the head, which shapes do not show.
 
     Raises:
         ValueError: there is more between body and head, or there are no such parts.

@@ -95,6 +95,15 @@ class Bucketed(WrapperMetric, ABC):
             metric.reset()
 
 
+def response_positions(labels: Tensor) -> Tensor:
+    """Position of every token in its response: n for the n-th labelled token of its row, from 0.
+
+    Args:
+        labels: [..., T], −100 for tokens without a label, whose position has no meaning.
+    """
+    return (labels != IGNORE_INDEX).cumsum(-1) - 1
+
+
 class ByPosition(Bucketed):
     """A metric by position in the response: the n-th token with a label of its row, from 0.
 
@@ -117,7 +126,7 @@ class ByPosition(Bucketed):
 
     def bucket(self, labels: Tensor, **kwargs: Tensor) -> Tensor:
         """Bucket of each token's position."""
-        position = (labels != IGNORE_INDEX).cumsum(-1) - 1
+        position = response_positions(labels)
         inner = torch.tensor(self.edges[1:], device=labels.device, dtype=position.dtype)
         return torch.bucketize(position, inner, right=True)
 

@@ -68,7 +68,7 @@ def is_adapted(layer: nn.Module | None) -> bool:
 
 
 def num_embeddings(layer: nn.Module) -> int | None:
-    """Number of tokens in an input embedding; None if it does not say: a custom layer need not be `nn.Embedding`."""
+    """Number of tokens in an input embedding; None for a custom layer without that attribute."""
     found = getattr(layer, "num_embeddings", None)
     return found if isinstance(found, int) else None
 

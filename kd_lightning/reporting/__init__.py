@@ -1,1 +1,1 @@
-"""A run on disk: its folder, its figures, its report."""
+"""A run on disk: its folder, its figures and its report."""

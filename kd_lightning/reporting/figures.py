@@ -1,4 +1,4 @@
-"""Figures and tables: as matplotlib objects for TensorBoard and notebooks, as Markdown for reports."""
+"""Figures and tables: matplotlib figures for TensorBoard and notebooks, Markdown for reports."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def curves(
     title: str,
     levels: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Values against steps on one axis, with constant levels as dashed lines.
+    """Values over steps, with baselines as dashed horizontal lines.
 
     Args:
-        lines: (step, value) by name.
-        title: what the values are.
-        levels: baselines by name.
+        lines: (step, value) pairs by name.
+        title: title of the figure.
+        levels: value of each baseline by name.
     """
     figure = _figure()
     axes = figure.add_subplot()
@@ -38,69 +38,79 @@ def curves(
     return figure
 
 
-def by_place(shares: Sequence[float]) -> Figure:
-    """Share of tokens where both models put the same one first, by place in the response.
+def agreement_by_position(shares: Sequence[float]) -> Figure:
+    """Share of tokens on which both models have the same most likely token, by position in the response.
 
     Args:
-        shares: in [0, 1], of the first token, the second, …
+        shares: in [0, 1], one per position.
     """
     figure = _figure()
     axes = figure.add_subplot()
     axes.bar(range(len(shares)), shares)
     axes.set_ylim(0, 1)
-    axes.set_xlabel("token of the response")
-    axes.set_ylabel("share that agrees")
+    axes.set_xlabel("position in the response")
+    axes.set_ylabel("agreement")
     return figure
 
 
-def head_and_tail(kl: Sequence[float], head: Sequence[float]) -> Figure:
-    """Forward KL by place in the response, and how much of it lies on the teacher's likeliest tokens.
+def top_and_tail(kl: Sequence[float], top: Sequence[float]) -> Figure:
+    """Forward KL by position in the response, split at the top half of the teacher's probability mass.
 
     Args:
-        kl: nats a token, of the first token, the second, …
-        head: the part of it on the teacher's head.
+        kl: forward KL in nats per token, one per position.
+        top: the part of it on the top of the teacher's distribution.
     """
     figure = _figure()
     axes = figure.add_subplot()
-    axes.bar(range(len(head)), head, label="head: half of the teacher's mass")
-    axes.bar(range(len(head)), [all_ - part for all_, part in zip(kl, head, strict=True)], bottom=head, label="tail")
-    axes.set_xlabel("token of the response")
-    axes.set_ylabel("forward KL (nats a token)")
+    axes.bar(range(len(top)), top, label="top half of the teacher's mass")
+    axes.bar(range(len(top)), [all_ - part for all_, part in zip(kl, top, strict=True)], bottom=top, label="tail")
+    axes.set_xlabel("position in the response")
+    axes.set_ylabel("forward KL (nats per token)")
     axes.legend(fontsize="small")
     return figure
 
 
 def label_probabilities(counts: Tensor) -> Figure:
-    """Tokens by the probability that teacher and student give the label; above the line the student gives more.
+    """Tokens by the probability that teacher and student give the label; above the diagonal the student's is higher.
 
     Args:
-        counts: [B, B] tokens in each pair of bins of [0, 1], teacher first.
+        counts: number of tokens in each pair of bins of [0, 1], teacher first, [bins, bins].
     """
     figure = _figure(4.4, 4.0)
     axes = figure.add_subplot()
     image = axes.imshow(counts.log1p().T.numpy(), origin="lower", extent=(0, 1, 0, 1), aspect="equal")
     axes.plot([0, 1], [0, 1], linestyle="--", color="white", linewidth=1)
     axes.set_xlabel("teacher's probability of the label")
-    axes.set_ylabel("student's")
+    axes.set_ylabel("student's probability of the label")
     figure.colorbar(image, label="log(1 + tokens)")
     return figure
 
 
 def _figure(width: float = 6.0, height: float = 3.6) -> Figure:
-    from matplotlib.figure import Figure  # without pyplot, which would keep every figure and choose a window system
+    from matplotlib.figure import Figure  # not pyplot: it keeps every figure and selects a GUI backend
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def as_markdown(figure: Figure, text: str) -> str:
-    """The figure inside a Markdown page, as a PNG in the text, so that one file can be sent around."""
+    """The figure as Markdown, with its PNG embedded in the text.
+
+    Args:
+        figure: the figure.
+        text: alternative text of the image.
+    """
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=90)
     return f"![{text}](data:image/png;base64,{base64.b64encode(out.getvalue()).decode()})"
 
 
-def markdown_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
+def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        header: title of each column.
+        cells: text of each cell, row by row.
+    """
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
     plain = ([text.replace("\n", " ").replace("|", "\\|") for text in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in plain)

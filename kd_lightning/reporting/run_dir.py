@@ -1,4 +1,4 @@
-"""A run's folder, finished or not, read back: its configuration, closing table and curves."""
+"""Reading the folder of a run, finished or not: its configuration, results table and curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -24,6 +24,8 @@ NOT_THE_METHOD = (
 DATA = ("data.train", "data.val", "data.test", "data.max_length", "data.chat_template", "results.task")
 
 WHO = ("teacher", "student_before", "student_after")
+ResultRow = dict[str, float | None]
+Results = dict[str, ResultRow | None]
 HEADINGS = {"nll": "NLL per answer token", "forward_kl": "forward KL to teacher", "exact_match": "exact match"}
 
 Curve = list[tuple[int, float]]
@@ -31,19 +33,19 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left under its `--trainer.default_root_dir`.
+    """The files of a run under its `--trainer.default_root_dir`.
 
     Attributes:
         root: the folder.
         config: every argument by its dotted name.
-        results: the closing table; None where the run has not come to its end.
-        scalars: (step, value) of every scalar of its TensorBoard events.
-        rows: a line for each split that changes with its rows; empty where the run did not say.
+        results: the results table; None if the run has not finished.
+        scalars: (step, value) pairs of every logged scalar.
+        rows: for each split a line that changes with its rows; empty if the run saved none.
     """
 
     root: Path
     config: dict[str, Any]
-    results: dict[str, dict[str, float | None] | None] | None
+    results: Results | None
     scalars: dict[str, Curve]
     rows: dict[str, str] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ class RunFolder:
         """Read a folder.
 
         Raises:
-            ValueError: it is not the folder of a run, or a file in it is broken.
+            ValueError: it is not the folder of a run, or a file in it cannot be parsed.
         """
         root = Path(root)
         config, results, rows = root / "config.yaml", root / "results.json", root / "rows.json"
@@ -67,9 +69,11 @@ class RunFolder:
         if not isinstance(read, dict) or not {"model", "data", "trainer"} & read.keys():
             raise ValueError(f"{root} is not the folder of a run: its config.yaml has no model, data or trainer")
         if table is not None and not _is_table(table):
-            raise ValueError(f"{results}: no table of a run, which has {', '.join(WHO)} with {', '.join(HEADINGS)}")
+            raise ValueError(
+                f"{results} is not a results table: it must have {', '.join(WHO)}, each with {', '.join(HEADINGS)}"
+            )
         if not isinstance(known, dict):
-            raise ValueError(f"{rows}: not the splits of a run, got {known!r}")
+            raise ValueError(f"{rows} must map each split to a line of text, got {known!r}")
         return cls(root, flatten_config(read), table, curves(root), known)
 
     @property
@@ -79,41 +83,51 @@ class RunFolder:
 
     @property
     def ended(self) -> bool:
-        """Whether the run came to its end; without test rows it leaves a student and no table."""
+        """Whether the run finished; without test rows it leaves a student but no results table."""
         return self.results is not None or (self.root / "student").is_dir()
 
     @property
-    def seeds(self) -> tuple[Any, Any]:
-        """What two repetitions differ in."""
+    def seeds(self) -> tuple[object, object]:
+        """The arguments in which repetitions differ: the run's seed and the data's."""
         return self.config.get("seed_everything"), self.config.get("data.seed")
 
     @property
     def method(self) -> dict[str, Any]:
-        """What makes two runs repetitions of each other: every argument but seeds and places."""
+        """Every argument except seeds and paths: runs that agree here are repetitions of each other."""
         return {name: value for name, value in self.config.items() if name not in NOT_THE_METHOD}
 
     def last(self, name: str) -> float | None:
-        """The last value of a scalar; None where it was never logged."""
+        """The last value of a scalar; None if it was never logged."""
         curve = self.scalars.get(name)
         return curve[-1][1] if curve else None
 
 
-def _is_table(table: Any) -> bool:
-    """Whether a closing table has its rows and columns."""
+def _is_table(table: object) -> TypeGuard[Results]:
+    """Whether a value that was read from a file has the rows and columns of a results table."""
     if not isinstance(table, dict) or not set(WHO) <= table.keys():
         return False
     return all(row is None or (isinstance(row, dict) and HEADINGS.keys() <= row.keys()) for row in table.values())
 
 
-def resolved_source(source: Any) -> Any:
-    """Where a source of rows lies, however it is written."""
+def formatted_results(results: Results) -> list[list[str]]:
+    """The rows of a results table as text: name, then one cell per heading."""
+    rows = []
+    for name, values in results.items():
+        nll, forward_kl, exact_match = (None if values is None else values[key] for key in HEADINGS)
+        cells = ["–" if value is None else f"{value:.3f}" for value in (nll, forward_kl)]
+        rows.append([name.replace("_", " "), *cells, "–" if exact_match is None else f"{100 * exact_match:.1f} %"])
+    return rows
+
+
+def resolved_source(source: object) -> object:
+    """The absolute path of a file or folder of rows, or of each in a list; anything else unchanged."""
     if isinstance(source, list):
         return [resolved_source(part) for part in source]
     return str(Path(source).resolve()) if isinstance(source, str) and Path(source).exists() else source
 
 
-def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names as on the command line (`init_args` is left out)."""
+def flatten_config(config: object, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names as on the command line (without `init_args`)."""
     if not isinstance(config, dict) or not config:
         return {prefix: config} if prefix else {}
     out: dict[str, Any] = {}
@@ -124,7 +138,7 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def curves(root: Path) -> dict[str, Curve]:
-    """Every scalar of a run: of `ROOT/tensorboard`, or of the newest events or `metrics.csv` that a logger left."""
+    """Every scalar of a run: from `ROOT/tensorboard`, else from the newest event file or `metrics.csv` found."""
     if found := scalars(root / "tensorboard"):
         return found
     ours = [path for path in root.rglob("*") if not path.relative_to(root).parts[0].startswith("earlier-")]
@@ -136,7 +150,7 @@ def curves(root: Path) -> dict[str, Curve]:
 
 
 def _csv(path: Path) -> dict[str, Curve]:
-    """Scalars as Lightning's CSVLogger writes them: a row a step, a column a scalar, empty where it was not logged."""
+    """Scalars of Lightning's CSVLogger: a row per step, a column per scalar, empty if it was not logged."""
     found: dict[str, dict[int, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -147,7 +161,7 @@ def _csv(path: Path) -> dict[str, Curve]:
 
 
 def scalars(folder: Path) -> dict[str, Curve]:
-    """Every scalar of a folder of TensorBoard events; of a step that was logged twice, the later value."""
+    """Every scalar in a folder of TensorBoard events; the later value of a step that was logged twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     if not any(folder.glob("events.out.tfevents.*")):
@@ -162,13 +176,13 @@ def scalars(folder: Path) -> dict[str, Curve]:
 
 
 def differing(runs: Sequence[RunFolder]) -> list[str]:
-    """Names of the arguments of the method in which some of the runs differ."""
+    """Names of the arguments in which the methods of some runs differ."""
     names = {name for run in runs for name in run.method}
     return sorted(name for name in names if len({repr(run.method.get(name)) for run in runs}) > 1)
 
 
 def repetitions(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
-    """The runs in groups that differ in seeds alone, in the order in which each group first comes."""
+    """The runs in groups that differ only in seeds, in the order of their first members."""
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.method, sort_keys=True, default=str), []).append(run)

@@ -1,4 +1,4 @@
-"""A run as one page to send around: `ROOT/report.md`, figures inside."""
+"""The report of a run, `ROOT/report.md`: one Markdown page with embedded figures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from kd_lightning.constants import moves_objective
 from kd_lightning.reporting.figures import as_markdown, curves, markdown_table
-from kd_lightning.reporting.run_dir import HEADINGS, RunFolder
+from kd_lightning.reporting.run_dir import HEADINGS, RunFolder, formatted_results
 
-SET_UP: tuple[str, ...] = (
+SETUP: tuple[str, ...] = (
     "model",
     "data",
     "trainer.max_steps",
@@ -17,32 +17,32 @@ SET_UP: tuple[str, ...] = (
     "trainer.precision",
     "trainer.strategy",
 )
-SET_UP += ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "seed_everything", "export.which")
+SETUP += ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "seed_everything", "export.which")
 QUALITIES = ("rouge_l", "exact_match", "response_length", "ends", "distinct_2")
 CHARTS = {
     "validation NLL per answer token": ("val/ce", "teacher_nll", "student_before_nll", "run_nll"),
     "validation forward KL to the teacher": ("val/forward_kl", "student_before_forward_kl", "run_forward_kl"),
-    "share of tokens where both put the same one first": ("val/agreement", "student_before_agreement", "run_agreement"),
+    "share of tokens with the same most likely token": ("val/agreement", "student_before_agreement", "run_agreement"),
 }
 
 
 def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str, str]]) -> str:
-    """The page.
+    """The text of the report.
 
     Args:
         run: the run's folder.
-        rows: the data module's report: numbers by split.
-        samples: responses side by side, by the name of who wrote them.
+        rows: the data module's report: counts of rows by split.
+        samples: test rows, each with its prompt, its answer and the responses by name of the model.
     """
     out = [f"# {run.root.name}"]
     if run.results is not None:
-        out += ["## Test rows", markdown_table(["", *HEADINGS.values()], list(_results(run)))]
+        out += ["## Test rows", markdown_table(["", *HEADINGS.values()], formatted_results(run.results))]
     if answers := list(_answers(run)):
         out += ["## Responses to test rows", markdown_table(["", "student", "teacher"], answers)]
     found = list(warnings(run, rows))
     out += ["## Warnings", "\n".join(f"- {text}" for text in found) or "None."]
     figures = list(_figures(run))
-    out += ["## Curves", *(figures or ["No logger left events or a metrics.csv in this folder."])]
+    out += ["## Curves", *(figures or ["No logger saved TensorBoard events or a metrics.csv in this folder."])]
     if samples:
         cells = [[_cell(sample[name]) for name in samples[0]] for sample in samples]
         out += ["## Samples", markdown_table(list(samples[0]), cells)]
@@ -50,24 +50,16 @@ def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str
     if rows:
         counts = [[split, *(str(found.get(name, 0)) for name in columns)] for split, found in rows.items()]
         out += ["## Rows", markdown_table(["split", *columns], counts)]
-    set_up = {name: value for name, value in run.config.items() if value is not None and name.startswith(SET_UP)}
-    out += ["## Set-up", markdown_table(["argument", "value"], [[f"`{k}`", f"`{v}`"] for k, v in set_up.items()])]
+    setup = {name: value for name, value in run.config.items() if value is not None and name.startswith(SETUP)}
+    out += ["## Setup", markdown_table(["argument", "value"], [[f"`{k}`", f"`{v}`"] for k, v in setup.items()])]
     config = shlex.quote(str(run.root / "config.yaml"))
     command = f"kd-lightning fit --config {config} --trainer.default_root_dir ANOTHER_FOLDER"
-    out += ["## Repeat it", f"```sh\n{command}\n```"]
+    out += ["## Reproduce", f"```sh\n{command}\n```"]
     return "\n\n".join(out) + "\n"
 
 
-def _results(run: RunFolder) -> Iterator[list[str]]:
-    for name, values in (run.results or {}).items():
-        cells = [None if values is None else values[column] for column in HEADINGS]
-        shown = ["–" if cell is None else f"{cell:.3f}" for cell in cells[:2]]
-        shown.append("–" if cells[2] is None else f"{100 * cells[2]:.1f} %")
-        yield [name.replace("_", " "), *shown]
-
-
 def _answers(run: RunFolder) -> Iterator[list[str]]:
-    """What the responses are worth, where they were sampled: mean ± standard deviation over the seeds."""
+    """Generation metrics: mean, and ± standard deviation over the seeds if responses were sampled."""
     for name in QUALITIES:
         cells = []
         for who in ("", "teacher_"):
@@ -78,7 +70,7 @@ def _answers(run: RunFolder) -> Iterator[list[str]]:
 
 
 def warnings(run: RunFolder, rows: dict[str, dict[str, int]]) -> Iterator[str]:
-    """What a reader of the figures must know."""
+    """Problems that a reader of the figures must know about."""
     for split, counts in rows.items():
         lost = {name: counts[name] for name in ("empty", "truncated", "cut_away", "unlocated") if counts.get(name)}
         if lost:
@@ -98,9 +90,9 @@ def warnings(run: RunFolder, rows: dict[str, dict[str, int]]) -> Iterator[str]:
     table = run.results or {}
     before, after, teacher = (table.get(name) for name in ("student_before", "student_after", "teacher"))
     if before and after and (after["nll"] or 0) > (before["nll"] or 0):
-        yield "the student's NLL on the test rows is worse than before"
+        yield "the student's NLL on the test rows is worse than before training"
     if teacher and before and (teacher["nll"] or 0) > (before["nll"] or 0):
-        yield "the teacher's NLL on the test rows is worse than the student's at the start"
+        yield "the teacher's NLL on the test rows is worse than that of the untrained student"
 
 
 def _figures(run: RunFolder) -> Iterator[str]:
@@ -109,15 +101,15 @@ def _figures(run: RunFolder) -> Iterator[str]:
         known = {name.replace("_", " "): value for name, value in baselines.items() if value is not None}
         if run.scalars.get(scalar):
             yield as_markdown(curves({scalar: run.scalars[scalar]}, title, known), title)
-    parts = {name: run.scalars[name] for name in ("train/loss", "train/kd", "train/ce") if run.scalars.get(name)}
-    if parts:
-        yield as_markdown(curves(parts, "parts of the loss"), "parts of the loss")
+    terms = {name: run.scalars[name] for name in ("train/loss", "train/kd", "train/ce") if run.scalars.get(name)}
+    if terms:
+        yield as_markdown(curves(terms, "terms of the loss"), "terms of the loss")
     schedules = {name: curve for name, curve in run.scalars.items() if name.startswith("schedule/")}
     if schedules:
         yield as_markdown(curves(schedules, "schedules"), "schedules")
 
 
 def _cell(text: str) -> str:
-    """A text inside one cell of a table."""
+    """A text shortened to fit one cell of a table."""
     line = " ".join(text.split())
     return (line if len(line) <= 160 else line[:159] + "…").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""What responses are worth: figures by hand, and in a run."""
+"""Generation metrics: by hand, and in a run."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_figures_by_hand() -> None:
     assert same["distinct_2"] == 0.25 and same["rouge_l"] == 1
 
 
-def test_words_are_stemmed_as_the_papers_do() -> None:
+def test_rouge_stems_words() -> None:
     assert quality([Response("running dogs", "eos", 3)], ["run dog"])["rouge_l"] == 1
 
 
-def test_an_empty_response_is_worth_nothing_and_no_error() -> None:
+def test_an_empty_response_scores_zero() -> None:
     figures = quality([Response("", "eos", 1)], ["a cat"])
     assert figures["rouge_l"] == figures["exact_match"] == figures["distinct_2"] == 0
 
@@ -73,7 +73,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         GenerationQuality(**settings)
 
 
-def test_a_student_that_never_ends_is_refused_before_the_first_step(
+def test_a_student_without_an_end_of_sequence_is_refused_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import json

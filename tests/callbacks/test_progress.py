@@ -1,4 +1,4 @@
-"""How far a run is, in a terminal and in a file."""
+"""Progress of a run, in a terminal and in a log file."""
 
 from __future__ import annotations
 

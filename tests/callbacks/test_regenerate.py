@@ -1,4 +1,4 @@
-"""Responses written in the run: SeqKD before the first step, DistiLLM-2 before each pass; killed and gone on with."""
+"""Responses generated in a run: SeqKD before the first step, DistiLLM-2 before each pass; killed and resumed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of SeqKD that nobody interrupts."""
+    """An uninterrupted run of SeqKD."""
     root = tmp_path_factory.mktemp("whole") / "root"
     assert main(seqkd(root, data)) == 0
     return root
 
 
 def said(root: Path, side: str = "teacher", number: int = 0) -> dict[int, str]:
-    """What was written, by row, where it ends by itself."""
+    """The finished responses in a file, by row."""
     path = root / "responses" / f"{side}-pass-{number:04d}.0-of-1.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row["row_id"]: row["response"] for row in rows if row["finish_reason"] == "eos" and row["response"].strip()}
@@ -121,7 +121,7 @@ def test_new_words_of_the_student_before_each_pass(data: Path, tmp_path: Path) -
     texts = [(whole / "responses" / name).read_text() for name in replaced]
     assert texts[0] != texts[1] != texts[2]
     assert [path.name for path in (whole / "responses").glob("student-pass*")] == ["student-pass-0002.0-of-1.jsonl"]
-    # killed while the student writes before the second pass, and resumed from the last checkpoint
+    # killed while the student generates before the second pass, and resumed from the last checkpoint
     killed_when(contrastive(root, data), root / "responses" / "student-pass-0001.0-of-1.jsonl", 300)
     assert main(contrastive(root, data, "--ckpt_path", "last")) == 0
     assert same(whole, root)
@@ -131,7 +131,7 @@ def test_new_words_of_the_student_before_each_pass(data: Path, tmp_path: Path) -
 def test_a_student_that_says_nothing_more(
     said: Response, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, capfd: Any
 ) -> None:
-    """It is counted, what was said before is learned again, and no loss is NaN; before the first pass it is refused."""
+    """The previous responses are used again, and no loss is NaN; before the first pass the run is refused."""
     own, calls = BatchGenerator.generate, []
 
     def generate(writer: Any, prompts: Any, numbered: Any) -> Any:
@@ -159,8 +159,8 @@ def test_a_student_that_says_nothing_more(
         *words,
         "--trainer.default_root_dir",
         str(tmp_path / "again"),
-    ]  # nothing from the start, and the teacher so
-    refused(again, ["the teacher wrote nothing that can be learned", kind], capfd)
+    ]  # no response from the start, of the teacher too
+    refused(again, ["the teacher generated no response to train on", kind], capfd)
 
 
 def state(root: Path) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def state(root: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_killed_in_a_pass_and_between_two_and_resumed(data: Path, tmp_path: Path) -> None:
-    """Weights, skews, pairs, coin and order are those of a run that nobody killed."""
+    """Weights, skews, pairs and order are those of an uninterrupted run."""
     whole, root = tmp_path / "whole", tmp_path / "root"
     follow = {"class_path": "ResponseGap"}, {"class_path": "ResponseGap", "init_args": {"side": "student"}}
     sides = [
@@ -197,7 +197,7 @@ def test_killed_in_a_pass_and_between_two_and_resumed(data: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_ranks_share_the_work_and_write_the_same(strategy: str, data: Path, whole: Path, tmp_path: Path) -> None:
-    """Five batches for two ranks: one of them has a batch less, and the model may be spread over both."""
+    """Five batches for two ranks: one has a batch less, and the model may be sharded over both."""
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("--trainer.callbacks.batch_size", "10", "--trainer.callbacks.temperature", "0")
     assert main(seqkd(one, data, *more, steps=1)) == 0
@@ -214,7 +214,7 @@ def test_ranks_share_the_work_and_write_the_same(strategy: str, data: Path, whol
 
 @pytest.mark.slow
 def test_a_student_that_is_spread_over_ranks_writes_the_same(data: Path, tmp_path: Path) -> None:
-    """Between two passes, of weights that have learned meanwhile."""
+    """Between two passes, with weights that were trained in between."""
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("--data.shuffle", "false")
     words = [contrastive(root, data, *more, steps=7) for root in (one, two)]

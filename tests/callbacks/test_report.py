@@ -1,4 +1,4 @@
-"""A run as one page."""
+"""The report of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_page_holds_table_figures_samples_and_a_command_that_repeats_the_run
     text = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     after = runs.results(tmp_path / "run")["student_after"]
     assert f"| student after | {after['nll']:.3f} | {after['forward_kl']:.3f} |" in text
-    assert text.count("data:image/png;base64,") == 5  # three curves of validation, parts of the loss, schedules
+    assert text.count("data:image/png;base64,") == 5  # three validation curves, terms of the loss, schedules
     assert "| prompt | answer | student before | teacher | student after |" in text
     assert "| train | 24 | 24 | 0 |" in text and "| `model.temperature` | `1.0` |" in text
 
@@ -78,5 +78,5 @@ def test_what_another_run_left_is_set_aside_and_not_read(tmp_path: Path) -> None
     assert "Test rows" not in (root / "report.md").read_text()
     assert left and all((root / "earlier-1" / path).read_bytes() == content for path, content in left.items())
     assert main([*runs.little(root, steps=3, test=True), *given, "--data.test", "null", "--ckpt_path", "last"]) == 0
-    assert [step for step, _ in RunFolder.read(root).scalars["val/ce"]] == [0, 1, 2]  # its own, gone on with
+    assert [step for step, _ in RunFolder.read(root).scalars["val/ce"]] == [0, 1, 2]  # its own curve, resumed
     assert not (root / "earlier-2").exists()

@@ -1,4 +1,4 @@
-"""What a run shows of the words it trains on: scalars by name, and samples to be read."""
+"""What a run shows of generated responses: scalars by name, and samples as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import runs
 from generated_runs import contrastive, seqkd
-from kd_lightning.callbacks.samples import Samples, written_rows
+from kd_lightning.callbacks.samples import Samples, generated_rows
 from kd_lightning.cli.program import main
 from kd_lightning.data.tokenization import load_tokenizer
 
@@ -111,8 +111,8 @@ def test_rows_that_a_model_wrote() -> None:
     words = [tokenizer.decode([token]).strip() for token in (cat, dog)]
     both = " ".join(tokenizer.decode([dog, dog]).split())
     wanted = [[words[1], "teacher", words[0], "2"], [words[0], "student", both, "2"]]
-    assert written_rows(batch, tokenizer, 5) == wanted
-    assert written_rows(batch, tokenizer, 1) == wanted[:1]
+    assert generated_rows(batch, tokenizer, 5) == wanted
+    assert generated_rows(batch, tokenizer, 1) == wanted[:1]
 
 
 @pytest.mark.parametrize("bad", [{"every_n_steps": -1}, {"rows": 0}])

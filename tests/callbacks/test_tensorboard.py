@@ -1,4 +1,4 @@
-"""What a run is held against, and what TensorBoard shows of it."""
+"""Baselines of a run, and its TensorBoard dashboard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 import runs
-from kd_lightning.callbacks.tensorboard import BINS, CHARTS, PLACES, Dashboard
+from kd_lightning.callbacks.tensorboard import BINS, CHARTS, POSITIONS, Dashboard
 from kd_lightning.cli.program import main
 from kd_lightning.reporting.run_dir import RunFolder
 
@@ -23,7 +23,7 @@ VALIDATED = ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps",
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps, beside an earlier one."""
+    """A run of four steps, and an earlier one as its baseline."""
     folder = tmp_path_factory.mktemp("runs")
     data = ["--data.train", str(runs.little_data(folder)), *VALIDATED]
     assert main([*runs.little(folder / "sft", "sft"), *data]) == 0
@@ -54,16 +54,16 @@ def test_the_layout_names_scalars_that_are_there(root: Path) -> None:
     assert "custom_scalars__config__" in events(root / "run").Tags()["tensors"]
 
 
-def test_figures_and_the_config_in_words(root: Path) -> None:
+def test_figures_and_the_config_as_text(root: Path) -> None:
     accumulator = events(root / "run")
-    parts = "forward KL on the teacher's head and tail"
-    for name in ("agreement by place in the response", "probability of the label", parts):
+    parts = "forward KL on the top and the tail of the teacher"
+    for name in ("agreement by position in the response", "probability of the label", parts):
         assert [image.step for image in accumulator.Images(f"validation/{name}")] == [2, 4]
     text = accumulator.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_steps: 4" in text
 
 
-def test_hyper_parameters_stand_beside_final_metrics_and_no_scalar_is_made_up(root: Path) -> None:
+def test_hyperparameters_come_with_final_metrics_and_no_scalar_is_invented(root: Path) -> None:
     accumulator = events(root / "run")
     content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     session = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
@@ -78,7 +78,7 @@ class Module:
 
 def test_sums_of_the_figures_equal_a_slow_loop() -> None:
     generator = torch.Generator().manual_seed(0)
-    dashboard, place_sums, pairs = Dashboard(""), torch.zeros(4, PLACES), torch.zeros(BINS, BINS)
+    dashboard, position_sums, pairs = Dashboard(""), torch.zeros(4, POSITIONS), torch.zeros(BINS, BINS)
     dashboard.on_validation_epoch_start(None, Module())  # type: ignore[arg-type]
     for _ in range(3):
         labels = torch.randint(5, (4, 50), generator=generator)
@@ -91,16 +91,16 @@ def test_sums_of_the_figures_equal_a_slow_loop() -> None:
         dashboard.on_validation_batch_end(None, Module(), values, {"labels": labels})  # type: ignore[arg-type]
         n = 0
         for row in labels[:, 1:].tolist():
-            place = 0
+            position = 0
             for label in row:
                 if label == -100:
                     continue
                 sums = [1.0, *(float(values[name][n]) for name in ("agreement", "forward_kl", "head_kl"))]
-                place_sums[:, min(place, PLACES - 1)] += torch.tensor(sums)
+                position_sums[:, min(position, POSITIONS - 1)] += torch.tensor(sums)
                 theirs, ours = (int(float((-values[name][n]).exp()) * BINS) for name in ("teacher_nll", "ce"))
                 pairs[min(theirs, BINS - 1), min(ours, BINS - 1)] += 1
-                place, n = place + 1, n + 1
-    torch.testing.assert_close(dashboard._places, place_sums)
+                position, n = position + 1, n + 1
+    torch.testing.assert_close(dashboard._by_position, position_sums)
     assert torch.equal(dashboard._probabilities, pairs)
 
 
@@ -112,7 +112,7 @@ def test_another_logger_falls_back_quietly(tmp_path: Path) -> None:
 
 
 class Service(Logger):
-    """Stands in for wandb or MLflow: knows metrics and parameters, and nothing of TensorBoard's own."""
+    """A logger like those of wandb or MLflow, without the methods of TensorBoard's writer."""
 
     seen: ClassVar[dict[str, list[tuple[int | None, float]]]] = {}
     name, version = "service", "0"
@@ -141,7 +141,7 @@ def test_a_service_gets_every_number_and_is_asked_for_nothing_else(tmp_path: Pat
 
 
 def test_no_metric_has_a_point_before_it_was_measured(root: Path) -> None:
-    """Read from the raw records, where TensorBoard's hyper-parameters would have left a zero."""
+    """Read from the raw records, where TensorBoard's hyperparameters would leave a zero."""
     (file,) = (root / "run" / "tensorboard").glob("events.out.tfevents.*")
     points: dict[str, list[tuple[int, float]]] = {}
     for event in EventFileLoader(str(file)).Load():

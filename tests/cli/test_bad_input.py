@@ -1,4 +1,4 @@
-"""Bad input is refused before step 0, in one line that names it, and nothing that was there is touched."""
+"""Bad input is refused before step 0 with one line that names it, and existing files stay unchanged."""
 
 import json
 import shutil
@@ -28,11 +28,11 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["--model.objective", "FowardKL"],
         ["objective", "unknown class FowardKL (did you mean ForwardKL?)"],
     ),
-    "class of one's own that is not there": (
+    "missing custom class": (
         ["--model.objective", "test_bad_input.Nope"],
         ["model.objective: test_bad_input.Nope cannot be imported from /", "has no attribute 'Nope'"],
     ),
-    "file of one's own that is not there": (
+    "missing custom file": (
         ["--model.objective", "nowhere.Mine"],
         ["model.objective: nowhere.Mine cannot be imported from /", "No module named 'nowhere'"],
     ),
@@ -51,15 +51,18 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
         ["bta"],
     ),
     "misspelt argument of the data": (["--data.batchsize", "3"], ["batchsize", "did you mean batch_size?"]),
-    "rate that is no number": (["--model.optimizer.lr", "abc"], ["model.optimizer.lr must be float, got 'abc'"]),
-    "argument an optimizer does not take": (
+    "learning rate that is not a number": (
+        ["--model.optimizer.lr", "abc"],
+        ["model.optimizer.lr must be float, got 'abc'"],
+    ),
+    "unknown argument of an optimizer": (
         ["--model.optimizer.foo", "3"],
         ["AdamW has no argument 'foo': pass one of params, lr"],
     ),
     "abbreviated argument": (["--trainer.max_step", "7"], ["--trainer.max_step 7 (did you mean --trainer.max_steps?)"]),
     "misspelt middle": (["--model.optimiser.lr", "1"], ["(did you mean --model.optimizer.lr?)"]),
-    "an argument like none": (["--zzz", "1"], ["--zzz 1: --help lists the arguments"]),
-    "a part without its class": (
+    "argument unlike any other": (["--zzz", "1"], ["--zzz 1: --help lists the arguments"]),
+    "argument without its class": (
         ["--model.objective", "TAID", "--model.objective.teacher_weight.step_size", "0.01"],
         [
             "missing class for --model.objective.teacher_weight: pass --model.objective.teacher_weight CLASS (one of "
@@ -113,7 +116,7 @@ FILES: dict[str, tuple[bytes, list[str]]] = {
     "not UTF-8": (f"{ROW}\n".encode() + b'{"instruction": "\xff", "output": "b"}\n', ["2", "UTF-8"]),
     "wrongly typed": (f'{ROW}\n{ROW}\n{{"instruction": 3, "output": "b"}}\n'.encode(), ["3", "instruction"]),
     "without fields": (f'{ROW}\n{{"question": "a"}}\n'.encode(), ["2", "question"]),
-    "no counted token": (b'{"instruction": "a", "output": ""}\n', ["answer"]),
+    "no token with a label": (b'{"instruction": "a", "output": ""}\n', ["answer"]),
 }
 
 
@@ -207,7 +210,7 @@ def test_a_root_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixt
     refused(runs.little(root), [str(root), "cannot be written"], capfd)
 
 
-def test_a_disk_that_fills_keeps_the_last_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_complete_checkpoint(tmp_path: Path) -> None:
     with runs.small_disk(tmp_path, "8m") as disk:
         words = [*runs.little(disk / "root", steps=40), "--checkpoint.every_n_train_steps", "1"]
         code, _, err = runs.finish([*words, "--checkpoint.save_top_k=-1"])

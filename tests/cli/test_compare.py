@@ -150,7 +150,7 @@ def test_one_file_by_two_names_and_another_teacher_are_the_same_data(
 def test_a_broken_table_is_named(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "a", 2.5)
     (tmp_path / "a" / "results.json").write_text(content)
-    assert "results.json: no table of a run" in output([root], capsys, code=1)
+    assert "results.json is not a results table" in output([root], capsys, code=1)
 
 
 @pytest.mark.parametrize("content", ["", "a: 1", "- b"])

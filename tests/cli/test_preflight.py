@@ -1,4 +1,4 @@
-"""Preflight finds what would waste a run, names it, and is silent about the configs that are shipped."""
+"""Preflight names common misconfigurations, and has no findings on the shipped configs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(path: Path, rows: list[str]) -> str:
 
 
 def words(folder: Path, config: str = "quickstart") -> list[str]:
-    """A small healthy set-up."""
+    """Arguments of a small healthy run."""
     data = {name: write(folder / f"{name}.jsonl", lines(name, 0, 96)) for name in ("train", "validation", "test")}
     found = ["--config", str(runs.CONFIGS / f"{config}.yaml"), "--trainer.default_root_dir", str(folder / "root")]
     found += ["--data.train", data["train"], "--data.val", data["validation"], "--data.test", data["test"]]
@@ -50,7 +50,7 @@ def teacher(folder: Path, change: Callable[[Any], None] = lambda model: None) ->
 
 
 class Halved(Divergence):
-    """No divergence: it is not 0 where the two agree."""
+    """Not a divergence: it is not 0 where the two agree."""
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return 0.5 - (log_p.exp() * log_q).sum(-1)
@@ -231,22 +231,22 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
     "inf in a bf16 teacher": (infinite_teacher, "error: output", "contain inf"),
     "junk beyond the tokenizer": (junk_vocabulary, "error: vocabulary", "ids from 2048 on"),
     "labels shifted by one": (shifted, "error: labels", "labels differ from the tokens at their positions"),
-    "padding counted": (pad_counted, "error: labels", "padding has labels (token "),
+    "padding with labels": (pad_counted, "error: labels", "padding has labels (token "),
     "labels outside the vocabulary": (outside, "error: labels", "is outside the student's vocabulary of 2048"),
     "train rows inside test": (leaked, "error: rows", "test: 3 rows are also in train"),
     "rows repeated": (doubled, "error: rows", "train: 12 of 72 rows repeat another row exactly"),
-    "every answer cut": (
+    "every answer truncated": (
         cut,
         "warning: rows",
         "train: 40 of 40 rows are truncated at max_length 40",
     ),
-    "judged on the bundled rows": (
+    "evaluated on the bundled rows": (
         arguments("--data.test", "asset:test"),
         "warning: rows",
         "test: still the bundled rows, while train is not",
     ),
     "no answer within max_length": (cut_away, "error: ", "no answer begins within max_length=8"),
-    "rate a hundred times": (arguments("--model.optimizer.lr", "0.8"), "error: step", "it must fall"),
+    "learning rate a hundred times": (arguments("--model.optimizer.lr", "0.8"), "error: step", "it must fall"),
     "temperature 50": (arguments("--model.temperature", "50"), "error: temperature", "nearly uniform"),
     "no divergence": (
         arguments("--model.objective", "test_preflight.Halved"),
@@ -254,12 +254,12 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
         "where teacher and student agree",
     ),
     "a finished run's folder": (finished, "error: output", "holds the student of a finished run"),
-    "words that are cached before they are written": (
+    "responses that are cached before they are generated": (
         arguments(
             "--config", str(runs.CONFIGS / "seqkd.yaml"), "--model.ce_weight", "0", "--model.teacher_cache", "true"
         ),
         "error: words",
-        "teacher_cache must be false where no responses can be known beforehand",
+        "teacher_cache must be false with Regeneration",
     ),
     "a token without an embedding": (
         added_token,
@@ -277,18 +277,18 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
         "error: callbacks",
         "generation.max_new_tokens must be at most",
     ),
-    "best by what is not measured": (
+    "best by a metric that is not logged": (
         arguments("--export.which", "best", "--export.monitor", "val/bleu"),
         "error: callbacks",
         "export.monitor must be one of val/kd,",
     ),
-    "a share of no batch": (
+    "a share below one batch": (
         arguments("--trainer.limit_test_batches", "0.01"),
         "error: callbacks",
         "must leave a batch of 3, got 0.01",
     ),
     "a folder under a file": (taken, "error: output", "is not a writable folder"),
-    "no room": (full, "error: output", "GB free"),
+    "a full disk": (full, "error: output", "GB free"),
     "skewed from a random start": (
         arguments("--model.objective", "SkewKL", "--model.student_init", "random"),
         "warning: objective",
@@ -298,7 +298,7 @@ BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], list[str]], str, st
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_set_up_is_named(
+def test_a_broken_setup_is_named(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_it, begins, says = BROKEN[name]
@@ -362,7 +362,7 @@ def test_a_cached_teacher_has_no_finding(kind: str, tmp_path: Path, capsys: pyte
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["note"]
 
 
-def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_file_without_findings_is_not_overwritten(tmp_path: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text('{"a": 1}')
     for path in (mine, tmp_path, tmp_path / "nowhere" / "findings.json"):

@@ -1,4 +1,4 @@
-"""Ranks that differ are refused before the first step, on all of them, in words that say what differs."""
+"""Ranks with different settings raise before the first step, on every rank, with the difference."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_a_description_changes_with_any_length_number_and_text() -> None:
     assert len({one, *(describe_rows(rows(*texts)) for texts in (("b", "bb"), ("a", "b"), ("a", "bb", "c")))}) == 4
 
 
-def test_one_process_has_nobody_to_agree_with() -> None:
+def test_one_process_always_agrees() -> None:
     check_ranks_agree({"configuration": "a"})
 
 
 def said(rank: int) -> list[str]:
-    """What each rank hears when all is the same, and when a line, or all of a description, is another."""
+    """What each rank raises if all is the same, and if a line or a complete description differs."""
     check_ranks_agree({"configuration": "lr: 1\nsteps: 2", "rows": "3"})
     heard = []
     for mine in ({"configuration": f"lr: 1\nsteps: {2 + rank}"}, {"rows": "3"} if rank == 0 else {}):
@@ -45,7 +45,7 @@ def said(rank: int) -> list[str]:
     return heard
 
 
-def test_every_rank_hears_the_same() -> None:
+def test_every_rank_raises_the_same_error() -> None:
     first, second = processes.run(said)
     assert first == second
     assert first == [
@@ -57,7 +57,7 @@ def test_every_rank_hears_the_same() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["configuration", "train rows"])
 def test_the_program_on_ranks_that_differ(what: str, tmp_path: Path) -> None:
-    """As torchrun starts it, one process a rank."""
+    """As started by torchrun, one process per rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -67,12 +67,12 @@ def test_the_program_on_ranks_that_differ(what: str, tmp_path: Path) -> None:
         folder = tmp_path / str(rank)
         folder.mkdir()
         runs.little_data(folder, rows=47 if rank and what == "train rows" else 48)
-        words = [*runs.little(root), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-        words += ["--data.train", "train.jsonl"]
-        words += ["--model.optimizer.lr", "1e-3" if rank and what == "configuration" else "2e-3"]
+        arguments = [*runs.little(root), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        arguments += ["--data.train", "train.jsonl"]
+        arguments += ["--model.optimizer.lr", "1e-3" if rank and what == "configuration" else "2e-3"]
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
-        command = [sys.executable, "-m", "kd_lightning", *words]
+        command = [sys.executable, "-m", "kd_lightning", *arguments]
         path = {"PYTHONPATH": str(ROOT)}
         jobs.append(
             subprocess.Popen(command, cwd=folder, env={**os.environ, **env, **path}, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""The same step everywhere: whatever holds the models and however the rows are split, one device's numbers come out."""
+"""A step gives the numbers of one device, however models are sharded and rows are split."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from kd_lightning.teachers.offloaded import OffloadedTeacher
 from tiny_fits import SGD, Batch, Run, fit, rows, split
 
 FP32 = 2e-5  # of any weight
-BF16 = 2  # times the error that one device makes in bf16-mixed, in the norm of the whole change
+BF16 = 2  # times the error of one device in bf16-mixed, in the norm of the change of all weights
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Who holds what, on how many ranks."""
+    """How models are sharded, and on how many ranks."""
 
     name: str
     ranks: int
@@ -60,7 +60,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step is made of: sums of how many micro-batches, in which precision, how reduced."""
+    """Settings of a step: micro-batches, precision, reduction."""
 
     accumulation: str
     precision: str
@@ -93,19 +93,19 @@ SHARES = {1: [6], 2: [5, 1], 4: [2, 2, 1, 1]}  # rows of each reader
 
 
 def micro_batches() -> list[Batch]:
-    """Three of six rows, 1 to 9 tokens each; of the second, the last row and so the last reader has none."""
+    """Three of six rows, 1 to 9 tokens each; the last row of the second, and so the last reader, has none."""
     batches = split(rows(18, VOCABULARY), 6, 6, 6)
     batches[1]["labels"][-1] = -100
     return batches
 
 
 def adapted(student: nn.Module) -> nn.Module:
-    """The student with adapters that have learnt something."""
+    """The student with adapters that are not zero."""
     return stirred(add_adapters(student, LoRA(r=3)))
 
 
 def cached(teacher: nn.Module) -> CachedTeacher:
-    """A teacher that has written down what it says about every row."""
+    """A teacher whose outputs for every row are cached."""
     folder, live = Path(tempfile.mkdtemp()), HFTeacher(teacher)
     live.load()
     assert live.head is not None
@@ -132,7 +132,7 @@ MODELS: dict[str, Callable[[nn.Module, nn.Module], tuple[nn.Module, Any]]] = {
 
 
 def train(setting: Setting, batches: list[Batch], models: str = "plain", **kwargs: Any) -> dict[str, Any]:
-    """What a run leaves: the student, the logged loss, the schedule."""
+    """Results of a run: the student, the logged loss, the schedule."""
     torch.manual_seed(0)
     teacher = tiny("llama", num_hidden_layers=3, hidden_size=48)
     student, teacher = MODELS[models](tiny("llama", tie_word_embeddings=True), teacher)
@@ -153,12 +153,12 @@ def train(setting: Setting, batches: list[Batch], models: str = "plain", **kwarg
 def on_one_device(setting: Setting, models: str) -> dict[str, Any]:
     batches = micro_batches()
     steps = [[batches[i] for i in window] for window in WINDOWS[setting.accumulation]]
-    whole = [{name: torch.cat([b[name] for b in step]) for name in step[0]} for step in steps]
-    return train(setting, whole, models)
+    complete = [{name: torch.cat([b[name] for b in step]) for name in step[0]} for step in steps]
+    return train(setting, complete, models)
 
 
 def on_a_rank(rank: int, ranks: int) -> dict[str, Any]:
-    """Every combination on so many ranks."""
+    """Every combination on this number of ranks."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     found = {}

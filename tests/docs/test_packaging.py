@@ -1,4 +1,4 @@
-"""Wheel and sdist: what they hold, and that the wheel alone is enough in an empty folder."""
+"""Wheel and sdist: their files, and that the wheel works in an empty folder."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_config(built: tuple
     assert not rest, "only the package is installed"
 
 
-def test_the_wheel_says_its_licence_and_its_program(built: tuple[Path, Path]) -> None:
+def test_the_wheel_declares_its_license_and_its_program(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[0]) as archive:
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         header = Parser().parsestr(archive.read(metadata).decode())
@@ -86,7 +86,7 @@ def test_the_sdist_holds_tests_configs_and_scripts(built: tuple[Path, Path]) -> 
     } <= files
 
 
-def test_the_installed_package_is_whole_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
+def test_the_installed_package_is_complete_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
     program = """
 import pathlib, sys
 import kd_lightning

@@ -1,4 +1,4 @@
-"""The engine: chunks, heads, what costs nothing when it is not wanted, memory."""
+"""The engine: chunks, LM heads, unneeded products that are skipped, and memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from slow_reference import (
 def test_any_chunk_and_any_block_equals_the_whole(monkeypatch: pytest.MonkeyPatch, ce_weight: float) -> None:
     arguments = problem()
     whole = results(arguments, objective=Reverse(), ce_weight=ce_weight, chunk=1000)
-    for entries in (1, 23 * 9):  # blocks of 8 rows, of 9
+    for entries in (1, 23 * 9):  # blocks of 8 tokens, of 9
         monkeypatch.setattr(token_loss, "EAGER_ENTRIES", entries)
         for chunk in (1, 2, 3, 10, 11, 12, None):
             split = results(arguments, objective=Reverse(), ce_weight=ce_weight, chunk=chunk)
@@ -110,7 +110,7 @@ def test_a_head_that_cannot_be_is_refused(arguments: dict[str, Any], message: st
 
 # -------------------------------------------------------------------------------------------- gradients on demand only
 class Watch(TorchDispatchMode):
-    """Counts matrix products by the shape of their result, and the bytes alive of what was made inside."""
+    """Counts matrix products by the shape of their result, and the bytes of tensors allocated inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_only_wanted_gradients_are_computed() -> None:
         assert products(arguments) == [logit, logit]
     with torch.inference_mode():
         assert products(arguments) == [logit, logit]
-    assert len(products(arguments, reduction="none")) == 2  # values alone
+    assert len(products(arguments, reduction="none")) == 2  # values only
     assert products({**arguments, "teacher_hidden": None, "teacher_head": None}, ce_weight=1.0).count(logit) == 1
 
 
@@ -241,7 +241,7 @@ def test_nothing_but_two_tiles_and_the_gradients_lives_with_every_monitor_on(
         loss.from_hidden(**arguments).mean.backward()
     floor = 2 * tile + 4 * vocabulary * widths[0] + 4 * n * widths[0]
     assert watch.largest < 1.05 * tile
-    assert 2 * tile < watch.peak < 1.05 * floor + 24 * 4 * 8 * vocabulary  # and the temporaries of one block of 8 rows
+    assert 2 * tile < watch.peak < 1.05 * floor + 24 * 4 * 8 * vocabulary  # plus temporaries of one block of 8 tokens
 
 
 def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,4 +254,4 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> 
         peaks.append(watch.peak - 4 * n * 16)
     floor = 2 * 4 * 64 * 4001 + 4 * 4001 * 16
     assert peaks[1] < 1.02 * peaks[0]
-    assert peaks[1] < 1.02 * floor + 16 * 4 * 8 * 4001  # some temporaries of one block of 8 rows
+    assert peaks[1] < 1.02 * floor + 16 * 4 * 8 * 4001  # some temporaries of one block of 8 tokens

@@ -1,4 +1,4 @@
-"""The compiled step: chosen once, one graph, the eager numbers, and eager where it cannot be."""
+"""The compiled step: chosen once, one graph, the eager results, and the eager fallback."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from slow_reference import (
 
 DEVICES = ("cpu", "cuda")
 
-# inductor itself calls what torch has deprecated
+# inductor itself calls functions that torch has deprecated
 ignore_torch = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 class NotCompilable(Divergence):
-    """Asks the device for a number, as many a first draft does."""
+    """Reads a number from the device, a common mistake."""
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         loss = Reverse()(log_p, log_q)
         return loss * (1.0 if loss.sum().item() > -1 else 2.0)
 
 
-def test_what_does_not_compile_runs_eagerly_after_one_warning() -> None:
+def test_an_objective_that_does_not_compile_runs_eagerly_after_one_warning() -> None:
     arguments = problem(dtype=torch.float32)
     expected = results(arguments, objective=NotCompilable(), ce_weight=0.1)
     loss = DistillationLoss(NotCompilable(), ce_weight=0.1, compile=True, chunk=4)
@@ -66,7 +66,7 @@ def test_without_a_compiler_it_runs_eagerly_after_one_warning() -> None:
     assert max(map(error, mine, expected)) < 1e-6
 
 
-def test_the_line_that_says_so_is_seen_once_where_nobody_has_set_up_logging() -> None:
+def test_the_log_message_appears_once_without_a_logging_configuration() -> None:
     code = """
 import logging
 from kd_lightning.console import enable_info_logging
@@ -78,7 +78,7 @@ logging.getLogger("kd_lightning").info("compiling")
     assert said == "compiling\n"
 
 
-def test_a_fault_in_the_users_code_shows_in_its_own_words() -> None:
+def test_an_error_in_the_users_code_keeps_its_message() -> None:
     class Faulty(Divergence):
         def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
             raise ValueError("I need a column")
@@ -89,7 +89,7 @@ def test_a_fault_in_the_users_code_shows_in_its_own_words() -> None:
 
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Compilations asked for; the function itself is called in their place."""
+    """Records calls of `torch.compile`, which returns the function itself."""
     asked: list[str] = []
 
     def compile(function: Any, **settings: Any) -> Any:
@@ -144,7 +144,7 @@ def test_the_functional_form_compiles_once_per_objective(count: list[str]) -> No
 
 
 class Moving(Schedule):
-    """A schedule whose value lives in a buffer, as they do."""
+    """A schedule whose value is a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Moving(Schedule):
 
 
 class Mixed(Divergence):
-    """A divergence with a schedule inside."""
+    """A divergence with a schedule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ def test_one_graph_serves_all_steps_rows_and_schedule_values_with_the_eager_numb
 def test_more_than_eight_objectives_compile_in_one_process() -> None:
     torch._dynamo.reset()
     arguments = problem(dtype=torch.float32)
-    for _ in range(10):  # falling back to the eager path warns, and a warning is an error here
+    for _ in range(10):  # the eager fallback warns, and a warning is an error in the tests
         objective = Mixed()
         expected = results(arguments, objective=objective)
         assert max(map(error, results(arguments, objective=objective, compile=True), expected)) < 2e-6
@@ -212,7 +212,7 @@ def test_more_than_eight_objectives_compile_in_one_process() -> None:
 
 # ------------------------------------------------------------------------------------------------------- every leaf
 def models(dtype: torch.dtype, near: bool) -> dict[str, Any]:
-    """Two models on 48 tokens, in a dtype; nearly the same, or not."""
+    """Two models on 48 tokens in a dtype, nearly equal or different."""
     g = torch.Generator().manual_seed(4)
     n, vocabulary, width = 48, 2048, 64
     hidden, weight, other, elsewhere = (
@@ -236,7 +236,7 @@ def test_every_leaf_is_as_exact_as_its_dtype_far_and_near(name: str, compile: bo
     has_kinks = name in (
         "TotalVariation",
         "WeightedSum",
-    )  # |p − q|: where p = q to rounding, its sign is anybody's guess
+    )  # |p − q|: where p = q up to rounding, its sign is arbitrary
     for near in (False, True):
         for dtype, bound in ((torch.float32, 5e-5 if near else 3e-6), (torch.bfloat16, 2.5e-3)):
             arguments = models(dtype, near)

@@ -1,4 +1,4 @@
-"""DistiLLM-2's loss from end to end: each response's skew, the gaps it follows, steps the same however split."""
+"""DistiLLM-2's loss end to end: skew per response, gaps, and steps that do not depend on how a batch is split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiny_fits import Batch, Run, assert_same_student, fit, rows, split, weights
 ignore_torch = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 V, T = 19, 6
-SOURCE = torch.tensor([1, 2, 0, 2, 1, 2, 1, 2])  # the third is the data set's own: it counts as the teacher's
+SOURCE = torch.tensor([1, 2, 0, 2, 1, 2, 1, 2])  # the third is of the dataset: it belongs to the teacher's side
 B = len(SOURCE)
 STUDENTS = SOURCE == 2
 
@@ -40,7 +40,7 @@ def sides(objective: Contrastive) -> tuple[ResponseGap, ResponseGap]:
 
 
 class Pairs:
-    """Two models of which each gives its own responses more probability; one response is empty."""
+    """Two models, each of which gives its own responses more probability; one response is empty."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         g = torch.Generator().manual_seed(4)
@@ -64,12 +64,12 @@ class Pairs:
         return loss.from_hidden(self.student, self.head, self.teacher, self.head.detach(), self.labels, given)
 
     def log_probs(self) -> tuple[Tensor, Tensor]:
-        """Of teacher and student, [B, T, V]; the student's carries the gradient."""
+        """Log-probabilities of teacher and student, [B, T, V]; the student's have a gradient."""
         models = self.teacher @ self.head.detach().T, self.student @ self.head.T
         return tuple(x.double().log_softmax(-1) for x in models)  # type: ignore[return-value]
 
     def gaps(self) -> list[float | None]:
-        """exp(mean log p) − exp(mean log q) of each response; None where nothing counts."""
+        """exp(mean log p) − exp(mean log q) of each response; None without labels."""
         found: list[float | None] = []
         log_p, log_q = (x.detach() for x in self.log_probs())
         for n in range(B):
@@ -87,8 +87,8 @@ class Pairs:
         return sum(found) / len(found)
 
 
-def blackboard(problem: Pairs, mean: tuple[float, float], share: float) -> tuple[Tensor, list[float]]:
-    """Mean over responses of their token means, with each response's skew written out."""
+def reference_loss(problem: Pairs, mean: tuple[float, float], share: float) -> tuple[Tensor, list[float]]:
+    """Mean over responses of their token means, with an explicit skew per response."""
     log_p, log_q = problem.log_probs()
     p, q = log_p.exp(), log_q.exp()
     losses, skews = [], []
@@ -120,7 +120,7 @@ def test_loss_and_gradient_are_those_of_constant_skews(how: str) -> None:
     chunk = {"one row": 1, "two rows": 2}.get(how)
     loss = DistillationLoss(objective, reduction="sequence_mean", chunk=chunk, compile=how == "compiled")
     parts = problem.parts(loss, "logits" if how == "logits" else "hidden")
-    expected, skews = blackboard(problem, mean, 0.5)
+    expected, skews = reference_loss(problem, mean, 0.5)
     assert 0.011 < skews[0] < 0.099 and 0.011 < skews[1] < 0.099 and min(skews) == 0.01 and max(skews) == 0.1
     leaves = problem.student, problem.head
     mine = torch.autograd.grad(parts.mean, leaves)
@@ -157,7 +157,7 @@ def test_the_gaps_are_means_over_responses_whatever_the_reduction(reduction: str
     assert found["student_gap"] == pytest.approx(problem.mean(True))
     assert float(parts.by_response["teacher_gap"][1]) == pytest.approx(3)
     assert float(parts.by_response["student_gap"][1]) == pytest.approx(4)
-    _, skews = blackboard(problem, (sides(objective)[0].mean_gap.item(), -sides(objective)[1].mean_gap.item()), 0.5)
+    _, skews = reference_loss(problem, (sides(objective)[0].mean_gap.item(), -sides(objective)[1].mean_gap.item()), 0.5)
     there = [bool(by) for by, gap in zip(STUDENTS, problem.gaps(), strict=True) if gap is not None]
     for name, student in (("teacher", False), ("student", True)):
         of_side = [skew for skew, by in zip(skews, there, strict=True) if by == student]
@@ -210,14 +210,14 @@ def pairs_batch(vocabulary: int) -> Batch:
 
 
 def made() -> Run:
-    """Two models of which each likes its own responses better on average."""
+    """Two models, each of which gives its own responses more probability on average."""
     torch.manual_seed(14)
     student, teacher = tiny("llama"), tiny("llama")
     return Run(student, teacher, adaptive(initial=0.5), reduction="sequence_mean", optimizer=GENTLE)
 
 
 def run(sizes: tuple[int, ...], accumulate: int) -> Run:
-    """Two passes of two steps over twice the same rows."""
+    """Two epochs of two steps over the same responses twice."""
     batches = split(pairs_batch(VOCABULARY), *sizes)
     return fit(made(), [*batches, *batches], max_epochs=2, accumulate_grad_batches=accumulate)  # type: ignore[no-any-return]
 
@@ -257,7 +257,7 @@ def test_a_step_is_the_same_however_its_rows_are_split(sizes: tuple[int, ...], a
 
 
 def on_a_rank(rank: int) -> dict[str, Any]:
-    """Train as one of two, with five rows against three."""
+    """Train as one of two ranks, with five and three responses."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
     os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     module = made()

@@ -99,7 +99,7 @@ BOUNDS: dict[str, Divergence] = {
 
 
 def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, TopK]:
-    """Logits of both models, labels of which some do not count, and what is known of the teacher."""
+    """Logits of both models, labels of which some are −100, and the teacher's top k."""
     student = torch.randn(2, 5, V, dtype=dtype, requires_grad=True)
     teacher = 2 * torch.randn(2, 5, V, dtype=dtype)
     labels = torch.randint(0, V, (2, 5))
@@ -116,7 +116,7 @@ def cut(log_q: Tensor, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("objective", BOUNDS.values(), ids=BOUNDS.keys())
-def test_it_is_the_divergence_of_the_outcomes(objective: Divergence) -> None:
+def test_it_equals_the_divergence_on_k_plus_one_outcomes(objective: Divergence) -> None:
     check_lower_bound(objective)
     student, teacher, labels, known = example()
     counted = labels != -100
@@ -157,7 +157,7 @@ def test_hidden_states_and_logits_agree() -> None:
     torch.testing.assert_close(found.mean, expected.mean, atol=1e-6, rtol=1e-6)
 
 
-def test_all_but_one_token_are_all_of_them() -> None:
+def test_all_tokens_but_one_equal_the_full_distribution() -> None:
     student, teacher, labels, _ = example()
     found = top_k(teacher.view(-1, V), labels.view(-1).clamp_min(0), V - 1)
     known = TopK(found.ids.view(2, 5, -1), found.log_probs.view(2, 5, -1), found.log_tail.view(2, 5), V)
@@ -166,7 +166,7 @@ def test_all_but_one_token_are_all_of_them() -> None:
     torch.testing.assert_close(*values, atol=1e-5, rtol=1e-6)
 
 
-def test_the_label_is_always_known_and_the_rest_adds_up() -> None:
+def test_the_label_is_always_included_and_the_mass_sums_to_one() -> None:
     logits, labels = 9 * torch.randn(40, V), torch.randint(0, V, (40,))
     known = top_k(logits, labels, 3)
     assert (known.ids == labels.unsqueeze(1)).any(1).all()
@@ -188,14 +188,14 @@ def test_the_label_is_always_known_and_the_rest_adds_up() -> None:
         (WeightedSum([SquaredHellinger(), Undeclared()], [1.0, 1.0]), "Undeclared"),
     ],
 )
-def test_what_is_no_lower_bound_is_refused(part: Divergence, name: str) -> None:
+def test_divergences_without_a_lower_bound_are_refused(part: Divergence, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}.* cannot be computed from a teacher's top-k log-probabilities"):
         check_lower_bound(part)
     with pytest.raises(ValueError, match=name):
         check_lower_bound(ForwardKL(), {"mine": part})
 
 
-def test_it_must_fit_the_student() -> None:
+def test_it_must_match_the_student() -> None:
     student, _, labels, known = example()
     with pytest.raises(ValueError, match=r"top k refer to 50 tokens and the student has 40"):
         DistillationLoss(ForwardKL()).from_logits(student[..., :40], known, labels.clamp_max(39))

@@ -1,4 +1,4 @@
-"""`kd-lightning generate`: every row once, in order, the same text wherever the work was cut."""
+"""`kd-lightning generate`: every row once, in order, and the same text after an interruption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from refusals import refused
 ROWS = 40
 
 
-def words(data: Path, output: Path, *more: str, model: str = "asset:student") -> list[str]:
+def arguments(data: Path, output: Path, *more: str, model: str = "asset:student") -> list[str]:
     start = ["generate", "--model", model, "--data", str(data), "--output", str(output), "--batch_size", "4"]
     return [*start, "--max_new_tokens", "8", "--temperature", "0.9", "--seed", "5", "--progress", "false", *more]
 
@@ -39,16 +39,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path) -> bytes:
-    """What a run that nobody interrupts writes."""
-    output = data.with_name("whole.jsonl")
-    assert main(words(data, output)) == 0
+def complete(data: Path) -> bytes:
+    """The output of an uninterrupted run."""
+    output = data.with_name("complete.jsonl")
+    assert main(arguments(data, output)) == 0
     return output.read_bytes()
 
 
 # -------------------------------------------------------------------------------------------------------- what is there
-def test_every_row_in_order_with_its_fields(data: Path, whole: bytes) -> None:
-    rows = [json.loads(line) for line in whole.splitlines()]
+def test_every_row_in_order_with_its_fields(data: Path, complete: bytes) -> None:
+    rows = [json.loads(line) for line in complete.splitlines()]
     given = read(data)
     assert [{name: row[name] for name in old} for row, old in zip(rows, given, strict=True)] == given
     for row, old in zip(rows, given, strict=True):
@@ -62,7 +62,7 @@ def test_every_row_in_order_with_its_fields(data: Path, whole: bytes) -> None:
 
 def test_greedy_responses_are_those_of_one_prompt_at_a_time(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    assert main(words(data, output, "--temperature", "0", "--dtype", "float32")) == 0
+    assert main(arguments(data, output, "--temperature", "0", "--dtype", "float32")) == 0
     model: Any = load_causal_lm("asset:student")
     text = TextTokenizer(load_tokenizer("asset:student"))
     for row in read(output)[:12]:
@@ -71,11 +71,11 @@ def test_greedy_responses_are_those_of_one_prompt_at_a_time(data: Path, tmp_path
         assert text.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True) == row["response"]
 
 
-def test_another_seed_gives_other_texts(data: Path, whole: bytes, tmp_path: Path) -> None:
+def test_another_seed_gives_other_texts(data: Path, complete: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    assert main(words(data, output, "--seed", "6")) == 0
+    assert main(arguments(data, output, "--seed", "6")) == 0
     other = [row["response"] for row in read(output)]
-    assert sum(a != json.loads(b)["response"] for a, b in zip(other, whole.splitlines(), strict=True)) > ROWS // 2
+    assert sum(a != json.loads(b)["response"] for a, b in zip(other, complete.splitlines(), strict=True)) > ROWS // 2
 
 
 def test_rows_of_every_form(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_rows_of_every_form(tmp_path: Path) -> None:
     ]
     data, output = tmp_path / "data.jsonl", tmp_path / "out" / "out.jsonl"
     data.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
-    assert main(words(data, output, "--temperature", "0", "--dtype", "float32")) == 0
+    assert main(arguments(data, output, "--temperature", "0", "--dtype", "float32")) == 0
     found = read(output)
     assert len({row["response"] for row in found}) == 1
     assert [{name: new[name] for name in old} for new, old in zip(found, rows, strict=True)] == rows
@@ -105,26 +105,26 @@ def lines_before(content: bytes, count: int) -> int:
 
 
 @pytest.mark.parametrize("cut", ["0", "1 byte", "1", "5 and a half", "9 and the fields", "39", "all but the end"])
-def test_cut_anywhere_it_goes_on_to_the_same_file(cut: str, data: Path, whole: bytes, tmp_path: Path) -> None:
-    half = (lines_before(whole, 5) + lines_before(whole, 6)) // 2
+def test_truncated_anywhere_it_resumes_to_the_same_file(cut: str, data: Path, complete: bytes, tmp_path: Path) -> None:
+    half = (lines_before(complete, 5) + lines_before(complete, 6)) // 2
     length = {
         "0": 0,
         "1 byte": 1,
-        "1": lines_before(whole, 1),
+        "1": lines_before(complete, 1),
         "5 and a half": half,
-        "9 and the fields": lines_before(whole, 9) + whole.splitlines()[9].index(b'"response"') + 14,
-        "39": lines_before(whole, 39),
-        "all but the end": len(whole) - 1,
+        "9 and the fields": lines_before(complete, 9) + complete.splitlines()[9].index(b'"response"') + 14,
+        "39": lines_before(complete, 39),
+        "all but the end": len(complete) - 1,
     }[cut]
     output = tmp_path / "out.jsonl"
-    output.write_bytes(whole[:length])
-    assert main(words(data, output)) == 0
-    assert output.read_bytes() == whole
+    output.write_bytes(complete[:length])
+    assert main(arguments(data, output)) == 0
+    assert output.read_bytes() == complete
 
 
-def test_killed_while_it_writes(tmp_path: Path) -> None:
+def test_killed_while_writing(tmp_path: Path) -> None:
     data, output = runs.little_data(tmp_path, 4 * WINDOW * 6), tmp_path / "out.jsonl"
-    process = runs.start(words(data, output))
+    process = runs.start(arguments(data, output))
     while not (output.exists() and output.stat().st_size > 1000):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -132,20 +132,20 @@ def test_killed_while_it_writes(tmp_path: Path) -> None:
     process.communicate()
     left = output.read_bytes()
     assert 0 < left.count(b"\n") < 4 * WINDOW * 6
-    assert main(words(data, output)) == 0
+    assert main(arguments(data, output)) == 0
     other = tmp_path / "other.jsonl"
-    assert main(words(data, other)) == 0
+    assert main(arguments(data, other)) == 0
     assert output.read_bytes() == other.read_bytes()
     assert output.read_bytes().startswith(left)
 
 
-def test_a_finished_file_is_left_alone(data: Path, whole: bytes, tmp_path: Path, capfd: Any) -> None:
+def test_a_finished_file_is_unchanged(data: Path, complete: bytes, tmp_path: Path, capfd: Any) -> None:
     output = tmp_path / "out.jsonl"
-    output.write_bytes(whole)
+    output.write_bytes(complete)
     before = output.stat().st_mtime_ns
-    assert main(words(data, output)) == 0
+    assert main(arguments(data, output)) == 0
     assert "is complete already: 40 responses" in capfd.readouterr().err
-    assert (output.read_bytes(), output.stat().st_mtime_ns) == (whole, before)
+    assert (output.read_bytes(), output.stat().st_mtime_ns) == (complete, before)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -163,12 +163,12 @@ CHANGES: dict[str, tuple[Callable[[bytes], bytes], list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", CHANGES.values(), ids=CHANGES.keys())
-def test_another_file_is_refused(case: Any, data: Path, whole: bytes, tmp_path: Path, capfd: Any) -> None:
+def test_another_file_is_refused(case: Any, data: Path, complete: bytes, tmp_path: Path, capfd: Any) -> None:
     change, more, said = case
     output = tmp_path / "out.jsonl"
-    output.write_bytes(change(whole))
+    output.write_bytes(change(complete))
     before = output.read_bytes()
-    refused(words(data, output, *more), ["out.jsonl", said], capfd)
+    refused(arguments(data, output, *more), ["out.jsonl", said], capfd)
     assert output.read_bytes() == before
 
 
@@ -193,7 +193,7 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("case", ARGUMENTS.values(), ids=ARGUMENTS.keys())
 def test_a_bad_argument(case: Any, data: Path, tmp_path: Path, capfd: Any) -> None:
-    refused(words(data, tmp_path / "out.jsonl", *case[0]), case[1], capfd)
+    refused(arguments(data, tmp_path / "out.jsonl", *case[0]), case[1], capfd)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -207,20 +207,20 @@ ROWS_REFUSED = {
 @pytest.mark.parametrize("case", ROWS_REFUSED.values(), ids=ROWS_REFUSED.keys())
 def test_a_bad_row(case: Any, tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "data.jsonl").write_text(case[0] + "\n")
-    refused(words(tmp_path / "data.jsonl", tmp_path / "out.jsonl"), case[1], capfd)
+    refused(arguments(tmp_path / "data.jsonl", tmp_path / "out.jsonl"), case[1], capfd)
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_model_without_end(data: Path, tmp_path: Path, capfd: Any) -> None:
+def test_a_model_without_eos_token(data: Path, tmp_path: Path, capfd: Any) -> None:
     folder = tmp_path / "model"
     shutil.copytree(resolve("asset:student"), folder)
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**fields, "eos_token_id": None}))
-    refused(words(data, tmp_path / "out.jsonl", model=str(folder)), ["eos_token_id"], capfd)
+    refused(arguments(data, tmp_path / "out.jsonl", model=str(folder)), ["eos_token_id"], capfd)
 
 
-def test_two_at_a_time_on_one_file_are_refused(tmp_path: Path) -> None:
+def test_a_second_process_on_one_file_is_refused(tmp_path: Path) -> None:
     with ResponseFile(tmp_path / "a.jsonl", [{"a": 1}], "m", {}), pytest.raises(ValueError, match="another process"):
         ResponseFile(tmp_path / "a.jsonl", [{"a": 1}], "m", {}).__enter__()
 
@@ -237,7 +237,7 @@ def test_batches_hold_every_row_once_within_their_window() -> None:
     assert sorted(pair[0] for rank in ours for pair in rank) == list(range(len(found)))
 
 
-def test_rows_are_written_in_order_however_they_come(tmp_path: Path) -> None:
+def test_rows_are_written_in_order_whatever_order_they_finish_in(tmp_path: Path) -> None:
     rows = [{"n": n} for n in range(5)]
     with ResponseFile(tmp_path / "a.jsonl", rows, "m", {"seed": 1}) as file:
         for number, written in ((3, 0), (1, 0), (0, 2), (0, 2), (4, 2), (2, 5)):
@@ -252,7 +252,7 @@ def test_rows_are_written_in_order_however_they_come(tmp_path: Path) -> None:
 
 
 class Parrot(torch.nn.Module):
-    """Writes the same tokens whatever it is asked."""
+    """Generates the same tokens for every prompt."""
 
     def __init__(self, tokens: list[list[int]], eos: Any) -> None:
         super().__init__()
@@ -277,13 +277,13 @@ def test_ends_and_reasons() -> None:
     assert [found[n].text for n in range(4)] == ["", once, once, tokenizer.decode([word] * 3)]
 
 
-def test_prompts_go_where_the_model_computes_not_where_its_parameters_wait() -> None:
-    model = Parrot([[5, 1]], 1).to("meta")  # in a run: shards in host memory, computed with on a card
+def test_prompts_go_to_the_device_of_the_computation() -> None:
+    model = Parrot([[5, 1]], 1).to("meta")  # in a run: shards in host memory, computation on a GPU
     writer = BatchGenerator(model, load_tokenizer("asset:student"), Sampling(2), device=torch.device("cpu"))
     assert [response.tokens for _, response in writer.generate([[5]], [(0, [0])])] == [2]
 
 
-def test_dropout_is_off_and_the_mode_comes_back() -> None:
+def test_dropout_is_off_and_the_mode_is_restored() -> None:
     model: Any = load_causal_lm("asset:student", kwargs={"attention_dropout": 0.9})
     tokenizer = load_tokenizer("asset:student")
     prompts = [tokenizer("Define the noun below.\ncat").input_ids]
@@ -297,8 +297,8 @@ def test_dropout_is_off_and_the_mode_comes_back() -> None:
 
 
 @pytest.mark.parametrize("device", ["foo", "meta"])
-def test_a_device_that_is_not_here(device: str, data: Path, tmp_path: Path, capfd: Any) -> None:
-    refused([*words(data, tmp_path / "out.jsonl"), "--device", device], ["device must be", repr(device)], capfd)
+def test_an_unavailable_device(device: str, data: Path, tmp_path: Path, capfd: Any) -> None:
+    refused([*arguments(data, tmp_path / "out.jsonl"), "--device", device], ["device must be", repr(device)], capfd)
     assert not (tmp_path / "out.jsonl").exists()
 
 

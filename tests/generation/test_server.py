@@ -1,4 +1,4 @@
-"""`kd-lightning generate --server`: what is asked, what is survived, what ends it with one line."""
+"""`kd-lightning generate --server`: requests, retries, and errors in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from refusals import refused
 ROWS = 12
 
 
-def words(data: Path, output: Path, url: str, *more: str) -> list[str]:
+def arguments(data: Path, output: Path, url: str, *more: str) -> list[str]:
     start = ["generate", "--server", url, "--data", str(data), "--output", str(output), "--progress", "false"]
     return [*start, "--batch_size", "4", "--seed", "5", "--max_new_tokens", "9", "--temperature", "0.7", *more]
 
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No long waits between the tries."""
+    """No long waits between retries."""
     monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(client, "LONGEST_WAIT", 0.05)
     monkeypatch.setattr(client, "FIRST_PATIENCE", 0.3)
@@ -55,17 +55,17 @@ def expected(data: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- asked
-def test_several_under_way_written_in_order(data: Path, tmp_path: Path) -> None:
+def test_parallel_requests_are_written_in_order(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     four = threading.Barrier(4, timeout=60)
 
     def fault(number: int, path: str, body: Any) -> Answer | None:
         if body is not None:
-            four.wait()  # nobody is answered before four have asked
+            four.wait()  # no answer before four requests have arrived
         return None
 
     with FakeServer(fault) as fake:
-        assert main(words(data, output, fake.url)) == 0
+        assert main(arguments(data, output, fake.url)) == 0
     rows = read(output)
     assert [row["response"] for row in rows] == expected(data)
     assert {row["model"] for row in rows} == {"parrot (server)"}
@@ -78,15 +78,15 @@ def test_several_under_way_written_in_order(data: Path, tmp_path: Path) -> None:
     assert all("Authorization" not in headers for headers in fake.headers)
 
 
-def test_the_same_questions_wherever_it_was_cut(data: Path, tmp_path: Path) -> None:
+def test_the_same_requests_wherever_it_was_interrupted(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with FakeServer() as fake:
-        assert main(words(data, output, f"{fake.url}/v1/", "--batch_size", "1")) == 0
-        whole, asked = output.read_bytes(), list(fake.bodies)
-        output.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]) + whole.splitlines()[7][:-4])
+        assert main(arguments(data, output, f"{fake.url}/v1/", "--batch_size", "1")) == 0
+        complete, asked = output.read_bytes(), list(fake.bodies)
+        output.write_bytes(b"".join(complete.splitlines(keepends=True)[:7]) + complete.splitlines()[7][:-4])
         fake.bodies.clear()
-        assert main(words(data, output, fake.url, "--batch_size", "2")) == 0
-    assert output.read_bytes() == whole
+        assert main(arguments(data, output, fake.url, "--batch_size", "2")) == 0
+    assert output.read_bytes() == complete
     key = lambda body: body["seed"]  # noqa: E731
     assert sorted(fake.bodies, key=key) == sorted(asked[7:], key=key)
 
@@ -97,7 +97,7 @@ def test_plain_prompts_tools_and_a_key(tmp_path: Path, monkeypatch: pytest.Monke
     rows = [{"prompt": "Once"}, {"messages": [{"role": "user", "content": "hi"}], "tools": [tool]}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with FakeServer() as fake:
-        assert main(words(tmp_path / "data.jsonl", tmp_path / "out.jsonl", fake.url, "--model", "other")) == 0
+        assert main(arguments(tmp_path / "data.jsonl", tmp_path / "out.jsonl", fake.url, "--model", "other")) == 0
     found = read(tmp_path / "out.jsonl")
     assert [(row["response"], row["finish_reason"]) for row in found] == [("on: Once", "length"), ("hi!", "eos")]
     bodies = sorted(fake.bodies, key=lambda body: "tools" in body)
@@ -107,12 +107,12 @@ def test_plain_prompts_tools_and_a_key(tmp_path: Path, monkeypatch: pytest.Monke
     assert {headers["Authorization"] for headers in fake.headers} == {"Bearer secret"}
 
 
-def test_answers_without_words(data: Path, tmp_path: Path, capfd: Any) -> None:
+def test_empty_responses(data: Path, tmp_path: Path, capfd: Any) -> None:
     def fault(number: int, path: str, body: Any) -> Answer | None:
         return [chat(None, "tool_calls"), chat("", "stop"), chat("and \ud800", "length")][number % 3] if body else None
 
     with FakeServer(fault) as fake:
-        assert main(words(data, tmp_path / "out.jsonl", fake.url)) == 0
+        assert main(arguments(data, tmp_path / "out.jsonl", fake.url)) == 0
     assert "12 responses, 8 empty, 4 cut at max_new_tokens" in capfd.readouterr().err
     assert {row["response"] for row in read(tmp_path / "out.jsonl")} == {"", "and ?"}
 
@@ -121,33 +121,33 @@ def test_answers_without_words(data: Path, tmp_path: Path, capfd: Any) -> None:
 @pytest.mark.parametrize(
     "trouble", [(503, b"busy"), (429, b""), (500, b"oops"), (0, b""), (200, b"<html>"), (200, b'{"choices": []}')]
 )
-def test_trouble_that_passes(trouble: Answer, data: Path, tmp_path: Path, capfd: Any) -> None:
+def test_transient_errors(trouble: Answer, data: Path, tmp_path: Path, capfd: Any) -> None:
     asked: Counter[int] = Counter()
 
     def fault(number: int, path: str, body: Any) -> Answer | None:
-        """Every third row is answered at the last try."""
+        """Every third row is answered by the last retry."""
         if body is None or body["messages"][-1]["content"] + "!" not in expected(data)[::3]:
             return None
         asked[body["seed"]] += 1
         return trouble if asked[body["seed"]] < client.MAX_INVALID else None
 
     with FakeServer(fault) as fake:
-        assert main(words(data, tmp_path / "out.jsonl", fake.url)) == 0
+        assert main(arguments(data, tmp_path / "out.jsonl", fake.url)) == 0
     assert [row["response"] for row in read(tmp_path / "out.jsonl")] == expected(data)
     assert list(asked.values()) == [client.MAX_INVALID] * 4
     assert capfd.readouterr().err.count("retrying for up to 180 s") == 1
 
 
-def test_an_outage_of_the_whole_server(data: Path, tmp_path: Path) -> None:
+def test_an_outage_of_the_server(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     first = FakeServer(delay=0.05)
     codes: list[int] = []
     with first:
-        run = threading.Thread(target=lambda: codes.append(main(words(data, output, first.url))))
+        run = threading.Thread(target=lambda: codes.append(main(arguments(data, output, first.url))))
         run.start()
         while len(first.bodies) < 5:
             time.sleep(0.005)
-    time.sleep(0.5)  # nobody listens there
+    time.sleep(0.5)  # no server listens on the port
     assert run.is_alive()
     with FakeServer(port=first.port):
         run.join(30)
@@ -155,7 +155,7 @@ def test_an_outage_of_the_whole_server(data: Path, tmp_path: Path) -> None:
     assert [row["response"] for row in read(output)] == expected(data)
 
 
-def test_waits_grow_so_that_a_minute_costs_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_between_retries_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with FakeServer() as fake:
         server = ServerGenerator(client.OpenAIClient(fake.url, 100), None, Sampling(1, 0.0))
@@ -175,13 +175,13 @@ def test_waits_grow_so_that_a_minute_costs_a_few_tries(monkeypatch: pytest.Monke
 
 
 # -------------------------------------------------------------------------------------------------------------- ended
-def test_nobody_there(data: Path, tmp_path: Path, capfd: Any) -> None:
+def test_no_server(data: Path, tmp_path: Path, capfd: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line = f"http://127.0.0.1:{port}/v1"
     capfd.readouterr()
-    assert main(words(data, tmp_path / "out.jsonl", line)) == 1
+    assert main(arguments(data, tmp_path / "out.jsonl", line)) == 1
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith(f"kd-lightning: error: server {line} does not answer")
     assert not (tmp_path / "out.jsonl").exists()
@@ -198,7 +198,7 @@ ENDS: dict[str, tuple[Answer, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", ENDS.values(), ids=ENDS.keys())
-def test_trouble_that_stays(case: Any, data: Path, tmp_path: Path, capfd: Any) -> None:
+def test_permanent_errors(case: Any, data: Path, tmp_path: Path, capfd: Any) -> None:
     trouble, said = case
 
     def fault(number: int, path: str, body: Any) -> Answer | None:
@@ -207,27 +207,27 @@ def test_trouble_that_stays(case: Any, data: Path, tmp_path: Path, capfd: Any) -
     output = tmp_path / "out.jsonl"
     with FakeServer(fault) as fake:
         more = ("--patience", "0.4", "--batch_size", "1")
-        refused(words(data, output, fake.url, *more), [fake.url, *said], capfd)
-    assert [row["response"] for row in read(output)] == expected(data)[:6]  # what was answered is kept
+        refused(arguments(data, output, fake.url, *more), [fake.url, *said], capfd)
+    assert [row["response"] for row in read(output)] == expected(data)[:6]  # finished responses are kept
     with FakeServer() as fake:
-        assert main(words(data, output, fake.url)) == 0
+        assert main(arguments(data, output, fake.url)) == 0
     assert [row["response"] for row in read(output)] == expected(data)
 
 
-def test_a_server_of_several_models_must_be_told_which(data: Path, tmp_path: Path, capfd: Any) -> None:
+def test_a_server_of_several_models_needs_a_name(data: Path, tmp_path: Path, capfd: Any) -> None:
     def fault(number: int, path: str, body: Any) -> Answer | None:
         return (200, b'{"data": [{"id": "a"}, {"id": "b"}]}') if path == "/v1/models" else None
 
     with FakeServer(fault) as fake:
-        refused(words(data, tmp_path / "out.jsonl", fake.url), ["model", "a, b"], capfd)
+        refused(arguments(data, tmp_path / "out.jsonl", fake.url), ["model", "a, b"], capfd)
 
 
 def test_other_settings_are_refused(data: Path, tmp_path: Path, capfd: Any) -> None:
     output = tmp_path / "out.jsonl"
     with FakeServer() as fake:
-        assert main(words(data, output, fake.url)) == 0
-        refused(words(data, output, fake.url, "--top_p", "0.5"), ["top_p 1.0, not 0.5"], capfd)
-        refused(words(data, output, fake.url, "--model", "other"), ["another model", "parrot", "other"], capfd)
+        assert main(arguments(data, output, fake.url)) == 0
+        refused(arguments(data, output, fake.url, "--top_p", "0.5"), ["top_p 1.0, not 0.5"], capfd)
+        refused(arguments(data, output, fake.url, "--model", "other"), ["another model", "parrot", "other"], capfd)
 
 
 # --------------------------------------------------------------------------------------------------------- a real one
@@ -256,12 +256,15 @@ def test_a_real_server(data: Path, tmp_path: Path) -> None:
             time.sleep(0.2)
         served, own = tmp_path / "served.jsonl", tmp_path / "own.jsonl"
         greedy = ("--temperature", "0", "--batch_size", "1", "--max_new_tokens", "16")
-        assert main(words(data, served, f"http://127.0.0.1:{port}", "--model", name, *greedy)) == 0
+        assert main(arguments(data, served, f"http://127.0.0.1:{port}", "--model", name, *greedy)) == 0
         start = ["generate", "--model", name, "--data", str(data), "--output", str(own), "--dtype", "float32"]
         assert main([*start, "--progress", "false", *greedy]) == 0
         assert [row["response"] for row in read(served)] == [row["response"] for row in read(own)]
         sampled = ("--batch_size", "3", "--temperature", "1.0")
-        assert main(words(data, tmp_path / "sampled.jsonl", f"http://127.0.0.1:{port}", "--model", name, *sampled)) == 0
+        assert (
+            main(arguments(data, tmp_path / "sampled.jsonl", f"http://127.0.0.1:{port}", "--model", name, *sampled))
+            == 0
+        )
         assert len(read(tmp_path / "sampled.jsonl")) == ROWS
     finally:
         process.terminate()

@@ -1,4 +1,4 @@
-"""A bucketed metric is the plain one on the tokens of that bucket alone."""
+"""A bucketed metric equals the plain metric on the tokens of each bucket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metric_cases import case
 
 
 def places(labels: Tensor) -> list[list[int]]:
-    """Place of every counted token in its row, −1 where it is not counted."""
+    """Position of every token among the tokens with a label of its row, −1 without a label."""
     out = []
     for row in labels.tolist():
         seen = -1

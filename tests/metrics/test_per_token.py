@@ -1,4 +1,4 @@
-"""Metrics equal slow float64 loops over tokens, however the tokens are split over batches and ranks."""
+"""Metrics equal slow float64 loops over tokens, for any split over batches and ranks."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_no_gradient_and_no_graph_is_kept() -> None:
 
 
 class L2(Divergence):
-    """A divergence of the user's."""
+    """A custom divergence."""
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_p.exp() - log_q.exp()).square().sum(-1)

@@ -1,4 +1,4 @@
-"""Models are read whole or not at all; every refusal is one line that names what is wrong."""
+"""Loading of models: all parameters are loaded, and every error is one line that names the problem."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def change_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-def refused(*words: str, name: object, **arguments: Any) -> str:
-    """The error, which is one line and holds every word."""
+def refused(*fragments: str, name: object, **arguments: Any) -> str:
+    """The error, which is one line and contains every fragment."""
     with pytest.raises(ValueError) as error:
         load_causal_lm(str(name), **arguments)
     line = str(error.value)
     assert "\n" not in line
     assert len(line) < 400
-    for word in words:
-        assert word in line
+    for fragment in fragments:
+        assert fragment in line
     return line
 
 
@@ -106,7 +106,7 @@ def test_a_random_start_follows_the_generator_and_needs_no_weights(folder: Path)
     assert drawn[0].generation_config.eos_token_id == [2, 7]
 
 
-def test_loading_says_nothing_and_leaves_the_settings(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing_and_restores_the_log_settings(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     change(folder, lambda weights: weights.update({"model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}))
     load_causal_lm(str(folder), role="teacher", kwargs={"torch_dtype": "float32"})
@@ -117,7 +117,7 @@ def test_loading_says_nothing_and_leaves_the_settings(folder: Path, capfd: pytes
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-def test_weights_without_a_place_are_told(folder: Path, notices: list[str]) -> None:
+def test_unused_weights_are_reported(folder: Path, notices: list[str]) -> None:
     change(folder, lambda weights: weights.update({"model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}))
     load_causal_lm(str(folder))
     assert len(notices) == 1
@@ -126,7 +126,7 @@ def test_weights_without_a_place_are_told(folder: Path, notices: list[str]) -> N
 
 # ---------------------------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_what_is_nowhere(tmp_path: Path, role: models.Role) -> None:
+def test_a_name_that_does_not_exist(tmp_path: Path, role: models.Role) -> None:
     for name in (
         str(tmp_path / "nothing"),
         "./nothing",
@@ -142,7 +142,7 @@ def test_what_is_nowhere(tmp_path: Path, role: models.Role) -> None:
             load_causal_lm(name, role=role)
 
 
-def test_a_file_and_a_folder_that_hold_no_model(tmp_path: Path) -> None:
+def test_a_file_and_a_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused("student", "is a file", name=tmp_path / "file")
     refused("student", "no config.json", str(tmp_path), name=tmp_path)
@@ -198,7 +198,7 @@ def test_a_configuration_that_does_not_fit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "fragments"),
     [
         ({"model_type": "lama"}, ["config.json", "lama"]),
         ({"model_type": None}, ["config.json"]),
@@ -209,9 +209,9 @@ def test_a_configuration_that_does_not_fit(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_a_bad_configuration(folder: Path, values: dict[str, Any], words: list[str], init: str) -> None:
+def test_a_bad_configuration(folder: Path, values: dict[str, Any], fragments: list[str], init: str) -> None:
     change_config(folder, **values)
-    refused("student", str(folder), *words, name=folder, init=init)
+    refused("student", str(folder), *fragments, name=folder, init=init)
 
 
 def test_a_broken_configuration(folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_broken_configuration(folder: Path) -> None:
 
 @pytest.mark.parametrize("init", ["pretrained", "random"])
 @pytest.mark.parametrize(
-    ("kwargs", "words"),
+    ("kwargs", "fragments"),
     [
         ({"trust_remote_code": True}, ["student_kwargs", "trust_remote_code"]),
         ({"trust_remote_code": False}, ["trust_remote_code"]),
@@ -234,8 +234,8 @@ def test_a_broken_configuration(folder: Path) -> None:
         ({"attn_implementation": "fast"}, ["student_kwargs", "fast"]),
     ],
 )
-def test_bad_arguments(folder: Path, kwargs: dict[str, Any], words: list[str], init: str) -> None:
-    refused(*words, name=folder, kwargs=kwargs, init=init)
+def test_bad_arguments(folder: Path, kwargs: dict[str, Any], fragments: list[str], init: str) -> None:
+    refused(*fragments, name=folder, kwargs=kwargs, init=init)
 
 
 def test_a_bad_init() -> None:
@@ -243,7 +243,7 @@ def test_a_bad_init() -> None:
 
 
 @pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_an_encoder_is_no_language_model(tmp_path: Path, init: str) -> None:
+def test_an_encoder_is_not_a_causal_language_model(tmp_path: Path, init: str) -> None:
     tiny("bert", is_decoder=False).save_pretrained(tmp_path)
     refused("student", "BertLMHeadModel", "later tokens", "is_decoder", name=tmp_path, init=init)
     assert load_causal_lm(str(tmp_path), kwargs={"is_decoder": True}, init=init).config.is_decoder
@@ -262,7 +262,7 @@ def teacher_with(folder: Path, *tokens: str) -> str:
 
 
 @pytest.mark.parametrize("tokens", ["abcd", "abcdef", "abc"])
-def test_vocabularies_may_go_on_where_the_other_ends(folder: Path, tokens: str, notices: list[str]) -> None:
+def test_one_vocabulary_may_be_longer(folder: Path, tokens: str, notices: list[str]) -> None:
     check_tokenizers(teacher_with(folder, *"abcd"), tokenizer(*tokens))
     assert notices == []
 
@@ -282,7 +282,7 @@ def test_a_large_vocabulary_is_compared_to_its_end(folder: Path) -> None:
         check_tokenizers(name, tokenizer(*tokens))
 
 
-def test_a_teacher_without_tokenizer_is_taken_on_trust(folder: Path, notices: list[str]) -> None:
+def test_a_teacher_without_tokenizer_is_not_checked(folder: Path, notices: list[str]) -> None:
     check_tokenizers(str(folder), tokenizer(*"ab"))
     assert len(notices) == 1
     assert str(folder) in notices[0]
@@ -296,7 +296,7 @@ def test_a_broken_tokenizer_is_refused(folder: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_teacher_is_left_to_who_loads_it(tmp_path: Path, notices: list[str]) -> None:
+def test_a_missing_teacher_raises_when_it_is_loaded(tmp_path: Path, notices: list[str]) -> None:
     for name in (str(tmp_path / "nothing"), "HFTeachr", "org/none"):
         check_tokenizers(name, tokenizer(*"ab"))
     assert notices == []

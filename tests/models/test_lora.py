@@ -1,4 +1,4 @@
-"""A student with adapters: they alone learn, the loss is that of its own logits, and the export is a plain model."""
+"""LoRA students: only adapters train, the loss is that of full logits, and the export is a plain model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def learning(model: nn.Module) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
-def test_only_adapters_learn_and_only_they_and_schedules_move() -> None:
+def test_only_adapters_and_schedules_change() -> None:
     student = tiny("llama")
     module = DistillationModule(student, tiny("gpt2"), TAID(), optimizer=SGD, lora=LoRA(r=4))
     module.configure_model()
@@ -58,7 +58,7 @@ def test_only_adapters_learn_and_only_they_and_schedules_move() -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_fresh_student_says_what_it_said(dora: bool) -> None:
+def test_new_adapters_do_not_change_the_logits(dora: bool) -> None:
     model, ids = tiny("llama"), tokens()
     with torch.no_grad():
         before = model(input_ids=ids).logits
@@ -67,12 +67,12 @@ def test_a_fresh_student_says_what_it_said(dora: bool) -> None:
         )
 
 
-def whole_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The loss from both models' own logits."""
+def full_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss from the full logits of both models."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
-        told = logits(teacher, **inputs)[:, :-1]
-    return distillation_loss(logits(student, **inputs)[:, :-1], told, batch["labels"][:, 1:], objective=ForwardKL())
+        target = logits(teacher, **inputs)[:, :-1]
+    return distillation_loss(logits(student, **inputs)[:, :-1], target, batch["labels"][:, 1:], objective=ForwardKL())
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def whole_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor])
     ],
     ids=["linear", "dora", "also on the head", "dora on the head"],
 )
-def test_a_step_is_that_of_the_whole_logits(lora: LoRA) -> None:
+def test_a_step_equals_a_step_on_full_logits(lora: LoRA) -> None:
     teacher, batch = tiny("gpt2").eval(), rows(vocabulary=VOCABULARY)
     student = stirred(add_adapters(tiny("llama", **UNTIED), lora))
     twin = copy.deepcopy(student)
     before = copy.deepcopy(student.state_dict())
     module = fit(DistillationModule(student, teacher, optimizer=SGD), [batch])
-    whole_loss(twin, teacher, batch).backward()
+    full_loss(twin, teacher, batch).backward()
     SGD([p for p in twin.parameters() if p.requires_grad]).step()
     moved = 0.0
     for name, found in module.student.state_dict().items():
@@ -115,14 +115,14 @@ def test_a_frozen_head_costs_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "cohere", "gptj", "qwen2"])
-def test_a_student_with_adapters_is_cut_like_a_plain_one(model_type: str) -> None:
+def test_a_student_with_adapters_is_split_like_a_plain_one(model_type: str) -> None:
     student = stirred(add_adapters(tiny(model_type), LoRA(r=2))).eval()
     body, head = body_and_head(student)
     assert not head.weight.requires_grad
     assert_same(student, body, head)  # type: ignore[arg-type]
 
 
-def test_an_adapter_on_the_head_is_seen() -> None:
+def test_an_adapter_on_the_lm_head_is_refused() -> None:
     student = add_adapters(tiny("llama", **UNTIED), LoRA(targets=["lm_head"]))
     with pytest.raises(ValueError, match="its LM head has an adapter"):
         body_and_head(student)
@@ -137,9 +137,9 @@ def test_an_adapter_on_the_head_is_seen() -> None:
         ("llama", LoRA(r=3, targets=["lm_head", "embed_tokens", "0.mlp.up_proj"])),
         ("gpt2", LoRA(r=3)),
     ],
-    ids=["llama", "dora", "head and embedding", "gpt2, whose matrices lie the other way"],
+    ids=["llama", "dora", "head and embedding", "gpt2, whose matrices are transposed"],
 )
-def test_the_export_is_plain_and_says_the_same(model_type: str, lora: LoRA, tmp_path: Path) -> None:
+def test_the_export_is_a_plain_model_with_the_same_logits(model_type: str, lora: LoRA, tmp_path: Path) -> None:
     model = tiny(model_type, **(UNTIED if "lm_head" in lora.targets else {}))
     pristine = copy.deepcopy(model)
     names = set(pristine.state_dict())
@@ -167,7 +167,7 @@ def test_the_export_is_plain_and_says_the_same(model_type: str, lora: LoRA, tmp_
         assert torch.equal(again(input_ids=ids).logits, expected)
 
 
-def test_merging_takes_the_tensors_it_is_given() -> None:
+def test_merging_uses_the_given_tensors() -> None:
     student = stirred(add_adapters(tiny("llama"), LoRA(r=2)))
     state = {name: tensor.double() for name, tensor in student.state_dict().items()}
     merged = merged_state_dict(student, state)
@@ -177,7 +177,7 @@ def test_merging_takes_the_tensors_it_is_given() -> None:
     torch.testing.assert_close(merged[f"{name}.weight"], state[f"{inside}.base_layer.weight"] + 2 * low)
 
 
-def test_a_run_leaves_a_plain_student_and_its_adapter(tmp_path: Path) -> None:
+def test_a_run_exports_a_plain_student_and_its_adapter(tmp_path: Path) -> None:
     root = tmp_path / "root"
     assert main([*runs.little(root, "lora", steps=3), "--model.lora.dropout", "0.1"]) == 0
     start = load_file(Path(runs.resolve("asset:student")) / "model.safetensors")
@@ -189,11 +189,11 @@ def test_a_run_leaves_a_plain_student_and_its_adapter(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- command line
-def test_resumed_equals_untouched(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     data = runs.little_data(tmp_path, rows=29)
     common = ["--data.train", str(data), "--data.batch_size", "4", "--checkpoint.every_n_train_steps", "3"]
     common += ["--model.lora.dropout", "0.1"]
-    assert main([*runs.little(tmp_path / "whole", "lora", steps=12), *common]) == 0
+    assert main([*runs.little(tmp_path / "complete", "lora", steps=12), *common]) == 0
     cut = [*runs.little(tmp_path / "cut", "lora", steps=12), *common]
     assert main([*cut, "--checkpoint.save_top_k", "-1"]) == 0
     kept = next((tmp_path / "cut" / "checkpoints").glob("*step=6.ckpt")).rename(tmp_path / "kept.ckpt")
@@ -201,12 +201,12 @@ def test_resumed_equals_untouched(tmp_path: Path) -> None:
     assert all(".lora_" in name for name in names if name.startswith("model.student."))
     assert main([*cut, "--ckpt_path", str(kept)]) == 0
     for folder in ("student/model.safetensors", "adapter/adapter_model.safetensors"):
-        whole, resumed = (load_file(tmp_path / name / folder) for name in ("whole", "cut"))
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        complete, resumed = (load_file(tmp_path / name / folder) for name in ("complete", "cut"))
+        assert all(torch.equal(complete[name], resumed[name]) for name in complete)
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in runs.CONFIGS.glob("*.yaml")))
-def test_the_rank_can_be_typed_for_every_config(config: str, tmp_path: Path) -> None:
+def test_every_config_accepts_a_lora_rank(config: str, tmp_path: Path) -> None:
     module = run([*runs.little(tmp_path, config), "--model.lora.r", "6"], start=False).model
     assert module.lora == (LoRA(r=6, alpha=32) if config == "lora" else LoRA(r=6))
 
@@ -239,13 +239,13 @@ def test_adapters_on_adapters_are_refused() -> None:
         add_adapters(add_adapters(tiny("llama"), LoRA()), LoRA())
 
 
-def test_a_layer_is_named_by_the_end_of_its_name() -> None:
+def test_targets_match_suffixes_of_layer_names() -> None:
     student = add_adapters(tiny("llama"), LoRA(targets="1.self_attn.v_proj"))
     inside = "base_model.model.model.layers.1.self_attn.v_proj"
     assert learning(student) == {f"{inside}.lora_A.default.weight", f"{inside}.lora_B.default.weight"}
 
 
-def test_modes_come_back() -> None:
+def test_modes_are_restored() -> None:
     student = add_adapters(tiny("gpt2"), LoRA()).train()
     student.base_model.model.transformer.h[0].eval()
     before = [module.training for module in student.modules()]

@@ -1,4 +1,4 @@
-"""Every shipped config runs as it stands, but for its length, and leaves what a run leaves."""
+"""Every shipped config runs, shortened, and writes the files of a run."""
 
 import shutil
 from pathlib import Path
@@ -29,12 +29,12 @@ def scalars(root: Path) -> dict[str, list[float]]:
 def test_a_config(name: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     often = ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
-    train = ["--data.train", str(runs.little_data(tmp_path))]  # some let a model respond to all of it first
+    train = ["--data.train", str(runs.little_data(tmp_path))]  # some configs generate responses to all of it first
     assert main([*runs.little(root, name, steps=3), *often, *train]) == 0
     found = scalars(root)
     logged = {f"val/{key}" for key in VALIDATION} | {"train/loss", "train/kd", "train/ce", "train/student_share"}
     if name in ("sft", "seqkd"):
-        logged.remove("train/kd")  # with ce_weight 1 the teacher is not asked in training
+        logged.remove("train/kd")  # with ce_weight 1 the teacher is not run in training
     if name == "taid":
         logged.add("schedule/assistant.teacher_weight")
     assert logged <= found.keys()
@@ -51,15 +51,15 @@ def test_a_config(name: str, tmp_path: Path) -> None:
     written = student.generate(**prompt, max_new_tokens=4)
     assert written.shape[1] > prompt["input_ids"].shape[1]
 
-    assert len({file.stat().st_mode for file in (root / "student").iterdir()}) == 1  # whoever may read one may read all
+    assert len({file.stat().st_mode for file in (root / "student").iterdir()}) == 1  # the same permissions
     checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     parameters = sum(p.numel() for p in student.parameters())
     state = {key: t for key, t in checkpoint["state_dict"].items() if "lora_" not in key}  # merged in the export
     kept = sum(t.numel() for key, t in state.items() if key.startswith("model.") and t.numel() > 1)
-    assert kept <= parameters + student.lm_head.weight.numel()  # tied: written under both names; and no teacher
+    assert kept <= parameters + student.lm_head.weight.numel()  # tied weights have two names; no teacher
 
 
-def test_the_closing_table(tmp_path: Path) -> None:
+def test_the_results_table(tmp_path: Path) -> None:
     root = tmp_path / "root"
     words = runs.little(root, steps=2, test=True)
     assert main([*words, "--trainer.limit_test_batches", "3"]) == 0
@@ -114,7 +114,7 @@ def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_the_best_student_is_exported(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    # teacher_nll stands still and the lower is kept, so the first validation is the best; forward_kl falls
+    # teacher_nll is constant and only a lower value is better, so the first validation is the best; forward_kl falls
     words = [*runs.little(root, steps=6), "--export.which", "best", "--trainer.val_check_interval", "2"]
     assert main([*words, "--export.monitor", "val/teacher_nll"]) == 0
     best = torch.load(root / "checkpoints" / "best.ckpt", weights_only=True)
@@ -175,7 +175,7 @@ def test_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     shutil.rmtree(tmp_path / "root")
 
 
-def test_a_class_of_ones_own_lies_beside_the_config(tmp_path: Path) -> None:
+def test_a_custom_class_in_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "my_divergence.py").write_text(
         "from kd_lightning import Divergence\n\n\n"
         "class SquaredHellinger(Divergence):\n"

@@ -1,4 +1,4 @@
-"""Ctrl-C: the step is finished, the state is on the disk, and the run goes on from there to the same bits."""
+"""Ctrl-C: the step is finished, the state is saved, and a resumed run ends with the same bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 12
 
 
 class CtrlC(L.Callback):
-    """Press it in the middle of a micro-batch."""
+    """Press Ctrl-C in the middle of a micro-batch."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -31,7 +31,7 @@ class CtrlC(L.Callback):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
+def test_an_interrupted_run_resumes_to_the_same_bits(
     accumulate: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     common = ["--data.train", str(runs.little_data(tmp_path, rows=29)), "--data.batch_size", "4"]
@@ -44,7 +44,8 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
         main([*cut, *press])
     last = torch.load(tmp_path / "cut" / "checkpoints" / "last.ckpt", weights_only=True)
     assert 0 < last["global_step"] < STEPS
-    assert "go on with --ckpt_path last" in caplog.text
+    assert "Interrupted: finishing this step and saving last.ckpt (press Ctrl-C again to abort)" in caplog.text
+    assert "last.ckpt: resume with --ckpt_path last" in caplog.text
     assert not (tmp_path / "cut" / "student").exists()
     assert signal.getsignal(signal.SIGINT) is handler
     assert main([*cut, "--ckpt_path", "last"]) == 0
@@ -61,5 +62,5 @@ def test_another_thread_leaves_ctrl_c_alone(tmp_path: Path) -> None:
     assert found == [0] and signal.getsignal(signal.SIGINT) is handler
 
 
-def test_it_is_part_of_every_run() -> None:
+def test_the_last_state_is_saved_by_default() -> None:
     assert RunCheckpoint().save_last is True

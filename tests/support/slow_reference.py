@@ -1,4 +1,4 @@
-"""The loss as one would write it on a blackboard: whole logits, float64, a Python loop over tokens, plain autograd."""
+"""Reference implementation of the loss: full logits, float64, a Python loop over tokens, plain autograd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ B, T, V, HS, HT = 3, 5, 17, 4, 6  # of `Problem`
 
 
 class Hellinger(Divergence):
-    """A user's own divergence, squared Hellinger distance: two lines."""
+    """A custom divergence: the squared Hellinger distance."""
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return 1 - ((log_p + log_q) / 2).exp().sum(-1)
@@ -30,14 +30,14 @@ class Forward(Divergence):
 
 
 class Reverse(Divergence):
-    """Its gradient is a small difference."""
+    """Its gradient is a small difference of large terms."""
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 class DetachedMixture(Divergence):
-    """KL from a mixture that gets no gradient, as TAID's."""
+    """KL from a detached mixture, as in TAID."""
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         log_r = torch.log_softmax((0.3 * log_p + 0.7 * log_q).detach(), -1)
@@ -45,7 +45,7 @@ class DetachedMixture(Divergence):
 
 
 class ByColumn(Composite):
-    """Weighs two divergences by a column."""
+    """Weights two divergences by an extra input per token."""
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         assert rows is not None
@@ -71,7 +71,7 @@ def token_losses(
     square_temperature: bool = True,
     rows: Mapping[str, Tensor] | None = None,
 ) -> list[list[Tensor]]:
-    """Losses of the counted tokens of each response, from the logits [B, T, V] of both models."""
+    """Losses of the tokens with a label of each response, from the logits [B, T, V] of both models."""
     common = min(student.shape[-1], teacher.shape[-1])
     student, teacher = student.double()[..., :common], teacher.double()[..., :common]
     losses: list[list[Tensor]] = []
@@ -105,7 +105,7 @@ def error(mine: Tensor, reference: Tensor) -> float:
 
 
 class Problem:
-    """Hidden states, heads and labels of two models; the second response has one counted token, the third none."""
+    """Hidden states, LM heads and labels of two models; the second response has one label, the third none."""
 
     def __init__(
         self, dtype: torch.dtype = torch.float64, pad: int = 0, scale: float = 1.0, near: bool = False
@@ -140,7 +140,7 @@ class Problem:
 def problem(
     n: int = 11, vocabulary: int = 23, dtype: torch.dtype = torch.float64, widths: tuple[int, int] = (4, 6)
 ) -> dict[str, Any]:
-    """Arguments of `fused_distillation_loss` for one response of n tokens, all counted."""
+    """Arguments of `fused_distillation_loss` for one response of n tokens with labels."""
     g = torch.Generator().manual_seed(3)
     student, teacher = widths
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731

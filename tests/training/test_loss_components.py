@@ -55,7 +55,7 @@ def test_head_and_tail_equal_a_slow_loop_and_add_up_to_forward_kl(mu: float) -> 
 
 @pytest.mark.parametrize("mu", [0.3, 0.5, 1.0])
 def test_a_head_of_more_tokens_than_are_looked_at_first(mu: float) -> None:
-    """Uniform, flat and peaked rows in one call: most of the first two have their head beyond the first 64 tokens."""
+    """Uniform, flat and peaked rows in one call: the first two have more than 64 top tokens."""
     numbers = torch.Generator().manual_seed(1)
     log_p = log_softmax(torch.randn(6, 500, generator=numbers) * torch.tensor([0.0, 0.1, 0.3, 1.0, 3.0, 30.0])[:, None])
     log_q = log_softmax(torch.randn(6, 500, generator=numbers))
