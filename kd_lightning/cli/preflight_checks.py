@@ -156,21 +156,21 @@ def check_labels(fit: PreparedFit) -> Findings:
     ended, complete = 0, 0
     for batch in fit.batches:
         ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
-        labelled = labels != IGNORE_INDEX
-        if (labels[labelled] >= fit.model.vocabulary).any():
+        labeled = labels != IGNORE_INDEX
+        if (labels[labeled] >= fit.model.vocabulary).any():
             yield (
                 "error",
                 f"label {int(labels.max())} is outside the student's vocabulary of {fit.model.vocabulary}: use its own "
                 "tokenizer",
             )
             return
-        if (labelled & ~mask).any() or (data.pad_id not in ends and (labels == data.pad_id).any()):
+        if (labeled & ~mask).any() or (data.pad_id not in ends and (labels == data.pad_id).any()):
             yield "error", f"padding has labels (token {data.pad_id}): the student would learn to generate padding"
             return
-        if (labels != ids)[labelled].any():
+        if (labels != ids)[labeled].any():
             yield "error", "labels differ from the tokens at their positions: do not shift them, the module does"
             return
-        for row, tokens, there in zip(labels, labelled, mask, strict=True):
+        for row, tokens, there in zip(labels, labeled, mask, strict=True):
             if tokens.any() and int(there.sum()) < data.max_length:
                 complete += 1
                 ended += int(row[tokens][-1]) in ends
