@@ -41,7 +41,7 @@ class DistillationModule(AccumulatingModule):
     r"""Train a student on a frozen teacher: loss = (1 − ce_weight)·KD + ce_weight·label loss, per token.
 
     Reduces to supervised fine-tuning with `teacher=None, ce_weight=1`. Gradients are accumulated as sums and divided
-    once by the number of labelled tokens (or responses) of the whole accumulation window over all ranks, so that a step
+    once by the number of labeled tokens (or responses) of the whole accumulation window over all ranks, so that a step
     does not depend on how its rows are split into micro-batches and ranks.
 
     Args:
@@ -278,11 +278,11 @@ class DistillationModule(AccumulatingModule):
         self.rollout.after_validation(self.trainer, lambda: self.reporter.mean("val", "ce"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Measure one batch under `val/`; returns the values of each labelled token, for callbacks."""
+        """Measure one batch under `val/`; returns the values of each labeled token, for callbacks."""
         return self._evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Measure one batch under `test/`; returns the values of each labelled token, for callbacks."""
+        """Measure one batch under `test/`; returns the values of each labeled token, for callbacks."""
         return self._evaluate(batch, "test")
 
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:

@@ -18,7 +18,8 @@ from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
-from kd_lightning.models.loading import auto, check_tokenizers, resolve_model
+from kd_lightning.models.loading import check_tokenizers, resolve_model
+from kd_lightning.models.pretrained import from_pretrained
 from kd_lightning.training.evaluation import limited_batches
 
 Check = Callable[[PreparedFit], Findings]
@@ -60,7 +61,7 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
     if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
         return
     try:
-        theirs = auto.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        theirs = from_pretrained("tokenizer", path)
     except OSError:
         return  # a hub name without a tokenizer; `check_tokenizers` has logged that it is not checked
     special = {
@@ -159,21 +160,21 @@ def check_labels(fit: PreparedFit) -> Findings:
     ended, complete = 0, 0
     for batch in fit.batches:
         ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
-        labelled = labels != IGNORE_INDEX
-        if (labels[labelled] >= fit.model.vocabulary).any():
+        labeled = labels != IGNORE_INDEX
+        if (labels[labeled] >= fit.model.vocabulary).any():
             yield (
                 "error",
                 f"label {int(labels.max())} is outside the student's vocabulary of {fit.model.vocabulary}: use its own "
                 "tokenizer",
             )
             return
-        if (labelled & ~mask).any() or (data.pad_id not in ends and (labels == data.pad_id).any()):
+        if (labeled & ~mask).any() or (data.pad_id not in ends and (labels == data.pad_id).any()):
             yield "error", f"padding has labels (token {data.pad_id}): the student would learn to generate padding"
             return
-        if (labels != ids)[labelled].any():
+        if (labels != ids)[labeled].any():
             yield "error", "labels differ from the tokens at their positions: do not shift them, the module does"
             return
-        for row, tokens, there in zip(labels, labelled, mask, strict=True):
+        for row, tokens, there in zip(labels, labeled, mask, strict=True):
             if tokens.any() and int(there.sum()) < data.max_length:
                 complete += 1
                 ended += int(row[tokens][-1]) in ends

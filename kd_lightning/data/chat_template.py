@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kd_lightning.data.conversation import Conversation, Message
+from kd_lightning.data.text.message_forms import MessageForms, with_argument_texts
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -20,6 +21,17 @@ PLAIN_TEMPLATE = (
 )
 """For tokenizers without a template: `User: … Assistant: …`; each answer ends with the end-of-sequence token."""
 
+# a template is a program: it can fail with any error of Python's arithmetic and memory
+REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "qzStandInzq"
 
@@ -65,9 +77,12 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = template
         self.template_kwargs = template_kwargs or {}
-        specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {tokenizer.bos_token, ""}
+        specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
+        if tokenizer.bos_token != tokenizer.eos_token:  # GPT-2 and others have one token for both
+            specials -= {tokenizer.bos_token}
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("|".join(re.escape(token) for token in longest_first) or "$^")
+        self._forms = MessageForms(self._render_probe)
 
     def prompt(self, conversation: Conversation) -> str:
         """The prompt of a model: everything before the last answer, with the generation prompt.
@@ -100,6 +115,18 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------------------------------------- helpers
     def _render(self, conversation: Conversation, messages: list[Message], ask: bool = False) -> str:
+        messages = self._forms(messages)
+        try:
+            return self._apply(conversation, messages, ask)
+        except ValueError as error:
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            try:
+                return self._apply(conversation, with_argument_texts(messages), ask)
+            except ValueError:
+                raise error from None
+
+    def _apply(self, conversation: Conversation, messages: list[Message], ask: bool) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -111,8 +138,18 @@ class ChatTemplate:
                     **self._variables(conversation),
                 )
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses this row: {' '.join(str(error).split())}") from None
+        except REFUSALS as error:
+            raise refusal(error) from None
+
+    def _render_probe(self, messages: list[Message]) -> str:
+        return self._apply(Conversation(messages=messages), messages, ask=False)
+
+    def _source(self, tools: list[Any] | None = None) -> str:
+        """The Jinja text of the template."""
+        try:
+            return self.tokenizer.get_chat_template(self.template, tools)
+        except ValueError:  # plain rows need no template
+            return ""
 
     def _variables(self, conversation: Conversation) -> dict[str, Any]:
         return {**self.template_kwargs, **(conversation.template_kwargs or {})}
@@ -181,20 +218,20 @@ class ChatTemplate:
 
     def _marked(self, conversation: Conversation) -> Located | None:
         """By the template's `{% generation %}` tags; None if it has none, or they do not match the turns."""
-        template = self.tokenizer.get_chat_template(self.template, conversation.tools)
+        template = self._source(conversation.tools)
         if not _GENERATION_TAG.search(template):
             return None
         variables = {**self.tokenizer.special_tokens_map, **self._variables(conversation)}
         try:
             rendered: Any = render_jinja_template(
-                conversations=[conversation.messages],
+                conversations=[self._forms(conversation.messages)],
                 tools=conversation.tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 **variables,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses this row: {' '.join(str(error).split())}") from None
+        except REFUSALS as error:
+            raise refusal(error) from None
         text, marked = str(rendered[0][0]), rendered[1]
         spans = [(int(start), int(end)) for start, end in marked[0] if text[int(start) : int(end)].strip()]
         turns = conversation.answer_turns
@@ -211,6 +248,12 @@ class ChatTemplate:
             closed.append((start, end))
         is_open = bool(closed) and self._is_open(text, closed[-1])
         return Located(text, closed, unlocated=max(0, len(turns) - len(closed)), open=is_open)
+
+
+def refusal(error: BaseException) -> ValueError:
+    """The message of a template that refuses a row."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return ValueError(f"the chat template refuses this row: {text}")
 
 
 def read_template(template: str | None) -> str | None:

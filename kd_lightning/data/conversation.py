@@ -9,6 +9,17 @@ from typing import Any
 
 Message = dict[str, Any]
 FORMS = "'instruction' (with an optional 'input') and 'output'; 'prompt' and 'completion'; or 'messages'"
+TURNS = ("conversations", "conversation")
+"""Names of `messages` in ShareGPT files."""
+ROLES: dict[str, str | None] = {
+    **dict.fromkeys(("system", "developer", "user", "assistant", "tool", "function", "ipython")),
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "model", "bot", "chatgpt"), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
+}
+"""Known roles in lower case, and the role of a chat template that each stands for; None: the same."""
+LEARNED = ("weight", "train", "trainable", "training", "loss_mask", "loss")
+"""Fields of a turn that say whether it is learned: 0 or false, 1 or true."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +33,7 @@ class Conversation:
         first: index of the first turn that may have labels (the turns before it are the prompt).
         tools: the `tools` column, passed to the chat template.
         template_kwargs: variables of this row for the chat template.
+        unlearned: indices of the assistant's turns that the row excludes from the labels.
     """
 
     messages: list[Message] = dataclasses.field(default_factory=list)
@@ -30,11 +42,25 @@ class Conversation:
     first: int = 0
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] | None = None
+    unlearned: list[int] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, messages: list[Message], first: int = 0, **extras: Any) -> Conversation:
+        """A conversation from the turns of `messages_of`, without their fields of `LEARNED`."""
+        unlearned = [n for n, message in enumerate(messages) if message.get("weight") == 0]
+        turns = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+        return cls(messages=turns, first=first, unlearned=unlearned, **extras)
 
     @property
     def answer_turns(self) -> list[int]:
         """Indices of the assistant's turns that have labels."""
-        return [n for n, message in enumerate(self.messages) if n >= self.first and _speaks(message)]
+        turns = enumerate(self.messages)
+        return [n for n, turn in turns if n >= self.first and n not in self.unlearned and _speaks(turn)]
+
+    @property
+    def excluded(self) -> int:
+        """Number of the assistant's turns that the row excludes from the labels."""
+        return sum(n >= self.first and _speaks(self.messages[n]) for n in self.unlearned)
 
     @property
     def empty(self) -> bool:
@@ -75,15 +101,15 @@ def parse_row(row: Mapping[str, Any], location: str) -> Conversation:
     Raises:
         ValueError: the row has none of the accepted forms, or a field of a wrong type.
     """
-    fields = {name: value for name, value in row.items() if value is not None}
+    fields = without_nulls(row)
     extras = extras_of(fields, location)
     if "messages" in fields:
-        return Conversation(messages=messages_of(fields, "messages", location), **extras)
+        return Conversation.of(messages_of(fields, "messages", location), **extras)
     if "prompt" in fields and "completion" in fields:
         if isinstance(fields["prompt"], list):
             prompt = messages_of(fields, "prompt", location)
             completion = messages_of(fields, "completion", location)
-            return Conversation(messages=prompt + completion, first=len(prompt), **extras)
+            return Conversation.of(prompt + completion, first=len(prompt), **extras)
         prompt_text, completion_text = (typed(fields, name, str, location) for name in ("prompt", "completion"))
         return Conversation(prompt=prompt_text or "", completion=completion_text or "", **extras)
     if "instruction" in fields and "output" in fields:
@@ -91,8 +117,28 @@ def parse_row(row: Mapping[str, Any], location: str) -> Conversation:
         question = f"{instruction}\n{given}" if given else instruction
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
         return Conversation(messages=turns, first=1, **extras)
+    if turns := shared_turns(fields, location):
+        return Conversation.of(turns, **extras)
     names = ", ".join(repr(name) for name in fields) or "no fields"
     raise ValueError(f"{location}: a row needs {FORMS}; this one has {names}")
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without null fields of its objects at any depth: Arrow writes null for every missing field."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def shared_turns(fields: Mapping[str, Any], location: str) -> list[Message]:
+    """The turns of a ShareGPT row, its `system` field first; none if the row has another form."""
+    for name in TURNS:
+        if name in fields:
+            system = typed(fields, "system", str, location)
+            lead: list[Message] = [{"role": "system", "content": system}] if system else []
+            turns = messages_of(fields, name, location)
+            return turns if turns[0]["role"] == "system" else lead + turns
+    return []
 
 
 def extras_of(fields: Mapping[str, Any], location: str) -> dict[str, Any]:
@@ -136,25 +182,88 @@ def messages_of(fields: Mapping[str, Any], name: str, location: str) -> list[Mes
         where = f"{location}: field {name!r}, message {number}"
         if not isinstance(message, dict):
             raise ValueError(f"{where}: must be an object with 'role' and 'content', got {type(message).__name__}")
-        message = {key: value for key, value in message.items() if value is not None}
-        if not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}: 'role' must be a string, got {message.get('role')!r}")
-        content = message.get("content", "")
-        parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-        if not isinstance(content, str) and not parts:
-            raise ValueError(f"{where}: 'content' must be a string or a list of parts, got {type(content).__name__}")
-        messages.append(message)
+        messages.append(_message(without_nulls(message), where))
     if not messages:
         raise ValueError(f"{location}: field {name!r} must hold at least one message")
     return messages
 
 
+def with_objects(message: Message) -> Message:
+    """The turn with the arguments of its tool calls as objects; they may be JSON text.
+
+    Raises:
+        ValueError: the text is not a JSON object, or `tool_calls` is not a list of objects.
+    """
+    if "tool_calls" not in message:
+        return message
+    calls = message["tool_calls"]
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"'tool_calls' must be a list of objects, got {type(calls).__name__}")
+    return {**message, "tool_calls": [_call_with_object(call) for call in calls]}
+
+
+def _call_with_object(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call_with_object(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        found = without_nulls(json.loads(arguments or "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the arguments of the call of {call.get('name')!r} are broken JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"the arguments of the call of {call.get('name')!r} must be a JSON object, got {type(found).__name__}"
+        )
+    return {**call, "arguments": found}
+
+
+def _message(message: Message, where: str) -> Message:
+    """A turn with the names of a chat template; `weight` is 0 if it is not to be learned, else absent."""
+    if "role" not in message and "from" in message:  # ShareGPT
+        names = {"from": "role", "value": "content"}
+        message = {names.get(name, name): value for name, value in message.items()}
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise ValueError(f"{where}: 'role' must be a string, got {role!r}")
+    known = role.strip().lower()
+    if known not in ROLES:
+        raise ValueError(f"{where}: unknown role {role!r}: rename it to one of {', '.join(ROLES)}")
+    message = {**message, "role": ROLES[known] or known}
+    flags = {name: message.pop(name) for name in LEARNED if name in message}
+    for name, value in flags.items():
+        if value not in (0, 1):
+            raise ValueError(f"{where}: {name!r} must be 0 or 1, false or true, got {value!r}")
+    if "content" in message:
+        message["content"] = _content(message["content"], where)
+    try:
+        with_objects(message)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return {**message, "weight": 0} if any(value == 0 for value in flags.values()) else message
+
+
+def _content(content: Any, where: str) -> str | list[dict[str, str]]:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"{where}: 'content' must be a string or a list of parts, got {type(content).__name__}")
+    for number, part in enumerate(content, start=1):
+        kind, text = part.get("type", "text"), part.get("text", "")
+        if kind != "text":
+            raise ValueError(f"{where}, part {number}: only parts of type 'text' can be read, got type {kind!r}")
+        if not isinstance(text, str):
+            raise ValueError(f"{where}, part {number}: 'text' must be a string, got {type(text).__name__}")
+    return [{"type": "text", "text": part.get("text", "")} for part in content]
+
+
 def _tools(value: Any, location: str) -> list[Any] | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{location}: field 'tools' is broken JSON: {error.msg}") from None
+            value = without_nulls(json.loads(value))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{location}: field 'tools' is broken JSON: {error}") from None
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
         raise ValueError(f"{location}: field 'tools' must be a list of objects, got {type(value).__name__}")
     return value or None

@@ -36,9 +36,14 @@ class InstructionDataModule(DistillationDataModule):
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
     `completion` (plain texts, or lists of messages); or `messages` with several turns, of which every assistant turn
-    has labels. The columns `tools` and `chat_template_kwargs` are passed to the chat template. Turns of the user, the
-    system or a tool never have labels; the end of an answer does. Rows without an answer are dropped, longer ones are
-    truncated on the right; both are reported.
+    has labels; or `conversations` in the form of ShareGPT (`from` and `value`). The columns `tools` and
+    `chat_template_kwargs` are passed to the chat template. Turns of the user, the system or a tool never have labels,
+    nor do turns with `weight: 0`, `train: false`, `trainable: false` or `loss_mask: 0`; the end of an answer has one.
+    Rows without an answer are dropped, longer ones are truncated on the right; both are reported.
+
+    Roles are read without regard to case, and `human`, `gpt` and `model` for `user` and `assistant`; others are
+    refused. Null and absent fields are the same. Content may be a list of text parts, and arguments of tool calls may
+    be JSON text: the template gets the form that it reads.
 
     Args:
         train: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, a `datasets` name
@@ -59,7 +64,8 @@ class InstructionDataModule(DistillationDataModule):
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
-            left within `max_length`), and of `unlocated` answers (turns that the template hides, without labels).
+            left within `max_length`), and of `unlocated` answers (turns that the template hides, without labels). If
+            not 0, also of the names in `EXTRA_NOTES`, such as `excluded` turns (not learned, as the row says).
 
     Raises:
         ValueError: an argument is out of its range; in `setup`: data that cannot be read, or no row with a label.

@@ -8,7 +8,16 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kd_lightning.data.conversation import Conversation, Message, extras_of, messages_of, parse_row, typed
+from kd_lightning.data.conversation import (
+    Conversation,
+    Message,
+    extras_of,
+    messages_of,
+    parse_row,
+    shared_turns,
+    typed,
+    without_nulls,
+)
 from kd_lightning.data.sources import read_rows
 
 FIELDS = (("teacher_response", "student_response"), ("chosen", "rejected"))
@@ -73,15 +82,16 @@ def parse_response(row: Mapping[str, Any], name: str, location: str) -> Conversa
     Raises:
         ValueError: there is no prompt, or a field is of a wrong type.
     """
-    fields = {key: value for key, value in row.items() if value is not None}
+    fields = without_nulls(row)
     if isinstance(fields.get(name), list):
         turns = messages_of(fields, name, location)
         if turns[0]["role"] == "assistant":
             question = parse_prompt(fields, location)
             lead = question.messages or [{"role": "user", "content": question.prompt}]
-            return dataclasses.replace(question, messages=lead + turns, first=len(lead), prompt="")
+            extras = extras_of(fields, location)
+            return Conversation.of(lead + turns, first=len(lead), **extras)
         first = max(n for n, turn in enumerate(turns) if n == 0 or turn["role"] == "user") + 1
-        return Conversation(messages=turns, first=first, **extras_of(fields, location))
+        return Conversation.of(turns, first=first, **extras_of(fields, location))
     return with_answer(parse_prompt(fields, location), typed(fields, name, str, location))
 
 
@@ -91,18 +101,25 @@ def parse_prompt(row: Mapping[str, Any], location: str) -> Conversation:
     Raises:
         ValueError: there is none, or a field is of a wrong type.
     """
-    fields = {key: value for key, value in row.items() if value is not None}
+    fields = without_nulls(row)
     if isinstance(fields.get("prompt"), str):
         return Conversation(prompt=fields["prompt"], **extras_of(fields, location))
     if "prompt" in fields or "messages" in fields:
-        turns = messages_of(fields, "prompt" if "prompt" in fields else "messages", location)
-        while len(turns) > 1 and turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
-        return Conversation(messages=turns, first=len(turns), **extras_of(fields, location))
+        return _question(
+            messages_of(fields, "prompt" if "prompt" in fields else "messages", location), fields, location
+        )
     if "instruction" in fields:
         whole = parse_row({**fields, "output": ""}, location)
         return dataclasses.replace(whole, messages=whole.messages[:1])
+    if turns := shared_turns(fields, location):
+        return _question(turns, fields, location)
     raise ValueError(f"{location}: a pair needs {FORMS}; this one has {_names(row)}")
+
+
+def _question(turns: list[Message], fields: Mapping[str, Any], location: str) -> Conversation:
+    while len(turns) > 1 and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return Conversation.of(turns, first=len(turns), **extras_of(fields, location))
 
 
 def with_answer(conversation: Conversation, answer: str | None) -> Conversation:
@@ -110,7 +127,8 @@ def with_answer(conversation: Conversation, answer: str | None) -> Conversation:
     if not conversation.messages:
         return dataclasses.replace(conversation, completion=answer or "")
     turns: list[Message] = [] if answer is None else [{"role": "assistant", "content": answer}]
-    return dataclasses.replace(conversation, messages=conversation.messages[: conversation.first] + turns)
+    messages = conversation.messages[: conversation.first] + turns
+    return dataclasses.replace(conversation, messages=messages, unlearned=[])
 
 
 def prompt_key(conversation: Conversation) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_lightning.data.collate import SIDES
-from kd_lightning.data.conversation import Conversation
+from kd_lightning.data.conversation import TURNS, Conversation
 from kd_lightning.data.instruction import InstructionDataModule
 from kd_lightning.data.pairs import parse_prompt, with_answer
 from kd_lightning.data.row_report import NOTES
@@ -28,7 +28,7 @@ def parse_question(row: Mapping[str, Any], location: str) -> Conversation:
     Raises:
         ValueError: there is none, or a field is of a wrong type.
     """
-    if all(row.get(name) is None for name in ("instruction", "prompt", "messages")):
+    if all(row.get(name) is None for name in ("instruction", "prompt", "messages", *TURNS)):
         names = ", ".join(repr(name) for name in row) or "no fields"
         raise ValueError(f"{location}: a row needs {FORMS}; this one has {names}")
     return parse_prompt(row, location)

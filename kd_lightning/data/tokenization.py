@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -10,18 +11,21 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.assets import resolve
 from kd_lightning.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from kd_lightning.data.conversation import Conversation, parse_row
 from kd_lightning.data.sources import cache_folder, fingerprint, read_rows
 from kd_lightning.models.hf_adapter import backend_state, has_offsets
+from kd_lightning.models.pretrained import RemoteCodeError, from_pretrained
 
 VERSION = "2"
 """Changes when the same settings give other token ids or labels."""
-CACHE_VERSION = "3"
-"""Changes when the columns of the cached data sets do."""
+CACHE_VERSION = "4"
+"""Changes when the columns of the cached data sets do, or when a row is read in another way."""
+INTEGERS = ("length", "full_length", "first_label", "unlocated", "excluded")
+"""Columns of a tokenized row that hold one number."""
 PARALLEL_ROWS = 20_000
 """Data sets with more rows are tokenized by several processes."""
 
@@ -39,11 +43,14 @@ def load_tokenizer(name: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
         return name
     path = resolve(name)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = from_pretrained("tokenizer", path)
+    except RemoteCodeError as error:
+        raise ValueError(f"tokenizer: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = "the folder holds no tokenizer" if os.path.isdir(path) else "no such folder"
         detail = " ".join(str(error).split())[:160]
         raise ValueError(f"tokenizer: {name!r} cannot be loaded ({reason}): {detail}") from None
+    return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +69,7 @@ class TextTokenizer:
     template_kwargs: dict[str, Any] | None = None
     max_length: int = 512
 
-    @property
+    @functools.cached_property
     def chat(self) -> ChatTemplate:
         """The chat template these texts are rendered with."""
         return ChatTemplate(self.tokenizer, self.chat_template, self.template_kwargs)
@@ -71,20 +78,21 @@ class TextTokenizer:
     def first_ids(self) -> list[int]:
         """The token that the tokenizer puts before a plain text, if any."""
         bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and bos in self.tokenizer("").input_ids[:1] else []
+        return [bos] if bos is not None and bos in self.tokenizer("a").input_ids[:1] else []
 
     def tokenize(self, conversation: Conversation, chat: ChatTemplate | None = None) -> dict[str, Any]:
         """Token ids of a conversation, which of them are labels, and figures for the report.
 
         Returns:
-            `input_ids`, `label_mask`, `length`, `full_length`, `first_label` (-1: none), `unlocated`, `empty`.
+            `input_ids`, `label_mask`, `length`, `full_length`, `first_label` (-1: none), `unlocated`, `empty`,
+            `excluded`.
 
         Raises:
             ValueError: the chat template refuses the conversation.
         """
         if conversation.empty:  # a template may refuse a conversation that ends with a question
             none: dict[str, Any] = {"input_ids": [], "label_mask": [], "length": 0, "full_length": 0, "unlocated": 0}
-            return {**none, "first_label": -1, "empty": True}
+            return {**none, "first_label": -1, "empty": True, "excluded": conversation.excluded}
         eos = self.tokenizer.eos_token_id
         unlocated, ids = 0, []
         if conversation.messages:
@@ -113,6 +121,7 @@ class TextTokenizer:
             "first_label": label_mask.index(True) if any(label_mask) else -1,
             "unlocated": unlocated,
             "empty": False,
+            "excluded": conversation.excluded,
         }
 
     def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
@@ -243,7 +252,7 @@ def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
     """
     import datasets
 
-    integers = {name: datasets.Value("int32") for name in ("length", "full_length", "first_label", "unlocated")}
+    integers = {name: datasets.Value("int32") for name in INTEGERS}
     return rows.map(
         _Tokenize(tokenizer),
         num_proc=min(os.cpu_count() or 1, 16) if len(rows) > PARALLEL_ROWS else None,

@@ -23,7 +23,7 @@ class Plan:
     Args:
         ranks: number of ranks.
         strategy: `fsdp2`, `ddp` or `one device`.
-        batch: rows of a micro-batch on a rank, and tokens of each row, all of them labelled.
+        batch: rows of a micro-batch on a rank, and tokens of each row, all of them labeled.
         student: memory held from step to step.
         teacher: the same; it has no gradients and no optimizer state.
         host: the part of all memory that is in host memory.

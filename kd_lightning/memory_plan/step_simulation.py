@@ -12,6 +12,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
 from kd_lightning.console import progress_bar
 from kd_lightning.distributed.dtensor import is_sharded
@@ -99,9 +100,9 @@ class StepSimulation:
             with self.tracker, FewChunks():
                 self.strategy.shard(self.module)
 
-    def _make_optimizer(self) -> Any:
+    def _make_optimizer(self) -> Optimizer:
         found = self.module.configure_optimizers()
-        optimizer = found["optimizer"] if isinstance(found, dict) else found
+        optimizer: Optimizer = found["optimizer"] if isinstance(found, dict) else found
         for group in optimizer.param_groups:
             group.update({name: False for name in ("foreach", "fused") if name in group})
         self.strategy.optimizers = [optimizer]
@@ -121,7 +122,7 @@ class StepSimulation:
         return models
 
     # --------------------------------------------------------------------------------------------------------- the step
-    def _name_memory(self, optimizer: Any) -> None:
+    def _name_memory(self, optimizer: Optimizer) -> None:
         """Name the memory that is held from step to step."""
         hold = self.tracker.hold
         for name, model in self._models().items():
@@ -140,7 +141,7 @@ class StepSimulation:
     def _name_gradients(self) -> None:
         self.tracker.hold(ELSEWHERE if self.offloaded else "student.gradients", self._gradients())
 
-    def _step(self, optimizer: Any) -> None:
+    def _step(self, optimizer: Optimizer) -> None:
         """One accumulation window as Lightning runs it: the last gradients are held until the first backward."""
         module, trainer, tracker = self.module, self.trainer, self.tracker
         self._size_tiles()
@@ -166,7 +167,7 @@ class StepSimulation:
             module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
             optimizer.step()
 
-    def _micro_batch(self, batch: dict[str, Tensor], index: int, optimizer: Any, last: bool) -> None:
+    def _micro_batch(self, batch: dict[str, Tensor], index: int, optimizer: Optimizer, last: bool) -> None:
         """Forward and backward; as Lightning does, gradients are reset after the first forward of a window."""
         strategy = self.strategy
         with strategy.block_backward_sync() if isinstance(strategy, FSDP2Strategy) and not last else nullcontext():
@@ -198,7 +199,7 @@ class StepSimulation:
         return batch
 
     # ------------------------------------------------------------------------------------------------------ the figures
-    def _write_figures(self, optimizer: Any) -> None:
+    def _write_figures(self, optimizer: Optimizer) -> None:
         plan, tracker = self.plan, self.tracker
         held = {name: (nbytes(m.parameters()), nbytes(m.buffers())) for name, m in self._models().items()}
         parameters, buffers = held["student"]
@@ -230,5 +231,5 @@ def _buckets(gradients: list[Tensor]) -> int:
     return count + (held > 0)
 
 
-def _state(optimizer: Any) -> list[Tensor]:
+def _state(optimizer: Optimizer) -> list[Tensor]:
     return [value for entries in optimizer.state.values() for value in entries.values() if isinstance(value, Tensor)]

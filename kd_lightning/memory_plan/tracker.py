@@ -1,4 +1,4 @@
-"""What a step holds in memory and sends to other ranks, of real tensors or of tensors that are shapes alone."""
+"""Tracks memory and communication of a step, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ELSEWHERE = "host"  # a kind that is not on the card, and not in the total
+ELSEWHERE = "host"  # the kind of memory that is not on the GPU and not in the total
 COLLECTIVES = {
     "_allgather_base_": "all_gather",
     "allgather_": "all_gather",
@@ -31,24 +32,26 @@ COLLECTIVES = {
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, every storage is counted from its first use to its end; what is not held by a name is an activation.
+    """Within the context, tracks every storage from its first use until it is freed.
 
-    Kinds are free names. Two are given here: "gathered", parameters of other ranks and what is sent to them, and
-    "gradients", this rank's part of what they sent.
+    Each storage has a kind, which is a free name: "activations" unless `hold` gives another. Two kinds are set here:
+    "gathered" for parameters of other ranks and communication buffers, and "gradients" for this rank's shard of
+    reduced gradients.
 
     Args:
-        fake: a `FakeTensorMode` that makes large tensors of numbers shapes alone; small ones and integers stay real, so
-            that what is decided by token ids is decided as in a run. None: everything is as it is.
-        widths: kinds of matrices that are known by their width.
+        fake: a `FakeTensorMode` in which large floating-point tensors are created; small ones and integers stay real,
+            so that control flow that depends on token ids is the same as in a run. None: all tensors are real.
+        widths: kinds of matrices that are recognized by their width.
 
     Attributes:
         now: bytes by kind.
         peak: the largest total so far.
-        most: the most of each kind so far, at moments of their own.
-        collectives: number and bytes of the exchanges between ranks: the larger side of each.
+        most: the peak of each kind so far; the peaks of kinds occur at different times.
+        collectives: the number of collectives by name.
+        collective_bytes: their bytes, of the larger side of each.
     """
 
-    def __init__(self, fake: Any = None, widths: Mapping[int, str] | None = None) -> None:
+    def __init__(self, fake: FakeTensorMode | None = None, widths: Mapping[int, str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fake, self.widths = fake, dict(widths or {})
         self.now: Counter[str] = Counter()
@@ -56,16 +59,16 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = self.total = 0
         self.collectives: Counter[str] = Counter()
         self.collective_bytes: Counter[str] = Counter()
-        self._held: dict[int, tuple[str, int, Any]] = {}
+        self._held: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
         self._resize = torch.UntypedStorage.resize_
 
     def hold(self, kind: str, tensors: Iterable[Tensor]) -> None:
-        """Call what these tensors lie in by a name; what has one already changes it."""
+        """Set the kind of the storages of these tensors."""
         for tensor in tensors:
             self._put(kind, tensor, rename=True)
 
     def add(self, kind: str, size: int) -> None:
-        """Count bytes that no tensor here stands for; negative: no longer."""
+        """Add bytes that no tracked tensor has; a negative size removes them."""
         self.now[kind] += size
         self.most[kind] = max(self.most[kind], self.now[kind])
         if kind != ELSEWHERE:
@@ -73,7 +76,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak = max(self.peak, self.total)
 
     def __enter__(self) -> Tracker:
-        """Start to count."""
+        """Start tracking."""
         resize, tracker = self._resize, self
 
         @wraps(resize)
@@ -82,46 +85,47 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tracker._resized(storage)
             return found
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]  # FSDP2 fills and empties by it
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]  # FSDP2 allocates and frees with it
         self.peak, self.most = self.total, Counter(self.now)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *args: Any) -> None:
-        """Stop counting; what was held stays known."""
+        """Stop tracking; the kinds of held storages are kept."""
         super().__exit__(*args)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation, and count what it has made."""
+        """Run one operation, and track its outputs."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes again as operations on what this rank holds
+            return NotImplemented  # it is dispatched again as operations on the local shards
         kwargs = kwargs or {}
         if active_fake_mode() is not None:
-            return func(*args, **kwargs)  # a DTensor asks for a shape
+            return func(*args, **kwargs)  # a DTensor infers a shape
         name = func.__name__.split(".")[0]
         if self.fake is None or types or _tensors((args, kwargs)):
             result = func(*args, **kwargs)
         else:
-            result = self._made(func, args, kwargs)
+            result = self._create(func, args, kwargs)
         outputs = _tensors(result)
         if name in COLLECTIVES:
-            self._exchanged(COLLECTIVES[name], name, args, outputs)
+            self._add_collective(COLLECTIVES[name], name, args, outputs)
         for tensor in outputs:
             self._put("activations", tensor)
         return result
 
-    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor from nothing: large ones of numbers as shapes, others as they are."""
+    def _create(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a factory function: floating-point tensors with dimensions are fake, all others real."""
+        assert self.fake is not None
         with self.fake:
             result = func(*args, **kwargs)
         real = isinstance(result, Tensor) and not (result.is_floating_point() and result.ndim)
         return func(*args, **kwargs) if real else result
 
-    def _exchanged(self, what: str, name: str, args: Any, outputs: list[Tensor]) -> None:
+    def _add_collective(self, kind: str, name: str, args: Any, outputs: list[Tensor]) -> None:
         sides = [*map(_tensors, args[:2]), outputs]
-        self.collectives[what] += 1
-        self.collective_bytes[what] += max(sum(tensor.nbytes for tensor in side) for side in sides)
+        self.collectives[kind] += 1
+        self.collective_bytes[kind] += max(sum(tensor.nbytes for tensor in side) for side in sides)
         if name == "_allgather_base_":
             self.hold("gathered", sides[0])
         if name == "_reduce_scatter_base_":
@@ -168,16 +172,16 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that this rank holds for these tensors; what lies in one place counts once."""
-    places = {}
+    """Bytes that this rank holds for these tensors; shared storages are counted once."""
+    storages = {}
     for tensor in tensors:
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
-        places[storage._cdata] = storage.nbytes()
-    return sum(places.values())
+        storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
 
 
 def format_bytes(size: float) -> str:
-    """Bytes as a person reads them: three digits, and a unit of 1,024 steps."""
+    """Bytes with three digits and a binary unit."""
     power = min(int(math.log2(max(abs(size), 1)) // 10), 5)
     number = size / 1024**power
     unit = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")[power]

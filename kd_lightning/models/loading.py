@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from kd_lightning.assets import resolve
+from kd_lightning.models.pretrained import from_pretrained
 
 Role = Literal["student", "teacher", "model"]  # "model": the only one
 auto: Any = hf  # the factories of transformers are not typed
@@ -206,7 +207,7 @@ def check_tokenizers(teacher: str, tokenizer: hf.PreTrainedTokenizerBase) -> Non
     if not folder.is_dir() or any(path for files in TOKENIZER_FILES for path in folder.glob(files)):
         try:
             with _quiet():
-                teachers = auto.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                teachers = from_pretrained("tokenizer", path)
         except (OSError, *BUILD_ERRORS) as error:
             if folder.is_dir():
                 raise ValueError(f"teacher '{teacher}': cannot read its tokenizer: {_line(error)}") from None
@@ -230,7 +231,7 @@ def _check_config(path: str, role: Role, options: dict[str, Any]) -> None:
     where = {name: options[name] for name in FILE_OPTIONS if name in options}
     try:
         with _quiet():
-            config = auto.AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+            config = from_pretrained("config", path, **where)
     except (OSError, *BUILD_ERRORS) as error:
         if Path(path).is_dir():
             raise ValueError(f"{role} '{path}': cannot read config.json: {_line(error)}") from None
@@ -256,10 +257,10 @@ def _check_weights(folder: Path, role: Role) -> None:
 
 def _pretrained(path: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedModel:
     """The model with its saved weights; every parameter is loaded."""
-    loaded: tuple[hf.PreTrainedModel, dict[str, Any]] = auto.AutoModelForCausalLM.from_pretrained(
+    loaded: tuple[hf.PreTrainedModel, dict[str, Any]] = from_pretrained(
+        "model",
         path,
         use_safetensors=True,
-        trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below
         **options,
@@ -281,14 +282,14 @@ def _random(path: str, options: dict[str, Any]) -> hf.PreTrainedModel:
     """The model with random weights, and with the generation config of its folder."""
     options = dict(options)
     dtype = options.pop("dtype")
-    config, rest = auto.AutoConfig.from_pretrained(path, trust_remote_code=False, return_unused_kwargs=True, **options)
+    config, rest = from_pretrained("config", path, return_unused_kwargs=True, **options)
     rest = {name: value for name, value in rest.items() if name not in FILE_OPTIONS}
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     model: hf.PreTrainedModel = auto.AutoModelForCausalLM.from_config(
         config, trust_remote_code=False, dtype=dtype, **rest
     )
     if (Path(path) / "generation_config.json").is_file():
-        model.generation_config = hf.GenerationConfig.from_pretrained(path)
+        model.generation_config = from_pretrained("generation_config", path)
     return model
 
 

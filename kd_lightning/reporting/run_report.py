@@ -46,9 +46,10 @@ def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str
     if samples:
         cells = [[_cell(sample[name]) for name in samples[0]] for sample in samples]
         out += ["## Samples", markdown_table(list(samples[0]), cells)]
-    counts = [[split, *(str(count) for count in found.values())] for split, found in rows.items()]
-    if counts:
-        out += ["## Rows", markdown_table(["split", *next(iter(rows.values()))], counts)]
+    columns = list(dict.fromkeys(name for found in rows.values() for name in found))
+    if rows:
+        counts = [[split, *(str(found.get(name, 0)) for name in columns)] for split, found in rows.items()]
+        out += ["## Rows", markdown_table(["split", *columns], counts)]
     setup = {name: value for name, value in run.config.items() if value is not None and name.startswith(SETUP)}
     out += ["## Setup", markdown_table(["argument", "value"], [[f"`{k}`", f"`{v}`"] for k, v in setup.items()])]
     config = shlex.quote(str(run.root / "config.yaml"))

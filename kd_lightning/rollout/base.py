@@ -1,4 +1,4 @@
-"""Which responses a step is trained on: the role, and the student as an author of them."""
+"""Which responses a step is trained on: the role, and what a source is given to generate them."""
 
 from __future__ import annotations
 
@@ -35,69 +35,73 @@ from kd_lightning.teachers.base import StudentModel, Teacher, generating_model
 
 
 class ResponseSource(nn.Module, ABC):
-    """What a step is trained on, given what the data would train it on.
+    """Chooses the batch to train on, given a batch of the data.
 
-    Randomness comes from the author's (seed, step) alone, and all state is tensors of the `state_dict`, the same on all
-    ranks. One step is one decision: its micro-batches, on all ranks, get responses of one kind.
+    All randomness follows from (seed, step) of the context, and all state is tensors of the `state_dict`, the same on
+    all ranks. There is one decision per step: its micro-batches, on all ranks, get responses of the same kind.
+
+    Attributes:
+        sampling: how the student generates; None: it does not.
     """
 
-    sampling: Sampling | None = None  # where it lets the student write
+    sampling: Sampling | None = None
 
     @abstractmethod
-    def forward(self, batch: Batch, author: RolloutContext) -> Batch:
-        """The batch to train on: the data's own, or another one, possibly with more columns.
+    def forward(self, batch: Batch, context: RolloutContext) -> Batch:
+        """The batch to train on: that of the data, or another one, possibly with more columns.
 
         Args:
             batch: of the data.
-            author: what writes responses.
+            context: the models, the position in the run, and `respond`, which generates responses.
         """
 
-    def check(self, student: Any, teacher: Teacher | None, max_length: int | None) -> None:
-        """Refuse models that it cannot work with, before step 0.
+    def check(self, student: nn.Module, teacher: Teacher | None, max_length: int | None) -> None:
+        """Check the models before step 0.
 
         Args:
-            student: the model that will write.
-            teacher: beside it; None where there is none.
-            max_length: longest row of the data, in tokens; None: not known.
+            student: the model that will generate.
+            teacher: None: there is none.
+            max_length: longest row of the data in tokens; None: unknown.
 
         Raises:
-            ValueError: it names what does not fit.
+            ValueError: a model cannot be used by this source.
         """
+        model: Any = student  # a Hugging Face model, or one wrapped by PEFT
         if self.sampling is not None:
-            self.sampling.check(student, max_length)
+            self.sampling.check(model, max_length)
 
     def validated(self, loss: float, step: int = 0) -> None:
-        """Hear how the student does.
+        """Receive the result of a validation.
 
         Args:
             loss: cross entropy of the validation rows, over all ranks.
-            step: optimizer steps done.
+            step: number of optimizer steps done.
         """
 
     def waits(self, step: int) -> bool:
-        """Whether it wants to hear how the student does after so many steps, and has not yet."""
+        """Whether it needs the result of the validation at this step and has not received it; by default False."""
         return False
 
 
 @dataclass
 class RolloutContext:
-    """The student as a writer, at one micro-batch of a run.
+    """Models and position in the run at one micro-batch.
 
     Args:
-        model: student and loss.
-        teacher: beside it; None where there is none.
+        model: the student.
+        teacher: None: there is none.
         seed: of the run.
-        step: optimizer steps done.
-        batch: micro-batches done.
-        micro: micro-batches of this step done.
-        accumulate: micro-batches a step has.
+        step: number of optimizer steps done.
+        batch: number of micro-batches done.
+        micro: number of micro-batches done in this step.
+        accumulate: micro-batches per step.
         rank: this process among those that read different rows.
-        ranks: how many those are.
-        max_length: longest row of the data, in tokens; what a response has beyond it is cut off.
+        ranks: number of those processes.
+        max_length: longest row of the data in tokens; longer responses are truncated.
 
     Attributes:
-        notes: per name the sum and the number of what was noted, to be logged as their quotient.
-        seconds: spent writing.
+        notes: values to log, each as a sum and a count.
+        seconds: time spent generating.
     """
 
     model: StudentModel
@@ -113,38 +117,38 @@ class RolloutContext:
     notes: dict[str, Mean] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def number(self, *what: Any) -> int:
-        """A number in [0, 2⁵⁶) that follows from the seed and `what`."""
-        return derive_seed(self.seed, *what)
+    def number(self, *parts: int | str) -> int:
+        """A pseudo-random number in [0, 2⁵⁶) that is a function of the seed and `parts`."""
+        return derive_seed(self.seed, *parts)
 
     def coin(self) -> float:
-        """A number in [0, 1): one per step, the same on all ranks and for all micro-batches of the step."""
+        """A pseudo-random number in [0, 1): one per step, the same on all ranks and for all its micro-batches."""
         return self.number("coin", self.step) / 2.0**56
 
-    def order(self, count: int, *what: Any) -> Tensor:
-        """A permutation of `count` things, the same on all ranks."""
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.number("order", *what)))
+    def order(self, count: int, *parts: int | str) -> Tensor:
+        """A permutation of `count` elements that is a function of `parts`, the same on all ranks."""
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.number("order", *parts)))
 
     def note(self, name: str, values: Tensor) -> None:
-        """Remember values whose mean is to be logged; without waiting for the device."""
+        """Log the mean of these values; does not wait for the device."""
         count = torch.full((), float(values.numel()), device=values.device)
         self.notes[name] = Mean(values.sum(dtype=torch.float32), count)
 
     def respond(self, batch: Batch, sampling: Sampling, teacher_share: float = 0.0) -> Batch:
-        """The student's own responses to the batch's prompts, which are all that stands before the first counted label.
+        """Responses of the student to the prompts of a batch: the tokens before the first label of each row.
 
         Args:
-            batch: `input_ids`, `attention_mask`, `labels`; a row without a counted label gets no response.
-            sampling: how.
+            batch: `input_ids`, `attention_mask`, `labels`; a row without labels gets no response.
+            sampling: how responses are sampled.
             teacher_share: weight of the teacher in the distribution that is sampled from, in [0, 1].
 
         Returns:
-            A batch like those of the data, padded on the right: a label for every token of the response, its end
-            included, and `source` "student".
+            A batch like those of the data, padded on the right, with a label for every token of the response including
+            its end, and `source` "student".
         """
         began = time.perf_counter()
         student: Any = self.model.student
-        counted = next_token_mask(batch["labels"]).any(1)
+        labeled = next_token_mask(batch["labels"]).any(1)
         ids, mask = prompts(batch)
         room = (max_positions(student) or ids.shape[1] + sampling.max_new_tokens) - ids.shape[1]
         tokens = self.model.call(
@@ -158,59 +162,59 @@ class RolloutContext:
             together=teacher_share > 0 and self.ranks > 1,
         )
         ends = torch.tensor(require_eos_token_ids(student), device=tokens.device)
-        written = append(batch, (ids, mask), tokens, ends, counted, self.max_length)
-        labels = written["labels"][counted]
+        generated = append(batch, (ids, mask), tokens, ends, labeled, self.max_length)
+        labels = generated["labels"][labeled]
         lengths = labels.ne(IGNORE_INDEX).sum(1)
         finished = torch.isin(labels, ends).any(1)
         self.note("response_length", lengths)
         self.note("finished", finished)
         self.note("empty", finished & (lengths == 1))
         self.seconds += time.perf_counter() - began
-        return written
+        return generated
 
     def _processors(self, mask: Tensor, sampling: Sampling, teacher_share: float) -> list[Any]:
         if teacher_share > 0:
-            return [TeacherMixture(whole_model(self.teacher), teacher_share, sampling.temperature or 1.0, mask)]
+            return [TeacherMixture(unsharded_model(self.teacher), teacher_share, sampling.temperature or 1.0, mask)]
         head = None if self.teacher is None else self.teacher.head
         return [RestrictVocabulary(head.vocabulary)] if head is not None and head.vocabulary < self.vocabulary else []
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the student has a logit for."""
+        """Number of tokens that the student has logits for."""
         student: Any = self.model.student
         return int(text_config(student).vocab_size)
 
     def label_log_probs(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the counted labels under student and teacher, without dropout and gradient.
+        """Log-probabilities of the labels under student and teacher, without dropout and gradient.
 
         Args:
             batch: with `labels`.
             temperature: of both models, > 0.
 
         Returns:
-            The student's and the teacher's, [B, T], each at its label's place, 0 where no label is counted.
+            The student's and the teacher's, [B, T], each at the position of its label, 0 at positions without a label.
         """
         began = time.perf_counter()
-        read = DistillationLoss(
+        loss = DistillationLoss(
             ForwardKL(), ce_weight=1.0, temperature=temperature, label_loss=_LogProb(), compile=False
         )
         labels = batch["labels"][:, 1:]
-        counted = labels != IGNORE_INDEX
+        labeled = labels != IGNORE_INDEX
         found = []
         for hidden, head in (self.model.call(self._student_states, batch), self._teacher_states(batch)):
             if head is None:
-                values = read.from_logits(hidden, None, labels).values["ce"]
+                values = loss.from_logits(hidden, None, labels).values["ce"]
             else:
-                values = read.from_hidden(hidden, head, None, None, labels).values["ce"]
+                values = loss.from_hidden(hidden, head, None, None, labels).values["ce"]
             full = values.new_zeros(batch["labels"].shape)
-            full[:, 1:][counted] = values
+            full[:, 1:][labeled] = values
             found.append(full)
         self.seconds += time.perf_counter() - began
         return found[0], found[1]
 
     @torch.no_grad()
     def _student_states(self, batch: Batch) -> tuple[Tensor, Head | None]:
-        """The student's hidden states and head (or its logits), in eval mode, its vocabulary cut to the common one."""
+        """The student's hidden states and LM head (or its logits) in eval mode, cut to the teacher's vocabulary."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         student, head, training = self.model.student, self.model.head(), self.model.student.training
         teacher_head = None if self.teacher is None else self.teacher.head
@@ -225,21 +229,24 @@ class RolloutContext:
 
     def _teacher_states(self, batch: Batch) -> tuple[Tensor, Head | None]:
         if self.teacher is None:
-            raise ValueError("the reward is the teacher's log-probability, and there is no teacher")
+            raise ValueError("the reward is the teacher's log-probability, and there is no teacher: pass one")
         width, head = self.vocabulary, self.teacher.head
         if head is not None:
             return self.teacher.hidden(batch)[:, :-1], _cut(head, width)
-        told = self.teacher.logits(batch)
-        if not isinstance(told, Tensor):
-            raise ValueError("the reward needs the teacher's whole distribution, and this teacher gives its top only")
-        return told[:, :-1, :width], None
+        known = self.teacher.logits(batch)
+        if not isinstance(known, Tensor):
+            raise ValueError(
+                f"the reward needs the teacher's full distribution, and {type(self.teacher).__name__} gives the top k "
+                "only: use a teacher that is loaded"
+            )
+        return known[:, :-1, :width], None
 
 
-def whole_model(teacher: Teacher | None) -> Any:
-    """The teacher's model, where one can write with it.
+def unsharded_model(teacher: Teacher | None) -> Any:
+    """The teacher's model, unsharded, for sampling from a mixture with it.
 
     Raises:
-        ValueError: there is none in this process.
+        ValueError: the teacher cannot generate, or is sharded.
     """
     model = generating_model(teacher)
     if model is None:
@@ -253,7 +260,7 @@ def whole_model(teacher: Teacher | None) -> Any:
 
 def _cut(head: Head, vocabulary: int | None) -> Head:
     if vocabulary is None or head.vocabulary <= vocabulary or head.group is not None:
-        return head  # of a head that is spread over ranks the padding stays: next to no mass
+        return head  # a head that is split over ranks keeps its padding, which has next to no mass
     bias = None if head.bias is None else head.bias[:vocabulary]
     return dataclasses.replace(head, weight=head.weight[:vocabulary], bias=bias)
 

@@ -1,15 +1,15 @@
-"""MiniLLM's rollouts: sampled with the teacher's help, and what its policy gradient reads beside the tokens."""
+"""MiniLLM's rollouts: sampled from a mixture with the teacher, with the inputs of its policy gradient."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.models.generate import Sampling
-from kd_lightning.rollout.base import ResponseSource, RolloutContext, whole_model
+from kd_lightning.rollout.base import ResponseSource, RolloutContext, unsharded_model
 from kd_lightning.rollout.batches import Batch, gather_rows
 from kd_lightning.rollout.replay import ReplayBuffer
 from kd_lightning.schedules import Weight, check_number, check_weight, value
@@ -19,28 +19,28 @@ from kd_lightning.teachers.base import Teacher
 class MiniLLM(ResponseSource):
     r"""Rollouts of student and teacher together, with the columns that `ClippedPolicyGradient` reads.
 
-    Tokens are sampled from \(\tilde p = a\,p + (1-a)\,q\). The columns are "old_log_prob" (log q of the token as it was
-    then), "importance" \(w_t = q / \tilde p\), and "advantage": with rewards \(r_t = \log p_t - \log q_t\) the mean
-    reward of the tokens that follow, \(\frac{1}{T-t}\sum_{t'=t+1}^{T} r_{t'}\). The method is this source beside
-    `objective=ReverseKL()` (the single step, with its exact expectation), `label_loss=ClippedPolicyGradient()` and
+    Tokens are sampled from \(\tilde p = a\,p + (1-a)\,q\). The columns are "old_log_prob" (log q of the token when
+    sampled), "importance" \(w_t = q / \tilde p\), and "advantage": with rewards \(r_t = \log p_t - \log q_t\) the mean
+    reward of the tokens that follow, \(\frac{1}{T-t}\sum_{t'=t+1}^{T} r_{t'}\). The method is this source with
+    `objective=ReverseKL()` (the single-step term, with its exact expectation), `label_loss=ClippedPolicyGradient()` and
     `ce_weight=0.5`. Reduces to on-policy responses with a = 0.
 
-    Rollouts are written in `rollout_steps` steps, each trained on as it is written; then all of them are gone through
-    again in random order, `inner_epochs` − 1 times, before new ones are written: the data's batches meanwhile are
-    passed over. All ranks keep the rollouts of all ranks.
+    Rollouts are generated in `rollout_steps` steps, and each is trained on when it is generated. All of them are then
+    trained on again in random order, `inner_epochs` − 1 times, before new ones are generated; batches of the data are
+    skipped meanwhile. All ranks keep the rollouts of all ranks.
 
     Args:
         teacher_share: a in [0, 1), or a schedule.
-        rollout_steps: steps whose rollouts are kept together, at least 1.
-        inner_epochs: how often each rollout is trained on, at least 1.
+        rollout_steps: number of steps whose rollouts are kept together, at least 1.
+        inner_epochs: number of times each rollout is trained on, at least 1.
         length_norm: whether a return is divided by the number of tokens it sums over.
         discount: factor of a reward per token between, in [0, 1].
-        include_current: whether a return begins with the token's own reward (as the authors' code has it), although the
-            single step has accounted for that.
-        whiten: "no"; "counted": advantages of a micro-batch get mean 0 and variance 1; "padded": the same over
-            positions that include the padding of shorter responses with 0 (the authors' code).
+        include_current: whether a return starts with the token's own reward (as in the authors' code), although the
+            single-step term accounts for it.
+        whiten: "no"; "counted": the advantages of the labeled tokens of a micro-batch get mean 0 and variance 1;
+            "padded": the same over positions that include the padding of shorter responses with 0 (the authors' code).
         reward_scale: rewards are divided by it (the authors' code: 0.5), > 0.
-        reward_clip: bound of a reward's size after that (the authors' code: 100), > 0; None: none.
+        reward_clip: bound of the absolute reward after that (the authors' code: 100), > 0; None: none.
         max_new_tokens: longest response, at least 1.
         temperature: of sampling and of rewards, > 0; the loss's `temperature` should be the same.
 
@@ -86,40 +86,40 @@ class MiniLLM(ResponseSource):
         self.sampling = Sampling(max_new_tokens, temperature)
         self.memory = ReplayBuffer(None)
 
-    def check(self, student: Any, teacher: Teacher | None, max_length: int | None) -> None:
-        """Refuse models that it cannot work with, before step 0."""
+    def check(self, student: nn.Module, teacher: Teacher | None, max_length: int | None) -> None:
+        """Check the models before step 0."""
         super().check(student, teacher, max_length)
         if self.teacher_share != 0:
-            whole_model(teacher)
+            unsharded_model(teacher)
 
-    def forward(self, batch: Batch, author: RolloutContext) -> Batch:
-        """New rollouts, or kept ones."""
-        epoch, turn = divmod(author.step % (self.rollout_steps * self.inner_epochs), self.rollout_steps)
+    def forward(self, batch: Batch, context: RolloutContext) -> Batch:
+        """New rollouts, or stored ones."""
+        epoch, turn = divmod(context.step % (self.rollout_steps * self.inner_epochs), self.rollout_steps)
         if epoch == 0:
-            if turn == 0 and author.micro == 0:
+            if turn == 0 and context.micro == 0:
                 self.memory.clear()
-            batch = self.write(batch, author)
+            batch = self.write(batch, context)
             if self.inner_epochs > 1:
-                self.memory.push(gather_rows(batch, author.ranks))
+                self.memory.push(gather_rows(batch, context.ranks))
             return batch
-        if self.memory.filled == 0:  # nothing was there to write about
+        if self.memory.filled == 0:  # no row had a prompt to respond to
             return {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX), **self._columns(batch)}
-        order = author.order(self.memory.filled, author.step - turn)
+        order = context.order(self.memory.filled, context.step - turn)
         size = len(batch["labels"])
-        first = (turn * author.accumulate + author.micro) * size * author.ranks
-        return self.memory.rows(order[(first + author.rank + author.ranks * torch.arange(size)) % len(order)])
+        first = (turn * context.accumulate + context.micro) * size * context.ranks
+        return self.memory.rows(order[(first + context.rank + context.ranks * torch.arange(size)) % len(order)])
 
-    def write(self, batch: Batch, author: RolloutContext) -> Batch:
+    def write(self, batch: Batch, context: RolloutContext) -> Batch:
         """Rollouts with their columns."""
         share = float(value(self.teacher_share))
-        batch = author.respond(batch, self.sampling, share)
-        log_q, log_p = author.label_log_probs(batch, self.sampling.temperature)
-        counted = batch["labels"] != IGNORE_INDEX
-        counted[:, 0] = False
-        rewards, importance = self.rewards(log_q, log_p) * counted, self.importance(log_q, log_p, share)
-        author.note("reward", rewards[counted])
-        author.note("importance", importance[counted])
-        columns = {"advantage": self.advantages(rewards, counted), "old_log_prob": log_q, "importance": importance}
+        batch = context.respond(batch, self.sampling, share)
+        log_q, log_p = context.label_log_probs(batch, self.sampling.temperature)
+        labeled = batch["labels"] != IGNORE_INDEX
+        labeled[:, 0] = False
+        rewards, importance = self.rewards(log_q, log_p) * labeled, self.importance(log_q, log_p, share)
+        context.note("reward", rewards[labeled])
+        context.note("importance", importance[labeled])
+        columns = {"advantage": self.advantages(rewards, labeled), "old_log_prob": log_q, "importance": importance}
         return {**batch, **columns}
 
     def rewards(self, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -132,31 +132,31 @@ class MiniLLM(ResponseSource):
         r"""\(q / (a p + (1-a) q)\) of each token."""
         return 1 / (share * (log_p - log_q).exp() + (1 - share))
 
-    def advantages(self, rewards: Tensor, counted: Tensor) -> Tensor:
+    def advantages(self, rewards: Tensor, labeled: Tensor) -> Tensor:
         """Returns of each token.
 
         Args:
-            rewards: [B, T], 0 where not counted.
-            counted: [B, T]; the counted tokens of a row stand side by side.
+            rewards: [B, T], 0 without a label.
+            labeled: label mask [B, T]; the labeled tokens of a row are adjacent.
 
         Returns:
-            [B, T], 0 where not counted.
+            [B, T], 0 without a label.
         """
-        place = torch.arange(rewards.shape[1], device=rewards.device)
-        ahead = place - place.unsqueeze(1) - (0 if self.include_current else 1)  # of row t's sum: how far off t' is
+        position = torch.arange(rewards.shape[1], device=rewards.device)
+        ahead = position - position.unsqueeze(1) - (0 if self.include_current else 1)  # row t: the distance to each t'
         decay = torch.where(ahead >= 0, self.discount ** ahead.clamp_min(0).to(rewards), 0)
         returns = rewards @ decay.T
         if self.length_norm:
-            returns = returns / (counted.to(rewards) @ (ahead >= 0).to(rewards).T).clamp_min(1)
-        returns = returns * counted
+            returns = returns / (labeled.to(rewards) @ (ahead >= 0).to(rewards).T).clamp_min(1)
+        returns = returns * labeled
         if self.whiten == "no":
             return returns
-        numbers = counted.sum() if self.whiten == "counted" else counted.sum(1).max() * len(counted)
+        numbers = labeled.sum() if self.whiten == "counted" else labeled.sum(1).max() * len(labeled)
         mean = returns.sum() / numbers.clamp_min(1)
         spread = (returns * returns).sum() - numbers * mean * mean
-        return (returns - mean) / (spread / (numbers - 1).clamp_min(1) + 1e-8).sqrt() * counted
+        return (returns - mean) / (spread / (numbers - 1).clamp_min(1) + 1e-8).sqrt() * labeled
 
     @staticmethod
     def _columns(batch: Batch) -> Batch:
-        nothing = torch.zeros(batch["labels"].shape, device=batch["labels"].device)
-        return {name: nothing for name in ("advantage", "old_log_prob", "importance")}
+        zeros = torch.zeros(batch["labels"].shape, device=batch["labels"].device)
+        return {name: zeros for name in ("advantage", "old_log_prob", "importance")}

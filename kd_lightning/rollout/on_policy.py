@@ -9,15 +9,15 @@ from kd_lightning.schedules import Weight, check_weight, value
 
 
 class OnPolicy(ResponseSource):
-    r"""GKD's mix: a share of the steps trains on what the student itself writes to the prompts of the data.
+    r"""GKD's mix: a share of the steps trains on responses of the student to the prompts of the data.
 
-    A coin per step decides, the same on all ranks and for all micro-batches of the step. No gradient goes through the
-    sampling. A conversation of several turns is answered once, at its first counted turn.
+    The choice is random per step, the same on all ranks and for all micro-batches of the step. No gradient flows
+    through the sampling. In a conversation of several turns, the first turn with labels is generated.
 
     Args:
         share: λ in [0, 1], or a schedule.
         max_new_tokens: longest response, at least 1.
-        temperature: of sampling, ≥ 0; 0: the likeliest token each time.
+        temperature: of sampling, ≥ 0; 0: greedy.
         top_p: of sampling, in (0, 1].
 
     Raises:
@@ -37,8 +37,8 @@ class OnPolicy(ResponseSource):
         self.sampling = Sampling(max_new_tokens, temperature, top_p)
         self._decided = (-1, False)
 
-    def forward(self, batch: Batch, author: RolloutContext) -> Batch:
-        """The student's responses where the coin says so, otherwise the data's."""
-        if self._decided[0] != author.step:  # a schedule is asked once a step: reading it waits for the device
-            self._decided = (author.step, author.coin() < float(value(self.share)))
-        return author.respond(batch, self.sampling) if self._decided[1] else batch
+    def forward(self, batch: Batch, context: RolloutContext) -> Batch:
+        """Responses of the student or those of the data, by the random number of the step."""
+        if self._decided[0] != context.step:  # read the schedule once per step: it waits for the device
+            self._decided = (context.step, context.coin() < float(value(self.share)))
+        return context.respond(batch, self.sampling) if self._decided[1] else batch

@@ -1,4 +1,4 @@
-"""Responses that are kept and trained on again: a memory, and DistiLLM's way of using it."""
+"""A buffer of generated responses, and DistiLLM's adaptive use of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReplayBuffer(nn.Module, ResizableState):
     """Rows of batches, first in, first out; its tensors are part of the `state_dict` and grow as they fill.
 
     Args:
-        capacity: how many rows are kept, at least 1; None: all until `clear`.
+        capacity: largest number of rows, at least 1; None: unlimited until `clear`.
 
     Raises:
         ValueError: the capacity is below 1.
@@ -37,28 +37,28 @@ class ReplayBuffer(nn.Module, ResizableState):
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """What is kept, by name."""
+        """The stored columns by name."""
         return {name: buffer for name, buffer in self.named_buffers() if name != "pushed"}
 
     @property
     def filled(self) -> int:
-        """How many rows there are."""
+        """Number of stored rows."""
         return int(self.pushed) if self.capacity is None else min(int(self.pushed), self.capacity)
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         for name in self.columns:
             del self._buffers[name]
         self.pushed.zero_()
 
     def push(self, batch: Batch) -> None:
-        """Keep the rows that have a counted label."""
-        counted = next_token_mask(batch["labels"]).any(1)
-        rows = {name: column[counted] for name, column in batch.items()}
-        count, before = int(counted.sum()), int(self.pushed)
-        places = torch.arange(before, before + count, device=counted.device)
+        """Store the rows that have a label."""
+        labeled = next_token_mask(batch["labels"]).any(1)
+        rows = {name: column[labeled] for name, column in batch.items()}
+        count, before = int(labeled.sum()), int(self.pushed)
+        slots = torch.arange(before, before + count, device=labeled.device)
         if self.capacity is not None:
-            rows, places = {n: c[-self.capacity :] for n, c in rows.items()}, places[-self.capacity :] % self.capacity
+            rows, slots = {n: c[-self.capacity :] for n, c in rows.items()}, slots[-self.capacity :] % self.capacity
         height = min(before + count, self.capacity or before + count)
         for name, column in rows.items():
             column = column.int() if column.dtype == torch.int64 else column
@@ -67,7 +67,7 @@ class ReplayBuffer(nn.Module, ResizableState):
             if len(kept) < height or (column.ndim == 2 and kept.shape[1] < width):
                 kept = pad_rows(kept, max(height, len(kept)), width, name)
                 self.register_buffer(name, kept)
-            kept[places] = pad_rows(column, len(column), kept.shape[-1], name)
+            kept[slots] = pad_rows(column, len(column), kept.shape[-1], name)
         self.pushed += count
 
     def rows(self, index: Tensor) -> Batch:
@@ -78,7 +78,7 @@ class ReplayBuffer(nn.Module, ResizableState):
         return {name: column.long() if column.dtype == torch.int32 else column for name, column in found.items()}
 
     def resize_to(self, state: Mapping[str, Tensor]) -> None:
-        """Have columns of the names and shapes of a state that will be loaded."""
+        """Allocate columns with the names and shapes of a state that will be loaded."""
         for name in self.columns:
             del self._buffers[name]
         for name, tensor in state.items():
@@ -86,25 +86,26 @@ class ReplayBuffer(nn.Module, ResizableState):
                 self.register_buffer(name, torch.empty_like(tensor, device=self.pushed.device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the shapes of what is loaded."""
+        """Load a state of any number of rows."""
         self.resize_to({key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class AdaptiveReplay(ResponseSource):
-    r"""DistiLLM's schedule: the student's own responses the more, the worse validation gets; old ones again.
+    r"""DistiLLM's adaptive off-policy schedule: on-policy samples in a replay buffer, used more as validation worsens.
 
-    A coin u per step, the same on all ranks: below \(\phi\,s\) (or below φ while the memory is not full) the student
-    writes, and what it wrote is kept; below φ the step trains on random rows of the memory; otherwise on the data. φ
-    rises by `rise` whenever the cross entropy of validation is at least `tolerance` above that of the last rise (at
-    first: above the first validation); s, the share of fresh ones, falls with the run. A validation before step 0, as
-    the authors have it, is `trainer.num_sanity_val_steps=-1`. All ranks keep the rows of all ranks.
+    A random number u per step, the same on all ranks: below \(\phi\,s\) (or below φ until the buffer is full) the
+    student generates responses, which are stored; otherwise below φ the step trains on random rows of the buffer; else
+    on the data. φ increases by `rise` whenever the cross entropy of validation is at least `tolerance` above that of
+    the last increase (at first: above the first validation); s, the share of fresh responses, decreases during the run.
+    A validation before step 0, as in the authors' code, is `trainer.num_sanity_val_steps=-1`. All ranks keep the rows
+    of all ranks.
 
     Args:
-        threshold: φ at the start, in [0, 1].
+        threshold: initial φ, in [0, 1].
         rise: added to φ, which stays at most 1; > 0.
         tolerance: ≥ 0.
-        capacity: rows in the memory, at least 1.
+        capacity: rows of the buffer, at least 1.
         fresh_share: s in [0, 1], or a schedule; None: `Linear(1, 0)`.
         max_new_tokens: longest response, at least 1.
         temperature: of sampling, ≥ 0.
@@ -146,35 +147,35 @@ class AdaptiveReplay(ResponseSource):
         self.register_buffer("heard", torch.tensor(-1))  # the step of the last validation
         self._decided: tuple[int, str] = (-1, "data")
 
-    def forward(self, batch: Batch, author: RolloutContext) -> Batch:
-        """The data's batch, fresh responses, or old ones."""
-        if self._decided[0] != author.step:  # a memory that fills within a step changes nothing before the next
-            self._decided = (author.step, self.decide(author.coin()))
+    def forward(self, batch: Batch, context: RolloutContext) -> Batch:
+        """The batch of the data, new responses, or stored ones."""
+        if self._decided[0] != context.step:  # one decision per step, also if the buffer fills within it
+            self._decided = (context.step, self.decide(context.coin()))
         choice = self._decided[1]
         if choice == "write":
-            batch = author.respond(batch, self.sampling)
-            self.memory.push(gather_rows(batch, author.ranks))
+            batch = context.respond(batch, self.sampling)
+            self.memory.push(gather_rows(batch, context.ranks))
         elif choice == "replay":
-            order = author.order(self.memory.filled, author.batch)
-            place = author.rank + author.ranks * torch.arange(len(batch["labels"]))
-            batch = self.memory.rows(order[place % len(order)])
-        author.note("replay_fill", self.memory.pushed.clamp_max(self.capacity) / self.capacity)
-        author.note("replay_threshold", self.threshold)
+            order = context.order(self.memory.filled, context.batch)
+            index = context.rank + context.ranks * torch.arange(len(batch["labels"]))
+            batch = self.memory.rows(order[index % len(order)])
+        context.note("replay_fill", self.memory.pushed.clamp_max(self.capacity) / self.capacity)
+        context.note("replay_threshold", self.threshold)
         return batch
 
     def decide(self, coin: float) -> Literal["data", "write", "replay"]:
-        """What a step trains on, by its coin."""
+        """What a step trains on, by its random number."""
         threshold, full = float(self.threshold), self.memory.filled == self.capacity
         if coin >= threshold:
             return "data"
         return "write" if not full or coin < threshold * float(value(self.fresh_share)) else "replay"
 
     def waits(self, step: int) -> bool:
-        """Whether no validation of this step has been heard."""
+        """Whether the result of the validation at this step is missing."""
         return int(self.heard) != step
 
     def validated(self, loss: float, step: int = 0) -> None:
-        """Raise the threshold where the loss has risen."""
+        """Increase the threshold if the loss has increased."""
         self.heard.fill_(step)
         if self.previous.isnan():
             self.previous.fill_(loss)

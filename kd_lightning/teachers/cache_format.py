@@ -1,7 +1,7 @@
 """Format of a teacher cache: a folder of safetensors shards whose rows are found by a hash of their tokens.
 
 `cache.json` is the manifest; `head.safetensors` has the teacher's LM head if hidden states are cached. A shard holds
-complete rows one after the other: their `keys` and `lengths`, and for each labelled token the teacher's output. Writes
+complete rows one after the other: their `keys` and `lengths`, and for each labeled token the teacher's output. Writes
 are atomic: a shard is complete or absent, and is never rewritten.
 """
 
@@ -226,7 +226,7 @@ class CacheWriter:
 
         Args:
             keys: [B, 2].
-            lengths: labelled tokens of each row, [B].
+            lengths: labeled tokens of each row, [B].
             tokens: their tensors by name, [sum of lengths, …].
         """
         self.parts.append({"keys": keys, "lengths": lengths.int(), **tokens})

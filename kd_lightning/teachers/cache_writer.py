@@ -163,7 +163,7 @@ def _add_new_rows(
 
 @torch.no_grad()
 def _outputs(teacher: Teacher, batch: dict[str, Tensor], manifest: CacheManifest) -> dict[str, Tensor]:
-    """The teacher's outputs at labelled tokens of a batch, by name, on the CPU."""
+    """The teacher's outputs at labeled tokens of a batch, by name, on the CPU."""
     head, mask = teacher.head, next_token_mask(batch["labels"])
     device = torch.device("cpu") if head is None else head.weight.device
     moved = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}

@@ -112,9 +112,9 @@ class CachedTeacher(Teacher):
         for split in data.splits:
             digest, missing = DataDigest(), []
             for batch in data.every_row(split):
-                keys, labelled = row_keys(batch), next_token_mask(batch["labels"]).any(1)
-                digest.add(keys[labelled])
-                missing += batch["row_ids"][labelled & (reader.find(keys) < 0)].tolist()
+                keys, labeled = row_keys(batch), next_token_mask(batch["labels"]).any(1)
+                digest.add(keys[labeled])
+                missing += batch["row_ids"][labeled & (reader.find(keys) < 0)].tolist()
             count = int(sum_over_ranks(torch.tensor(len(missing))))
             if count:
                 first = "".join(f" (the first is {location})" for location in data.row_locations(split, missing[:1]))
@@ -160,8 +160,8 @@ class CachedTeacher(Teacher):
     def _read(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The cached tensors of a batch, by name, each [B, T, …]."""
         labels, reader = batch["labels"], self._opened()
-        labelled = next_token_mask(labels)
-        lengths = labelled.sum(1).cpu()
+        labeled = next_token_mask(labels)
+        lengths = labeled.sum(1).cpu()
         rows = reader.find(row_keys(batch))
         unknown = (lengths > 0) & ((rows < 0) | (reader.lengths[rows] != lengths))
         if unknown.any():
@@ -173,7 +173,7 @@ class CachedTeacher(Teacher):
         out = {}
         for name, x in found.items():
             out[name] = x.new_zeros(*labels.shape, *x.shape[1:], device=labels.device)
-            out[name][:, :-1][labelled] = x.to(labels.device)
+            out[name][:, :-1][labeled] = x.to(labels.device)
         return out
 
     def fingerprint(self) -> str:

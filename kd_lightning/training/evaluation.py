@@ -1,4 +1,4 @@
-"""Evaluation of a batch, and means over the labelled tokens of a data loader."""
+"""Evaluation of a batch, and means over the labeled tokens of a data loader."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluate_batch(
 def evaluated_batches(
     trainer: L.Trainer, module: StudentTeacherModule, loader: Iterable[Any], numbers: Iterable[int]
 ) -> Iterator[dict[str, Tensor]]:
-    """Values of each labelled token, by name, batch by batch.
+    """Values of each labeled token, by name, batch by batch.
 
     Args:
         trainer: of the run: moves the batches to its device.
@@ -65,7 +65,7 @@ def limited_batches(loader: Any, limit: int | float) -> int:
 def token_means(
     trainer: L.Trainer, module: StudentTeacherModule, loader: Any, batches: int, title: str = "Test batches"
 ) -> dict[str, float]:
-    """Means over the labelled tokens of the first `batches` batches, over all ranks."""
+    """Means over the labeled tokens of the first `batches` batches, over all ranks."""
     sums: dict[str, Tensor] = {}
     numbers = progress_bar(range(batches), title, shown=progress_bar_enabled(trainer))
     for values in evaluated_batches(trainer, module, loader, numbers):

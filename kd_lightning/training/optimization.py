@@ -24,7 +24,7 @@ from kd_lightning.training.gradients import clip_sharded_gradients, parameters_o
 class AccumulatingModule(StudentTeacherModule):
     """A module whose training step returns undivided losses.
 
-    The gradients of a window of micro-batches are divided once, by the number of labelled tokens (or responses) of the
+    The gradients of a window of micro-batches are divided once, by the number of labeled tokens (or responses) of the
     whole window over all ranks.
 
     Args:

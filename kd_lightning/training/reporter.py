@@ -64,7 +64,7 @@ class EvaluationReporter:
 
     @staticmethod
     def values(parts: LossParts) -> dict[str, Tensor]:
-        """Values of each labelled token by the names they are logged under."""
+        """Values of each labeled token by the names they are logged under."""
         values = dict(parts.values)
         values["ce"] = values.pop("student_nll")
         values.pop("loss")

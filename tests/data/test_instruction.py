@@ -80,8 +80,8 @@ def test_counts_are_reported_in_one_line(tmp_path: Path, caplog: pytest.LogCaptu
     assert data.report["train"] == {"rows": 4, "kept": 2, "empty": 1, "truncated": 1, "cut_away": 1, "unlocated": 0}
     message = [record.message for record in caplog.records if record.message.startswith("train:")]
     assert message == [
-        "train: 2 of 4 rows, 1 dropped without an answer, 1 dropped with no answer within max_length=30, "
-        "1 truncated to max_length=30"
+        "train: 2 of 4 rows, 1 dropped without an answer to train on, 1 dropped with no answer within "
+        "max_length=30, 1 truncated to max_length=30"
     ]
     batches = list(data.train_dataloader())
     assert sorted(torch.cat([batch["row_ids"] for batch in batches]).tolist()) == [0, 2]

@@ -159,7 +159,7 @@ def test_an_instruction_is_one_user_turn() -> None:
 
 
 def test_answers_of_parts() -> None:
-    parts = [{"type": "text", "text": "b"}, {"type": "image"}, {"type": "text", "text": "c"}]
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
     conversation = parse_row({"messages": [USER, {"role": "assistant", "content": parts}]}, "row")
     assert conversation.answer == "bc" and not conversation.empty
 

@@ -231,9 +231,15 @@ def test_it_says_whether_it_fits_and_what_to_change(tmp_path: Path, capsys: pyte
         (["--world_size", "1", "--memory", "8x"], r"--memory must be a number and a unit, such as 80GiB .* got '8x'"),
         (["--world_size", "1", "--memory", "0GiB"], r"--memory must be .* got '0GiB'"),
         (["--world_size", "4", "--trainer.strategy.shard_size", "3"], r"strategy\.shard_size must divide .* 4, got 3"),
-        (["--world_size", "2", "--model.teacher", "EMPTY"], r"teacher '.*' is no folder .*: no config\.json in it"),
-        (["--world_size", "2", "--model.student", "EMPTY"], r"student '.*' is no folder .*: no config\.json in it"),
-        (["--world_size", "2", "--model.student", "BROKEN"], r"student '.*': config\.json cannot be read"),
+        (
+            ["--world_size", "2", "--model.teacher", "EMPTY"],
+            r"teacher '.*' is not the folder of .*: it has no config\.json",
+        ),
+        (
+            ["--world_size", "2", "--model.student", "EMPTY"],
+            r"student '.*' is not the folder of .*: it has no config\.json",
+        ),
+        (["--world_size", "2", "--model.student", "BROKEN"], r"student '.*': cannot read config\.json"),
         (
             ["--world_size", "1", "--model.teacher", "CachedTeacher", "--model.teacher.path", "X"],
             r"CachedTeacher has no",
