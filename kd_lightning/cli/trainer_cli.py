@@ -36,7 +36,7 @@ from kd_lightning.callbacks.run_config import RunConfig
 from kd_lightning.callbacks.samples import Samples
 from kd_lightning.callbacks.tensorboard import Dashboard
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
-from kd_lightning.cli.configs import checkpoint_path, register_config_loader
+from kd_lightning.cli.configs import checkpoint_path, expand_paths, register_config_loader
 from kd_lightning.cli.error_messages import explain, unknown_argument
 from kd_lightning.data import InstructionDataModule
 from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
@@ -124,7 +124,7 @@ class TrainerCLI(LightningCLI):
 
     # -------------------------------------------------------------------------------------------------------- objects
     def before_instantiate_classes(self) -> None:
-        """Apply `change`, refuse Lightning's FSDP, and resolve `--ckpt_path last`.
+        """Apply `change`, expand paths, refuse Lightning's FSDP, and resolve `--ckpt_path last`.
 
         Raises:
             ValueError: the strategy cannot hold two models, or there is no such checkpoint.
@@ -132,6 +132,7 @@ class TrainerCLI(LightningCLI):
         config = self.parsed
         if self._change is not None:
             self._change(config)
+        expand_paths(config)
         strategy = config.trainer.strategy
         name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
         if name.split(".")[-1].lower() in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):

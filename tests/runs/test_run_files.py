@@ -10,6 +10,36 @@ import runs
 from kd_lightning.cli.program import main
 
 
+@pytest.mark.slow
+def test_paths_are_expanded_alike_by_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WORK", str(tmp_path / "work"))
+    monkeypatch.chdir(tmp_path)
+    runs.little_data(tmp_path)
+    words = [*runs.little(Path("$WORK/root"), steps=2), "--data.train", "~/train.jsonl"]
+    assert main([*words, "--trainer.max_steps", "1"]) == 0
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    capfd.readouterr()
+    assert main([*words, "--ckpt_path", "~/work/root/checkpoints/last.ckpt", "--baseline", "${WORK}/root"]) == 1
+    assert f"--baseline {tmp_path}/work/root has no validation yet" in capfd.readouterr().err
+    assert main(["compare", "~/work/root", "--output", "$WORK/page.md"]) == 0
+    root = tmp_path / "work" / "root"
+    assert (root / "student").is_dir() and (tmp_path / "work" / "page.md").is_file()
+    for logger in ("CSVLogger", "TensorBoardLogger"):
+        assert main([*runs.little(tmp_path / logger, steps=1), "--data.train", "$HOME/train.jsonl",
+            "--trainer.logger", logger, "--trainer.logger.save_dir", f"~/{logger}/logs"]) == 0
+        assert (tmp_path / logger / "logs").is_dir()
+    words = ["generate", "--model", "$WORK/root/student", "--data", "~/train.jsonl", "--output", "~/out.jsonl"]
+    assert main([*words, "--max_new_tokens", "1"]) == 0
+    assert (tmp_path / "out.jsonl").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] in "~$") == []
+    capfd.readouterr()
+    assert main([*runs.little(Path("$NOWHERE/root")), "--data.train", "~/train.jsonl"]) == 1
+    assert "--trainer.default_root_dir $NOWHERE/root: the environment variable NOWHERE is not set" in capfd.readouterr().err
+
+
 def test_a_resume_from_a_damaged_checkpoint_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "root"
     words = [*runs.little(root, steps=2), "--data.train", str(runs.little_data(tmp_path))]
