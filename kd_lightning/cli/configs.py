@@ -67,22 +67,29 @@ def register_config_loader() -> str:
     return PARSER_MODE
 
 
-def checkpoint_path(name: str, root: str | Path) -> str:
-    """The file of `--ckpt_path`: a path, or the newest `last` checkpoint under ROOT.
+def checkpoint_path(name: str, root: str | Path, resume: bool = True) -> str:
+    """The file of `--ckpt_path`: a path, or for `last` the newest complete checkpoint under ROOT.
+
+    Args:
+        name: a path or `last`.
+        root: the run's folder.
+        resume: training is resumed from it, which needs more than weights.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: there is no such checkpoint, or it is damaged.
     """
+    from kd_lightning.distributed.checkpoint_io import check_resumable, newest_checkpoint
+
     if name != "last":
         if not Path(name).exists():
             raise ValueError(
                 f"--ckpt_path {name}: no such checkpoint: pass an existing one, or 'last' to resume from ROOT"
             )
+        if resume:
+            check_resumable(Path(name))
         return name
     folder = Path(root) / "checkpoints"
-    found = sorted(folder.glob("last*.ckpt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise ValueError(
-            f"--ckpt_path last: {folder} has no last*.ckpt to resume from: check --trainer.default_root_dir"
-        )
-    return str(found[-1])
+    found = newest_checkpoint(folder, resume)
+    if found is None:
+        raise ValueError(f"--ckpt_path last: {folder} has no *.ckpt to resume from: check --trainer.default_root_dir")
+    return str(found)

@@ -14,6 +14,7 @@ from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
+from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
@@ -28,14 +29,17 @@ COMPARED = 20  # rows that are rendered with both chat templates
 
 
 def check_output(fit: PreparedFit) -> Findings:
-    """The folder is writable, holds no finished run, and has enough free space."""
+    """The folder is writable, holds no finished run and has free space; a checkpoint to resume is not damaged."""
     root = Path(fit.trainer.default_root_dir)
     there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield "error", f"trainer.default_root_dir {root} cannot be written to: {there} is not a writable folder"
         return
+    resumed = fit.config.ckpt_path
     if there == root:
-        fit.config.export.check(root)
+        fit.config.export.check(root, resuming=bool(resumed))
+    if resumed:
+        check_checksums(Path(resumed))
     size = sum(parameter.numel() * 4 for parameter in fit.student.parameters())
     kept = max(fit.config.checkpoint.save_top_k, 0) + 2  # `last`, and the one that is being written
     needed, free = size * (3 * kept + 1), shutil.disk_usage(there).free

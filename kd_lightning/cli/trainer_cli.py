@@ -140,7 +140,7 @@ class TrainerCLI(LightningCLI):
                 "to the student: use fsdp2"
             )
         if config.ckpt_path:
-            config.ckpt_path = checkpoint_path(config.ckpt_path, self.root)
+            config.ckpt_path = checkpoint_path(config.ckpt_path, self.root, resume=self.subcommand == "fit")
 
     @property
     def root(self) -> str:
