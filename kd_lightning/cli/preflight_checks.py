@@ -16,6 +16,7 @@ from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
+from kd_lightning.folder_lock import lock_problem
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
 from kd_lightning.models.loading import check_tokenizers, resolve_model
@@ -35,6 +36,8 @@ def check_output(fit: PreparedFit) -> Findings:
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield "error", f"trainer.default_root_dir {root} cannot be written to: {there} is not a writable folder"
         return
+    if problem := lock_problem(root):
+        yield "error", problem
     resumed = fit.config.ckpt_path
     if there == root:
         fit.config.export.check(root, resuming=bool(resumed))

@@ -8,6 +8,7 @@ import pytest
 
 import runs
 from kd_lightning.cli.program import main
+from kd_lightning.folder_lock import folder_lock, lock_problem
 
 
 @pytest.mark.slow
@@ -59,3 +60,27 @@ def test_a_resume_from_a_damaged_checkpoint_is_one_line(tmp_path: Path, capfd: p
     data[len(data) // 2] ^= 1
     last.write_bytes(data)
     assert main([*words, "--ckpt_path", "last"]) == 0
+
+
+def test_a_second_run_is_refused_and_leftovers_of_killed_runs_are_removed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    words = [*runs.little(root, steps=1), "--data.train", str(runs.little_data(tmp_path))]
+    leftovers = [root / "checkpoints" / ".epoch=0-step=3.ckpt.20541.part", root / ".config.yaml.99.part"]
+    with folder_lock(root):
+        before = sorted(root.rglob("*"))
+        for command in (words, ["preflight", *words[1:]]):
+            assert main(command) == 1
+            assert f"{root} is in use by process" in "".join(capfd.readouterr())
+        assert sorted(root.rglob("*")) == before
+    with folder_lock(tmp_path / "cached"):
+        assert main(["cache", *words[1:], "--output", str(tmp_path / "cached")]) == 1
+        assert f"{tmp_path / 'cached'} is in use by process" in capfd.readouterr().err
+        assert [path.name for path in (tmp_path / "cached").iterdir()] == [".lock"]
+    for path in leftovers:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(100))
+    assert main(words) == 0
+    assert not any(path.exists() for path in leftovers) and lock_problem(root) is None
+    assert not (root / ".lock").exists()
