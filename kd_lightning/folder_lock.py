@@ -139,5 +139,7 @@ def _owner(path: Path) -> dict[str, Any]:
 def _refusal(path: Path) -> str:
     owner = _owner(path)
     pid, host = (owner.get(name, "unknown") for name in ("pid", "host"))
-    return f"{path.parent} is in use by process {pid} on host {host}: wait for it "
-        f"or choose another folder; if that process has ended, delete {path}"
+    return (
+        f"{path.parent} is in use by process {pid} on host {host}: wait for it or choose another folder; if that process "
+        f"has ended, delete {path}"
+    )
