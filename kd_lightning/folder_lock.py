@@ -140,6 +140,6 @@ def _refusal(path: Path) -> str:
     owner = _owner(path)
     pid, host = (owner.get(name, "unknown") for name in ("pid", "host"))
     return (
-        f"{path.parent} is in use by process {pid} on host {host}: wait for it or choose another folder; if that process "
-        f"has ended, delete {path}"
+        f"{path.parent} is in use by process {pid} on host {host}: wait for it or choose another folder; if that "
+        f"process has ended, delete {path}"
     )
