@@ -22,7 +22,8 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` with its folder at `ROOT/checkpoints`; `last` is also saved at the end of training.
 
-    Ctrl-C (in a run with one process) finishes the current step and saves `last`; a second Ctrl-C aborts at once.
+    Ctrl-C and SIGTERM (in a run with one process) finish the current step and save `last`; a second one aborts at once.
+    After SIGTERM, which schedulers send, the exit status is 143.
 
     Args:
         save_last: also keep the newest state as `last.ckpt`.
@@ -31,8 +32,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(self, save_last: bool | None = True, **kwargs: Any) -> None:
         super().__init__(save_last=save_last, **kwargs)
-        self._previous_handler: Handler = None
-        self._interrupted = False
+        self._previous_handlers: dict[int, Handler] = {}
+        self._interrupted: int | None = None  # the signal
         self._last_step = 0
         self._window_open = False  # the last micro-batch did not end its accumulation window
         self._save_due = False  # a validation inside of a window: its checkpoint is saved after the step
@@ -44,21 +45,22 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Handle Ctrl-C, with one process only: ranks that stop at different steps would wait for each other."""
+        """Handle signals, with one process only: ranks that stop at different steps would wait for each other."""
         super().on_train_start(trainer, pl_module)
-        self._interrupted, self._last_step = False, trainer.global_step
+        self._interrupted, self._last_step = None, trainer.global_step
         if self.save_last and trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous_handlers[number] = signal.signal(number, self._interrupt)
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self._restore_handler()  # so that a second Ctrl-C aborts
-        self._interrupted = True
+        self._restore_handlers()  # so that a second Ctrl-C aborts
+        self._interrupted = signum
         rank_zero_info("Interrupted: finishing this step and saving last.ckpt (press Ctrl-C again to abort)")
 
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Save what is due; after Ctrl-C save `last` once the optimizer has stepped, and stop."""
@@ -68,13 +70,13 @@ class RunCheckpoint(ModelCheckpoint):
         if stepped and self._save_due:
             self._save_due = False
             super().on_validation_end(trainer, pl_module)
-        if self._interrupted and stepped:
+        if self._interrupted is not None and stepped:
             if not is_fast_dev_run(trainer):
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
                 rank_zero_info(
                     f"Saved step {trainer.global_step} to {self.last_model_path}: resume with --ckpt_path last"
                 )
-            raise KeyboardInterrupt
+            raise SystemExit(128 + signal.SIGTERM) if self._interrupted == signal.SIGTERM else KeyboardInterrupt
 
     def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Save what is due; inside of an accumulation window after its step, as checkpoints hold no gradients."""
@@ -83,13 +85,13 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore the previous handler of Ctrl-C."""
-        self._restore_handler()
+        """Restore the previous handlers of the signals."""
+        self._restore_handlers()
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the previous handler of Ctrl-C."""
-        self._restore_handler()
+        """Restore the previous handlers of the signals."""
+        self._restore_handlers()
         super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:

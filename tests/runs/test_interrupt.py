@@ -22,12 +22,12 @@ STEPS = 12
 class CtrlC(L.Callback):
     """Press Ctrl-C in the middle of a micro-batch."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, number: int = int(signal.SIGINT)) -> None:
+        self.batch, self.number = batch, number
 
     def on_before_zero_grad(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -51,6 +51,19 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert main([*cut, "--ckpt_path", "last"]) == 0
     whole, resumed = runs.student(tmp_path / "whole"), runs.student(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_sigterm_saves_the_step_and_ends_with_143(tmp_path: Path) -> None:
+    words = [*runs.little(tmp_path / "cut", steps=STEPS), "--data.train", str(runs.little_data(tmp_path, rows=29))]
+    press = ["--trainer.callbacks", "test_interrupt.CtrlC", "--trainer.callbacks.batch", "2"]
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        main([*words, *press, "--trainer.callbacks.number", "15"])
+    assert end.value.code == 143
+    last = torch.load(tmp_path / "cut" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 0 < last["global_step"] < STEPS
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not (tmp_path / "cut" / "student").exists() and not (tmp_path / "cut" / ".lock").exists()
 
 
 def test_another_thread_leaves_ctrl_c_alone(tmp_path: Path) -> None:
