@@ -23,8 +23,17 @@ def disk_is_full(path: Path) -> bool:
     return shutil.disk_usage(path.parent).free < 1 << 16
 
 
-def _raise_if_disk_full(error: Exception, path: Path) -> None:
-    """Raise ENOSPC if the disk is full: writers report an unexpected position or an iostream error instead."""
+def _raise_if_disk_full(error: Exception, path: Path, part: Path) -> None:
+    """Raise the system's error if the disk, a quota or the file-size limit is exhausted: writers report others instead.
+
+    Whether one is, the system says when more is appended to the incomplete file.
+    """
+    if part.is_file():
+        try:
+            with part.open("ab") as file:
+                file.write(bytes(1 << 16))
+        except OSError as limit:
+            raise OSError(limit.errno, limit.strerror, str(path)) from error
     if disk_is_full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
@@ -46,7 +55,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         else:
             os.replace(part, path)
     except (RuntimeError, SafetensorError) as error:
-        _raise_if_disk_full(error, path)
+        _raise_if_disk_full(error, path, part)
         raise
     finally:
         part.unlink(missing_ok=True)
@@ -74,7 +83,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
         _remove(old)
     except (RuntimeError, SafetensorError) as error:
-        _raise_if_disk_full(error, path)
+        _raise_if_disk_full(error, path, part)
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,9 @@
 """A file or folder is complete, or it is the previous one."""
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from kd_lightning.atomic_io import atomic_file, atomic_folder
 from kd_lightning.distributed.checkpoint_io import REQUIRED_KEYS, AtomicCheckpointIO, install_checkpoint_io
+from locations import ROOT
 
 
 def test_a_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
@@ -89,3 +93,21 @@ def test_without_the_program_an_explicit_weights_only_false_is_respected(tmp_pat
     for weights_only in (None, True):
         with pytest.raises(ValueError, match="is not a checkpoint that can be read safely"):
             strategy.load_checkpoint(path, weights_only=weights_only)
+
+
+LIMITED = """
+import resource, sys, torch
+from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(1_000_000)}, sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_file_size_limit_is_one_line_as_a_full_disk(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", LIMITED, str(tmp_path / "last.ckpt")]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "File too large" in done.stdout and "last.ckpt" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
