@@ -17,7 +17,8 @@ PACKAGE = Path(kd_lightning.__file__).parent
 
 # From the bottom up. A file or package imports only what stands on lower lines, and nothing else on its own line.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("constants", "console", "atomic_io", "subclasses", "seeding", "assets"),
+    ("paths",),
+    ("constants", "console", "atomic_io", "folder_lock", "subclasses", "seeding", "assets"),
     ("reporting",),
     ("functional", "schedules"),
     ("divergences", "assistants", "label_losses"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kd_lightning.paths import expand_path
+
 _HERE = Path(__file__).parent
 _NAMES = {
     "teacher": "teacher",
@@ -15,18 +17,18 @@ _NAMES = {
 
 
 def resolve(path: str) -> str:
-    """Turn `asset:NAME` into the path of bundled material; any other string comes back unchanged.
+    """Turn `asset:NAME` into the path of bundled material; expand `~` and `$VAR` in any other string.
 
     Args:
         path: `asset:teacher`, `asset:student`, `asset:train`, `asset:validation`, `asset:test`, or an ordinary path or
             hub name.
 
     Raises:
-        ValueError: the scheme is `asset:` and the name is none of these.
+        ValueError: the scheme is `asset:` and the name is none of these; an environment variable is not set.
     """
     scheme, colon, name = path.partition(":")
     if scheme != "asset" or not colon:
-        return path
+        return expand_path(path)
     if name not in _NAMES:
         raise ValueError(f"there is no bundled '{path}'; the names are {', '.join(f'asset:{n}' for n in _NAMES)}")
     return str(_HERE / _NAMES[name])

@@ -71,13 +71,13 @@ def generated_rows(batch: Batch, tokenizer: PreTrainedTokenizerBase, count: int)
         count: largest number of rows.
     """
     labels = batch["labels"]
-    labelled = labels != IGNORE_INDEX
-    chosen = torch.nonzero((batch["source"] > 0) & labelled.any(1)).flatten()[:count].tolist()
+    labeled = labels != IGNORE_INDEX
+    chosen = torch.nonzero((batch["source"] > 0) & labeled.any(1)).flatten()[:count].tolist()
     rows = []
     for row in chosen:
-        first = int(labelled[row].int().argmax())
+        first = int(labeled[row].int().argmax())
         prompt = batch["input_ids"][row, :first][batch["attention_mask"][row, :first].bool()]
-        response = labels[row][labelled[row]]
+        response = labels[row][labeled[row]]
         texts = [
             " ".join(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)).split())
             for ids in (prompt, response)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from kd_lightning.cli.command_parser import CommandParser
+from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.cli.prepared_run import PreparedFit
 from kd_lightning.cli.program import run
+from kd_lightning.folder_lock import folder_lock, remove_leftovers
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
@@ -38,7 +38,9 @@ def main(args: Sequence[str]) -> int:
         usage=f"kd-lightning cache --config NAME_OR_FILE {FLAGS} [--GROUP.ARGUMENT VALUE ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cache; an incomplete one is resumed")
+    parser.add_argument(
+        "--output", type=path_argument, required=True, help="folder of the cache; an incomplete one is resumed"
+    )
     parser.add_argument("--kind", default="hidden", help="hidden: hidden states; top_k: the most probable tokens")
     parser.add_argument("--k", type=int, default=64, help="number of tokens of each distribution (top_k)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
@@ -49,7 +51,8 @@ def main(args: Sequence[str]) -> int:
     fit = PreparedFit(run(["fit", *fit_args], start=False), "cache")
     student, teacher = load_models(fit)
     start = time.perf_counter()
-    with fit.trainer.precision_plugin.forward_context():
+    with folder_lock(given.output, print), fit.trainer.precision_plugin.forward_context():
+        remove_leftovers([given.output])
         cached = fill_cache(
             given.output,
             teacher,

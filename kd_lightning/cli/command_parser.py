@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
+
+from kd_lightning.paths import expand_path
 
 TRAINER_COMMANDS = {
     "fit": "Distill a student, evaluate it on the test rows, and export it under --trainer.default_root_dir.",
@@ -29,3 +32,11 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise it."""
         raise ValueError(message)
+
+
+def path_argument(text: str) -> Path:
+    """The type of arguments that are paths: `~` and `$VAR` are expanded."""
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_lightning.atomic_io import atomic_file
-from kd_lightning.cli.command_parser import CommandParser
+from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.console import progress_bar
 from kd_lightning.reporting.figures import as_markdown, curves, markdown_table
 from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing, repetitions, resolved_source
@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> int:
         prog="kd-lightning compare", description="Compare runs. Runs that differ only in seeds are averaged."
     )
     parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of a run (--trainer.default_root_dir)")
-    parser.add_argument("--output", type=Path, help="write a Markdown page with curves to this file")
+    parser.add_argument("--output", type=path_argument, help="write a Markdown page with curves to this file")
     parser.add_argument("--different_data", action="store_true", help="allow runs on different rows, with a note")
     given = parser.parse_args(list(args))
     if given.output is not None and given.output.exists():

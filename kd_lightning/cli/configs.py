@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kd_lightning.cli.error_messages import did_you_mean
+from kd_lightning.paths import expand_path
 from kd_lightning.reporting.moved_classes import update_class_paths
 
+if TYPE_CHECKING:  # takes a second to import
+    from jsonargparse import Namespace
+
 CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # folders of the shipped configs that an option names
+PATHS = ("default_root_dir", "ckpt_path", "baseline", "dirpath", "save_dir")  # arguments that our classes do not read
 PARSER_MODE = "kd_lightning"  # jsonargparse's name of the loader registered below
 
 
@@ -24,8 +30,10 @@ def shipped_config(name: str, option: str = "--config") -> str:
     Raises:
         ValueError: there is no file and no shipped config of this name.
     """
-    if name.startswith("{") or Path(name).is_file():
+    if name.startswith("{"):
         return name
+    if Path(expanded := expand_path(name)).is_file():
+        return expanded
     folder = config_folder() / CONFIGS[option]
     path = folder / f"{name}.yaml"
     if path.is_file():
@@ -67,22 +75,50 @@ def register_config_loader() -> str:
     return PARSER_MODE
 
 
-def checkpoint_path(name: str, root: str | Path) -> str:
-    """The file of `--ckpt_path`: a path, or the newest `last` checkpoint under ROOT.
+def expand_paths(config: Namespace) -> None:
+    """Expand `~` and `$VAR` in the paths of a parsed configuration that Lightning's classes take.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: an environment variable is not set.
     """
+    for key, value in list(config.items()):
+        if isinstance(value, str) and key.rpartition(".")[2] in PATHS:
+            config[key] = _expanded(key, value)
+        for part in value if isinstance(value, list) else ():  # such as several loggers
+            if isinstance(part, type(config)):
+                expand_paths(part)
+
+
+def _expanded(key: str, path: str) -> str:
+    try:
+        return expand_path(path)
+    except ValueError as error:
+        raise ValueError(f"--{key} {error}") from None
+
+
+def checkpoint_path(name: str, root: str | Path, resume: bool = True) -> str:
+    """The file of `--ckpt_path`: a path, or for `last` the newest complete checkpoint under ROOT.
+
+    Args:
+        name: a path or `last`.
+        root: the run's folder.
+        resume: training is resumed from it, which needs more than weights.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    from kd_lightning.distributed.checkpoint_io import check_resumable, newest_checkpoint
+
     if name != "last":
         if not Path(name).exists():
             raise ValueError(
                 f"--ckpt_path {name}: no such checkpoint: pass an existing one, or 'last' to resume from ROOT"
             )
+        if resume:
+            check_resumable(Path(name))
         return name
     folder = Path(root) / "checkpoints"
-    found = sorted(folder.glob("last*.ckpt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise ValueError(
-            f"--ckpt_path last: {folder} has no last*.ckpt to resume from: check --trainer.default_root_dir"
-        )
-    return str(found[-1])
+    found = newest_checkpoint(folder, resume)
+    if found is None:
+        raise ValueError(f"--ckpt_path last: {folder} has no *.ckpt to resume from: check --trainer.default_root_dir")
+    return str(found)

@@ -29,6 +29,7 @@ from kd_lightning.generation.server_generator import ServerGenerator
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.openai_client import OpenAIClient
+from kd_lightning.paths import expand_path
 
 
 def main(args: Sequence[str]) -> int:
@@ -103,6 +104,7 @@ def generate(
         ValueError: an argument is out of its range; data or model cannot be read; the output holds something else; the
             server refuses, does not answer, or sends invalid answers.
     """
+    output = expand_path(output)
     sampling = Sampling(max_new_tokens, temperature, top_p)
     _check_arguments(output, model or server, batch_size=batch_size, max_length=max_length, patience=patience)
     found = list(read_rows(data, "train"))

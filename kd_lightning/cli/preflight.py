@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from kd_lightning.cli.command_parser import CommandParser
+from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.cli.error_messages import expected, explain
 from kd_lightning.cli.preflight_checks import DATA_CHECKS
 from kd_lightning.cli.preflight_model_checks import MODEL_CHECKS
@@ -38,7 +38,7 @@ def main(args: Sequence[str]) -> int:
         usage="kd-lightning preflight --config NAME_OR_FILE [--json FILE] [--GROUP.ARGUMENT VALUE ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", type=Path, default=None, help="write the findings to this file too")
+    parser.add_argument("--json", type=path_argument, default=None, help="write the findings to this file too")
     given, fit_args = parser.parse_known_args(list(args))
     if given.json is not None:
         _check_json(given.json)

@@ -15,7 +15,9 @@ from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.data.row_report import extra_notes
+from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
+from kd_lightning.folder_lock import lock_problem
 from kd_lightning.models.compatibility import check_model_fits_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
 from kd_lightning.models.loading import check_tokenizers, resolve_model
@@ -29,14 +31,19 @@ COMPARED = 20  # rows that are rendered with both chat templates
 
 
 def check_output(fit: PreparedFit) -> Findings:
-    """The folder is writable, holds no finished run, and has enough free space."""
+    """The folder is writable, holds no finished run and has free space; a checkpoint to resume is not damaged."""
     root = Path(fit.trainer.default_root_dir)
     there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield "error", f"trainer.default_root_dir {root} cannot be written to: {there} is not a writable folder"
         return
+    if problem := lock_problem(root):
+        yield "error", problem
+    resumed = fit.config.ckpt_path
     if there == root:
-        fit.config.export.check(root)
+        fit.config.export.check(root, resuming=bool(resumed))
+    if resumed:
+        check_checksums(Path(resumed))
     size = sum(parameter.numel() * 4 for parameter in fit.student.parameters())
     kept = max(fit.config.checkpoint.save_top_k, 0) + 2  # `last`, and the one that is being written
     needed, free = size * (3 * kept + 1), shutil.disk_usage(there).free
@@ -159,21 +166,21 @@ def check_labels(fit: PreparedFit) -> Findings:
     ended, complete = 0, 0
     for batch in fit.batches:
         ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
-        labelled = labels != IGNORE_INDEX
-        if (labels[labelled] >= fit.model.vocabulary).any():
+        labeled = labels != IGNORE_INDEX
+        if (labels[labeled] >= fit.model.vocabulary).any():
             yield (
                 "error",
                 f"label {int(labels.max())} is outside the student's vocabulary of {fit.model.vocabulary}: use its own "
                 "tokenizer",
             )
             return
-        if (labelled & ~mask).any() or (data.pad_id not in ends and (labels == data.pad_id).any()):
+        if (labeled & ~mask).any() or (data.pad_id not in ends and (labels == data.pad_id).any()):
             yield "error", f"padding has labels (token {data.pad_id}): the student would learn to generate padding"
             return
-        if (labels != ids)[labelled].any():
+        if (labels != ids)[labeled].any():
             yield "error", "labels differ from the tokens at their positions: do not shift them, the module does"
             return
-        for row, tokens, there in zip(labels, labelled, mask, strict=True):
+        for row, tokens, there in zip(labels, labeled, mask, strict=True):
             if tokens.any() and int(there.sum()) < data.max_length:
                 complete += 1
                 ended += int(row[tokens][-1]) in ends

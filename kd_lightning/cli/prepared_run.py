@@ -25,7 +25,7 @@ from kd_lightning.training.student import StudentWithLoss
 Level = Literal["error", "warning", "note"]  # the run would be wasted; it may be; for information
 Findings = Iterator[tuple[Level, str]]
 
-TOKENS = 512  # labelled tokens of the first batch on which the two models are compared
+TOKENS = 512  # labeled tokens of the first batch on which the two models are compared
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,13 @@ class PreparedFit:
 
     @cached_property
     def student_log_probs(self) -> Tensor:
-        """The student's log-probabilities on labelled tokens of the first batch, [N, V]."""
+        """The student's log-probabilities on labeled tokens of the first batch, [N, V]."""
         model = self.model.student
         model.eval()
         with torch.no_grad():
             found = logits(model, self.batches[0]["input_ids"], self.batches[0]["attention_mask"])
         model.train()
-        return self._labelled(found)
+        return self._labeled(found)
 
     @cached_property
     def teacher_log_probs(self) -> Tensor | None:
@@ -154,9 +154,9 @@ class PreparedFit:
         assert self.model is not None  # loads both
         with torch.no_grad():
             found = self.module.teacher.logits(self.batches[0])
-        return self._labelled(found) if isinstance(found, Tensor) else None
+        return self._labeled(found) if isinstance(found, Tensor) else None
 
-    def _labelled(self, logits: Tensor) -> Tensor:
+    def _labeled(self, logits: Tensor) -> Tensor:
         """Log-probabilities at the first `TOKENS` positions whose next token has a label."""
         index = next_token_mask(self.batches[0]["labels"]).reshape(-1).nonzero().squeeze(1)[:TOKENS]
         return log_softmax(logits[:, :-1].reshape(-1, logits.shape[-1])[index])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, Namespace
@@ -14,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 import kd_lightning.assistants
 import kd_lightning.divergences
@@ -36,11 +39,12 @@ from kd_lightning.callbacks.run_config import RunConfig
 from kd_lightning.callbacks.samples import Samples
 from kd_lightning.callbacks.tensorboard import Dashboard
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
-from kd_lightning.cli.configs import checkpoint_path, register_config_loader
+from kd_lightning.cli.configs import checkpoint_path, expand_paths, register_config_loader
 from kd_lightning.cli.error_messages import explain, unknown_argument
 from kd_lightning.data import InstructionDataModule
 from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.folder_lock import folder_lock, remove_leftovers
 from kd_lightning.module import DistillationModule
 
 T = TypeVar("T")
@@ -65,6 +69,7 @@ class TrainerCLI(LightningCLI):
         self, args: Sequence[str], *, start: bool = True, change: Callable[[Namespace], None] | None = None
     ) -> None:
         self._start, self._change = start, change
+        self._lock = ExitStack()  # of the folder that is written to
         super().__init__(
             DistillationModule,
             InstructionDataModule,
@@ -124,7 +129,7 @@ class TrainerCLI(LightningCLI):
 
     # -------------------------------------------------------------------------------------------------------- objects
     def before_instantiate_classes(self) -> None:
-        """Apply `change`, refuse Lightning's FSDP, and resolve `--ckpt_path last`.
+        """Apply `change`, expand paths, refuse Lightning's FSDP, and resolve `--ckpt_path last`.
 
         Raises:
             ValueError: the strategy cannot hold two models, or there is no such checkpoint.
@@ -132,6 +137,7 @@ class TrainerCLI(LightningCLI):
         config = self.parsed
         if self._change is not None:
             self._change(config)
+        expand_paths(config)
         strategy = config.trainer.strategy
         name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
         if name.split(".")[-1].lower() in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
@@ -140,7 +146,7 @@ class TrainerCLI(LightningCLI):
                 "to the student: use fsdp2"
             )
         if config.ckpt_path:
-            config.ckpt_path = checkpoint_path(config.ckpt_path, self.root)
+            config.ckpt_path = checkpoint_path(config.ckpt_path, self.root, resume=self.subcommand == "fit")
 
     @property
     def root(self) -> str:
@@ -187,13 +193,18 @@ class TrainerCLI(LightningCLI):
         export: HFExport = self.built.export
         resuming = bool(self.parsed.ckpt_path)
         export.check(self.trainer.default_root_dir, resuming)
+        if self.trainer.is_global_zero:
+            root = Path(self.trainer.default_root_dir)
+            self._lock.enter_context(folder_lock(root, rank_zero_info))
+            remove_leftovers([root, *(root / name for name in ("checkpoints", "responses", "teacher_cache"))])
         if not resuming:
             for run_config in self.callbacks_of(RunConfig):
                 run_config.find_earlier_files(self.trainer.default_root_dir)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self._start:
-            super()._run_subcommand(subcommand)
+            with self._lock:
+                super()._run_subcommand(subcommand)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

@@ -263,13 +263,9 @@ class InstructionDataModule(DistillationDataModule):
 
     @property
     def pad_id(self) -> int:
-        """The token id of padding; the attention mask, not the id, marks what is padding.
-
-        A padding token that was added to the tokenizer may have no row in the embeddings: the end of sequence pads
-        then, since any token does.
-        """
+        """The token id of padding; the attention mask, not the id, marks what is padding."""
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        if pad is None or pad >= self.tokenizer.vocab_size:
+        if pad is None or pad >= self.tokenizer.vocab_size:  # an added token may have no row in the embeddings
             return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
         return int(pad)
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kd_lightning.distributed.checksum import record, sha256
 from kd_lightning.distributed.dtensor import is_first_replica, local_shard, row_range
 
 META = "meta.pt"
@@ -34,7 +35,7 @@ def map_tensors(tree: Any, leaf: Callable[[str, Tensor], Any], path: str = "") -
 
 
 def write_rank_file(checkpoint: dict[str, Any], folder: Path, rank: int) -> None:
-    """Write the shards of this rank; rank 0 also writes everything that is not sharded.
+    """Write the shards of this rank with a checksum; rank 0 also writes everything that is not sharded.
 
     Args:
         checkpoint: the same on every rank but for the shards.
@@ -57,9 +58,11 @@ def write_rank_file(checkpoint: dict[str, Any], folder: Path, rank: int) -> None
 
     rest = map_tensors(checkpoint, leaf)
     if pieces:  # a rank that holds only replicas of other ranks' rows has none
-        save_file(pieces, folder / f"rank-{rank:05d}.safetensors", metadata=metadata)
+        save_file(pieces, file := folder / f"rank-{rank:05d}.safetensors", metadata=metadata)
+        record(file, sha256(file))
     if rank == 0:
         torch.save(rest, folder / META)
+        record(folder / META, sha256(folder / META))
 
 
 @dataclass(frozen=True)

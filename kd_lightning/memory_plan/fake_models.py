@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from kd_lightning.engine.compile import Compiled
 from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import SCALES, logits
 from kd_lightning.models.hf_adapter import (
@@ -100,7 +101,7 @@ class FakeTeacher(CausalLMTeacher):
         return ""
 
 
-class OneBlockPerSize:
+class OneBlockPerSize(Compiled):
     """A block of a loss that is computed once per size; its result stands for all other blocks of that size.
 
     Args:
@@ -108,11 +109,12 @@ class OneBlockPerSize:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.chosen = function, False  # fake tensors are not compiled
+        super().__init__(function, chosen=False)  # fake tensors are not compiled
         self._found: dict[Any, Any] = {}
 
-    def __call__(self, z: Tensor, *rest: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         """The result of the first block of this size."""
+        z, *rest = args
         key = (*z.shape, rest[-1])
         if key not in self._found:
             self._found[key] = self.function(z, *rest)
@@ -159,8 +161,7 @@ def set_fake_student(module: DistillationModule, precision: str, fake: FakeTenso
         if source.lora is not None:
             student = add_adapters(student, source.lora)
     _to_fake(student, fake)
-    block: Any = OneBlockPerSize(module.loss.token_loss.block)
-    module.loss.token_loss.compiled = block
+    module.loss.token_loss.run_blocks_with(OneBlockPerSize(module.loss.token_loss.block))
     module.model.set_student(student.train(), split_by_shapes)
 
 

@@ -96,7 +96,7 @@ class Bucketed(WrapperMetric, ABC):
 
 
 def response_positions(labels: Tensor) -> Tensor:
-    """Position of every token in its response: n for the n-th labelled token of its row, from 0.
+    """Position of every token in its response: n for the n-th labeled token of its row, from 0.
 
     Args:
         labels: [..., T], −100 for tokens without a label, whose position has no meaning.

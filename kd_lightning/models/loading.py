@@ -141,7 +141,7 @@ def resolve_model(name: str, role: Role) -> str:
         ValueError: it is a file, or a folder without a configuration.
     """
     path = resolve(name)
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if path and folder.is_dir():
         if (folder / "config.json").is_file():
             return str(folder)

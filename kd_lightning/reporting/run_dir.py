@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from kd_lightning.paths import expand_path
 from kd_lightning.reporting.moved_classes import update_class_paths
 
 NOT_THE_METHOD = (
@@ -56,7 +58,7 @@ class RunFolder:
         Raises:
             ValueError: it is not the folder of a run, or a file in it cannot be parsed.
         """
-        root = Path(root)
+        root = Path(expand_path(str(root)))
         config, results, rows = root / "config.yaml", root / "results.json", root / "rows.json"
         if not config.is_file():
             raise ValueError(f"{root} is not the folder of a run: it has no config.yaml")
@@ -123,7 +125,10 @@ def resolved_source(source: object) -> object:
     """The absolute path of a file or folder of rows, or of each in a list; anything else unchanged."""
     if isinstance(source, list):
         return [resolved_source(part) for part in source]
-    return str(Path(source).resolve()) if isinstance(source, str) and Path(source).exists() else source
+    if not isinstance(source, str):
+        return source
+    path = Path(os.path.expanduser(os.path.expandvars(source)))  # an unset variable of another machine is no error
+    return str(path.resolve()) if path.exists() else source
 
 
 def flatten_config(config: object, prefix: str = "") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, check_lower_bound
 from kd_lightning.models.loading import load_causal_lm
+from kd_lightning.paths import expand_path
 from kd_lightning.teachers.base import RunContext, Teacher, TokenizedData
 from kd_lightning.teachers.cache_format import (
     CacheManifest,
@@ -44,7 +45,7 @@ class CachedTeacher(Teacher):
     """
 
     def __init__(self, path: str, teacher: str | None = None) -> None:
-        self.path = path
+        self.path = expand_path(path)
         self.teacher = teacher
         self._description: CacheManifest | None = None
         self._reader: CacheReader | None = None

@@ -65,8 +65,10 @@ ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "argument without its class": (
         ["--model.objective", "TAID", "--model.objective.teacher_weight.step_size", "0.01"],
         [
-            "missing class for --model.objective.teacher_weight: pass --model.objective.teacher_weight CLASS (one of "
-            "Cosine, Linear, ResponseGap, TAIDSchedule)"
+            "missing class for --model.objective.teacher_weight: pass --model.objective.teacher_weight CLASS (one of ",
+            "Cosine, ",
+            "Linear, ",
+            "ResponseGap, TAIDSchedule)",  # between them the schedules that other tests define
         ],
     ),
     "misspelt argument in a file": (

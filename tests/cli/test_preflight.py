@@ -355,7 +355,7 @@ def test_no_false_alarm(
 
 @pytest.mark.parametrize("kind", ["hidden", "top_k"])
 def test_a_cached_teacher_has_no_finding(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only labelled positions of a cache hold anything, and of a top k the whole distribution is not known."""
+    """Only labeled positions of a cache hold anything, and of a top k the whole distribution is not known."""
     cache = str(tmp_path / "cache")
     assert cache_command([*words(tmp_path), "--output", cache, "--kind", kind, "--k", "16"]) == 0
     assert main([*words(tmp_path), "--model.teacher", "CachedTeacher", "--model.teacher.path", cache]) == 0

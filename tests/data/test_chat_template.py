@@ -28,7 +28,7 @@ def tokenizer_of(family: Family, kind: str | None = None) -> Any:
 
 
 def label_runs(tokenizer: Any, row: dict[str, Any], **kwargs: Any) -> list[str]:
-    """The runs of labelled tokens, decoded and stripped."""
+    """The runs of labeled tokens, decoded and stripped."""
     found = TextTokenizer(tokenizer, max_length=10_000, **kwargs).tokenize(parse_row(row, "row"))
     runs = itertools.groupby(zip(found["input_ids"], found["label_mask"], strict=True), key=lambda pair: pair[1])
     return [tokenizer.decode([token for token, _ in run]).strip() for counts, run in runs if counts]
