@@ -14,6 +14,7 @@ from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
+from kd_lightning.data.row_report import extra_notes
 from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
 from kd_lightning.folder_lock import lock_problem
@@ -150,6 +151,8 @@ def _row_counts(fit: PreparedFit) -> Findings:
         for name, problem in problems.items():
             if counts[name] > MANY * counts["rows"]:
                 yield "warning", f"{split}: {counts[name]} of {counts['rows']} rows {problem}"
+        for note in extra_notes(counts):
+            yield "warning", f"{split}: {note}"
 
 
 def _hashes(rows: list[GenerationRow]) -> list[bytes]:

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kd_lightning.data.conversation import Conversation, Message
+from kd_lightning.data.text.control_tokens import ControlTokens, Marked
+from kd_lightning.data.text.left_out import unread_fields, words_left_out
 from kd_lightning.data.text.message_forms import MessageForms, with_argument_texts
 
 PLAIN_TEMPLATE = (
@@ -45,12 +47,18 @@ class Located:
         spans: (start, end) of each answer of the assistant with its end of turn, in order.
         unlocated: number of answers whose position is not certain.
         open: whether the text ends directly after an answer, without any end of turn.
+        plain: (start, end) of the control tokens that stand in the data: words, not tokens.
+        left_out: number of located answers that say something which the text does not contain.
+        unread: names of the fields that do not change the text, once for each turn that has them.
     """
 
     text: str
     spans: list[tuple[int, int]]
     unlocated: int = 0
     open: bool = False
+    plain: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    left_out: int = 0
+    unread: list[str] = dataclasses.field(default_factory=list)
 
 
 class ChatTemplate:
@@ -66,6 +74,7 @@ class ChatTemplate:
         tokenizer: its own template is used if `template` is None.
         template: a Jinja chat template.
         template_kwargs: variables for the template, the same for every row.
+        allow_special_tokens: control tokens inside the rows are tokens; False: they are words.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class ChatTemplate:
         tokenizer: PreTrainedTokenizerBase,
         template: str | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        allow_special_tokens: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
@@ -83,14 +93,24 @@ class ChatTemplate:
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("|".join(re.escape(token) for token in longest_first) or "$^")
         self._forms = MessageForms(self._render_probe)
+        self.control_tokens = None if allow_special_tokens else ControlTokens(tokenizer)
 
-    def prompt(self, conversation: Conversation) -> str:
+    def prompt(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The prompt of a model: everything before the last answer, with the generation prompt.
+
+        Returns:
+            the text, and (start, end) of the control tokens that stand in the data.
 
         Raises:
             ValueError: the template refuses the conversation.
         """
-        return self._render(conversation, conversation.question, ask=True)
+        question = dataclasses.replace(conversation, messages=conversation.question, unlearned=[])
+        marked = self._mark(question, ask=True)
+        if marked is None:
+            return self._render(question, question.messages, ask=True), []
+        text = self._render(marked.conversation, marked.conversation.messages, ask=True)
+        text, _, plain = marked.restore(text, [])
+        return text, plain
 
     def full_text(self, conversation: Conversation) -> str | None:
         """The text of all turns; None if the template refuses the conversation."""
@@ -102,16 +122,45 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses the conversation.
         """
-        messages = conversation.messages
-        marked = self._marked(conversation)
-        if marked is not None:
-            return marked
-        text = self._render(conversation, messages)
-        found = [self._find(conversation, turn, text) for turn in conversation.answer_turns]
-        spans = [span for span in found if span is not None]
-        is_open = bool(found) and found[-1] is not None and self._is_open(text, found[-1])
-        is_open = is_open and not self._tail(conversation, conversation.answer_turns[-1]).strip()
-        return Located(text, spans, unlocated=len(found) - len(spans), open=is_open)
+        marked = self._mark(conversation)
+        if marked is None:
+            return self._locate(conversation)
+        found = self._locate(marked.conversation)
+        text, spans, plain = marked.restore(found.text, found.spans)
+        return dataclasses.replace(found, text=text, spans=spans, plain=plain)
+
+    def _locate(self, conversation: Conversation) -> Located:
+        by_tags = self._marked(conversation)
+        if by_tags is None:
+            text = self._render(conversation, conversation.messages)
+            turns = conversation.answer_turns
+            places = [self._find(conversation, turn, text) for turn in turns]
+            spans = [span for span in places if span is not None]
+            is_open = bool(places) and places[-1] is not None and self._is_open(text, places[-1])
+            is_open = is_open and not self._tail(conversation, turns[-1]).strip()
+            located = Located(text, spans, unlocated=len(places) - len(spans), open=is_open)
+            answers = dict(zip(turns, places, strict=True))
+        else:
+            located = by_tags
+            answers = dict(zip(conversation.answer_turns, located.spans, strict=False))
+        return dataclasses.replace(
+            located,
+            unread=unread_fields(conversation, self._render_all),
+            left_out=sum(
+                words_left_out(conversation, turn, located.text[slice(*span)], self._render_all)
+                for turn, span in answers.items()
+                if span is not None
+            ),
+        )
+
+    def _render_all(self, conversation: Conversation) -> str:
+        return self._render(conversation, conversation.messages)
+
+    def _mark(self, conversation: Conversation, ask: bool = False) -> Marked | None:
+        """The conversation with the control tokens of its turns replaced; None if there is nothing to replace."""
+        if self.control_tokens is None:
+            return None
+        return self.control_tokens.mark(conversation, lambda turns: self._render(turns, turns.messages, ask))
 
     # ------------------------------------------------------------------------------------------------------- helpers
     def _render(self, conversation: Conversation, messages: list[Message], ask: bool = False) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kd_lightning.data.collate import SIDES, PairRows
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.instruction import InstructionDataModule
 from kd_lightning.data.pairs import read_pairs, read_teacher_answers, with_answer
+from kd_lightning.data.row_report import extra_counts, extra_notes
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.saved_responses import SavedResponses
 from kd_lightning.data.sources import as_list
@@ -116,6 +118,7 @@ class ContrastiveDataModule(InstructionDataModule):
             "kept": len(kept),
             **{reason: reasons.count(reason) for reason in REASONS},
             "truncated": sum(max(lengths[0][n], lengths[1][n]) > self.max_length for n in kept),
+            **sum((Counter(extra_counts(half)) for half in self._halves.values()), Counter()),
         }
         self.report["train"] = counts
         locations = self._halves["teacher"]["location"][:]
@@ -130,7 +133,9 @@ class ContrastiveDataModule(InstructionDataModule):
             notes["empty"] = f"{counts['empty']} of them without both responses yet"
         if counts["truncated"]:
             notes["truncated"] = f"{counts['truncated']} truncated to max_length={self.max_length}"
-        rank_zero_info(", ".join([f"train: {len(kept)} of {len(reasons)} pairs", *notes.values()]))
+        rank_zero_info(
+            ", ".join([f"train: {len(kept)} of {len(reasons)} pairs", *notes.values(), *extra_notes(counts)])
+        )
         if len(kept) < len(reasons):
             self._halves = {side: half.select(kept) for side, half in self._halves.items()}
 

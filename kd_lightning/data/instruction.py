@@ -61,6 +61,8 @@ class InstructionDataModule(DistillationDataModule):
         chat_template_kwargs: variables for the chat template.
         seed: of the shuffling; None: the run's own (`seed_everything`), or 0 if none is set.
         pin_memory: copy batches to page-locked memory, for a GPU.
+        allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
+            they are words, and only those of the chat template are tokens.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -88,6 +90,7 @@ class InstructionDataModule(DistillationDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
         pin_memory: bool = False,
+        allow_special_tokens: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -110,6 +113,7 @@ class InstructionDataModule(DistillationDataModule):
         self.chat_template_kwargs = chat_template_kwargs
         self.seed = seed
         self.pin_memory = pin_memory
+        self.allow_special_tokens = allow_special_tokens
         self._rows: dict[str, Any] = {}
 
     # ---------------------------------------------------------------------------------------------------- preparation
@@ -129,8 +133,7 @@ class InstructionDataModule(DistillationDataModule):
                     "tokenizer must be given if the student was passed as an object without a folder or hub name, "
                     "got None"
                 )
-            self._tokenizer = load_tokenizer(self.tokenizer_source)
-            with_template(self._tokenizer, self.chat_template, rank_zero_info)
+            self._tokenizer = with_template(load_tokenizer(self.tokenizer_source), self.chat_template, rank_zero_info)
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
@@ -158,7 +161,9 @@ class InstructionDataModule(DistillationDataModule):
     @property
     def text_tokenizer(self) -> TextTokenizer:
         """How rows become token ids: tokenizer, chat template and maximum length."""
-        return TextTokenizer(self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length)
+        return TextTokenizer(
+            self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length, self.allow_special_tokens
+        )
 
     def load_split(self, split: str) -> Any:
         """Read and tokenize a split, and fill `report[split]`; a subclass with other rows overrides it.
@@ -259,10 +264,10 @@ class InstructionDataModule(DistillationDataModule):
     @property
     def pad_id(self) -> int:
         """The token id of padding; the attention mask, not the id, marks what is padding."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        if pad is None or pad >= self.tokenizer.vocab_size:  # an added token may have no row in the embeddings
+            return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
+        return int(pad)
 
     # ------------------------------------------------------------------------------------------------------- the rows
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,33 @@ NOTES = {
 """The message for each count of the report."""
 EXTRA_NOTES = {
     "excluded": "assistant turns without labels, as the rows say (weight 0, train false, …)",
+    "left_out": "answers with words or tool calls that the chat template leaves out",
+    "control_tokens": "control tokens inside rows, encoded as words (allow_special_tokens=true makes them tokens)",
 }
 """The same for counts that a report has only if they are not 0."""
+UNREAD = "unread "
+"""Begins the name of a count of turns with a field (or of rows with `tools`) that the chat template does not read."""
+
+
+def extra_counts(rows: Any) -> dict[str, int]:
+    """The counts of `EXTRA_NOTES`, and of the fields that the template does not read, if they are not 0.
+
+    Args:
+        rows: a `datasets.Dataset` with the columns of `TextTokenizer.tokenize`.
+    """
+    sums = {name: sum(rows[name][:]) for name in EXTRA_NOTES}
+    unread = Counter(name for names in rows["unread"][:] for name in names)
+    return {name: count for name, count in sums.items() if count} | {
+        f"{UNREAD}{name}": count for name, count in unread.most_common()
+    }
+
+
+def extra_notes(counts: dict[str, int]) -> list[str]:
+    """Those counts in words."""
+    found = [f"{count} {EXTRA_NOTES[name]}" for name, count in counts.items() if name in EXTRA_NOTES]
+    unread = {name.removeprefix(UNREAD): count for name, count in counts.items() if name.startswith(UNREAD)}
+    fields = ", ".join(f"{name!r} ({count})" for name, count in unread.items())
+    return [*found, f"fields that the chat template does not read: {fields}"] if unread else found
 
 
 def usable_rows(rows: Any, max_length: int) -> tuple[list[int], dict[str, int]]:
@@ -25,7 +51,7 @@ def usable_rows(rows: Any, max_length: int) -> tuple[list[int], dict[str, int]]:
         rows: a `datasets.Dataset` with the columns of `TextTokenizer.tokenize`.
         max_length: longest sequence in tokens.
     """
-    columns = {name: rows[name][:] for name in ("empty", "first_label", "full_length", "unlocated", *EXTRA_NOTES)}
+    columns = {name: rows[name][:] for name in ("empty", "first_label", "full_length", "unlocated")}
     first, empty = columns["first_label"], columns["empty"]
     kept = [n for n in range(len(rows)) if not empty[n] and 0 <= first[n] < max_length]
     return kept, {
@@ -35,17 +61,16 @@ def usable_rows(rows: Any, max_length: int) -> tuple[list[int], dict[str, int]]:
         "truncated": sum(columns["full_length"][n] > max_length for n in kept),
         "cut_away": sum(not e and f >= max_length for e, f in zip(empty, first, strict=True)),
         "unlocated": sum(columns["unlocated"]),
-        **{name: total for name in EXTRA_NOTES if (total := sum(columns[name]))},
+        **extra_counts(rows),
     }
 
 
 def report_line(split: str, counts: dict[str, int], max_length: int) -> str:
     """The counts of a split in one line."""
-    texts = {**NOTES, **EXTRA_NOTES}
-    notes = [
-        f", {counts[name]} {text.format(max_length=max_length)}" for name, text in texts.items() if counts.get(name)
-    ]
-    return f"{split}: {counts['kept']} of {counts['rows']} rows" + "".join(notes)
+    notes = [f"{counts[name]} {text.format(max_length=max_length)}" for name, text in NOTES.items() if counts[name]]
+    return f"{split}: {counts['kept']} of {counts['rows']} rows" + "".join(
+        f", {note}" for note in [*notes, *extra_notes(counts)]
+    )
 
 
 def no_usable_rows(sources: Sequence[str], rows: Any, max_length: int) -> ValueError:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,18 +14,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.assets import resolve
-from kd_lightning.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
+from kd_lightning.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Located
 from kd_lightning.data.conversation import Conversation, parse_row
 from kd_lightning.data.sources import cache_folder, fingerprint, read_rows
-from kd_lightning.models.hf_adapter import backend_state, has_offsets
+from kd_lightning.data.text.encode import encode_end, encode_start
+from kd_lightning.models.hf_adapter import backend_state
 from kd_lightning.models.pretrained import RemoteCodeError, from_pretrained
 
 VERSION = "2"
 """Changes when the same settings give other token ids or labels."""
 CACHE_VERSION = "4"
 """Changes when the columns of the cached data sets do, or when a row is read in another way."""
-INTEGERS = ("length", "full_length", "first_label", "unlocated", "excluded")
-"""Columns of a tokenized row that hold one number."""
+COUNTS = ("unlocated", "excluded", "left_out", "control_tokens")
+"""Columns of a tokenized row that are summed up in the report."""
 PARALLEL_ROWS = 20_000
 """Data sets with more rows are tokenized by several processes."""
 
@@ -62,17 +63,20 @@ class TextTokenizer:
         chat_template: a Jinja template instead of the tokenizer's own.
         template_kwargs: variables for the template.
         max_length: longest sequence in tokens; longer ones are truncated on the right.
+        allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
+            they are words, and only those of the chat template are tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
     template_kwargs: dict[str, Any] | None = None
     max_length: int = 512
+    allow_special_tokens: bool = False
 
     @functools.cached_property
     def chat(self) -> ChatTemplate:
         """The chat template these texts are rendered with."""
-        return ChatTemplate(self.tokenizer, self.chat_template, self.template_kwargs)
+        return ChatTemplate(self.tokenizer, self.chat_template, self.template_kwargs, self.allow_special_tokens)
 
     @property
     def first_ids(self) -> list[int]:
@@ -84,53 +88,67 @@ class TextTokenizer:
         """Token ids of a conversation, which of them are labels, and figures for the report.
 
         Returns:
-            `input_ids`, `label_mask`, `length`, `full_length`, `first_label` (-1: none), `unlocated`, `empty`,
-            `excluded`.
+            `input_ids`, `label_mask`, `length`, `full_length` (at least so many tokens), `first_label` (-1: none),
+            `empty`, `unread` and the counts of `COUNTS`.
 
         Raises:
             ValueError: the chat template refuses the conversation.
         """
         if conversation.empty:  # a template may refuse a conversation that ends with a question
-            none: dict[str, Any] = {"input_ids": [], "label_mask": [], "length": 0, "full_length": 0, "unlocated": 0}
-            return {**none, "first_label": -1, "empty": True, "excluded": conversation.excluded}
-        eos = self.tokenizer.eos_token_id
-        unlocated, ids = 0, []
+            none: dict[str, Any] = {"input_ids": [], "label_mask": [], "length": 0, "full_length": 0, "first_label": -1}
+            return {**none, **dict.fromkeys(COUNTS, 0), "excluded": conversation.excluded, "unread": [], "empty": True}
         if conversation.messages:
+            ids: list[int] = []
             located = (chat or self.chat).locate(conversation)
-            text, spans, unlocated, is_open = located.text, located.spans, located.unlocated, located.open
-            text = text[: spans[-1][1]] if is_open else text  # the end of sequence follows the answer directly
         else:
             ids = self.first_ids
-            text = conversation.prompt + conversation.completion
-            spans = [(len(conversation.prompt), len(text))]
-            is_open = not text.endswith(self.tokenizer.eos_token or "\0")
+            located = self._plain(conversation)
+        text, spans = located.text, located.spans
+        text = text[: spans[-1][1]] if located.open else text  # the end of sequence follows the answer directly
         label_mask = [False] * len(ids)
-        for token, is_label in encode(self.tokenizer, text, spans):
-            ids.append(token)
-            label_mask.append(is_label)
-        if is_open and eos is not None and any(label_mask):
+        found, is_whole = encode_start(self.tokenizer, text, spans, located.plain, self.max_length)
+        ids += [token for token, _ in found]
+        label_mask += [is_label for _, is_label in found]
+        eos = self.tokenizer.eos_token_id
+        if located.open and eos is not None and any(label_mask) and is_whole:
             ids.append(eos)
             label_mask.append(True)
         if label_mask:
             label_mask[0] = False  # no position predicts the first token
+        beyond = len(ids) if spans and not is_whole else -1  # the first label is none of these tokens
         return {
             "input_ids": ids[: self.max_length],
             "label_mask": label_mask[: self.max_length],
             "length": min(len(ids), self.max_length),
             "full_length": len(ids),
-            "first_label": label_mask.index(True) if any(label_mask) else -1,
-            "unlocated": unlocated,
-            "empty": False,
+            "first_label": label_mask.index(True) if any(label_mask) else beyond,
+            "unlocated": located.unlocated,
             "excluded": conversation.excluded,
+            "left_out": located.left_out,
+            "control_tokens": len(located.plain),
+            "unread": located.unread,
+            "empty": False,
         }
+
+    def _plain(self, conversation: Conversation) -> Located:
+        """A prompt and its completion without a template; an end of sequence that is there already is not doubled."""
+        text, eos = conversation.prompt + conversation.completion, self.tokenizer.eos_token
+        spans = [(len(conversation.prompt), len(text))]
+        is_open = not text.endswith(eos or "\0")
+        control = self.chat.control_tokens
+        plain = control.ranges(text) if control else []
+        return Located(text, spans, open=is_open, plain=plain if is_open or not plain else plain[:-1])
 
     def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
         """The text before the last answer, and its token ids; of a longer one the last `max_length`."""
         if conversation.messages:
-            text, first = self.chat.prompt(conversation), []
+            first: list[int] = []
+            text, plain = self.chat.prompt(conversation)
         else:
             text, first = conversation.prompt, self.first_ids
-        ids = first + self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            control = self.chat.control_tokens
+            plain = control.ranges(text) if control else []
+        ids = first + encode_end(self.tokenizer, text, plain, self.max_length)
         return text, ids[-self.max_length :]
 
     def fingerprint(self) -> str:
@@ -144,46 +162,36 @@ class TextTokenizer:
             self.chat_template or self.tokenizer.chat_template,
             self.template_kwargs,
             self.max_length,
+            *(["special tokens"] if self.allow_special_tokens else []),
         ]
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, notice: Notice) -> None:
-    """Set the plain bundled chat template on a tokenizer without one (it is then exported with the student)."""
-    if chat_template is not None or tokenizer.chat_template is not None:
-        return
+def with_template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, notice: Notice
+) -> PreTrainedTokenizerBase:
+    """A tokenizer whose own chat template, which is exported with the student, is the one that is used.
+
+    Args:
+        tokenizer: gets the plain bundled template if it has none and `chat_template` is None; a copy of it is returned
+            with another `chat_template`.
+        chat_template: a Jinja template instead of the tokenizer's own.
+        notice: called with a line about the bundled template.
+    """
+    if chat_template is not None:
+        if tokenizer.chat_template != chat_template:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = chat_template
+        return tokenizer
+    if tokenizer.chat_template is not None:
+        return tokenizer
     first = "{{ bos_token }}" if TextTokenizer(tokenizer).first_ids else ""
     tokenizer.chat_template = first + PLAIN_TEMPLATE
     notice(
         "the tokenizer has no chat template: using a plain one, 'User: ... Assistant: ...'; "
         "pass chat_template for another"
     )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> Iterator[tuple[int, bool]]:
-    """Token ids of a text, each with whether it is a label: whether it lies in one of the spans of characters.
-
-    A token that extends beyond its span is a label only if the characters outside are blank; otherwise part of it
-    belongs to another turn.
-    """
-    if not has_offsets(tokenizer):  # split the text where the spans begin and end
-        edges = [0, *(edge for span in spans for edge in span), len(text)]
-        for number, (start, end) in enumerate(itertools.pairwise(edges)):
-            ids = tokenizer(text[start:end], add_special_tokens=False, verbose=False).input_ids if start < end else []
-            yield from ((token, number % 2 == 1) for token in ids)
-        return
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    reached, n = 0, 0
-    for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        start = min(start, reached)  # blanks that the offsets leave out belong to the next token
-        reached = max(reached, end)
-        while n < len(spans) and spans[n][1] <= start:
-            n += 1
-        if n == len(spans) or end <= spans[n][0] or start == end:
-            yield token, False
-            continue
-        outside = text[start : max(start, spans[n][0])] + text[min(end, spans[n][1]) : end]
-        yield token, not outside.strip()
+    return tokenizer
 
 
 def prepare(sources: list[str], split: str, tokenizer: TextTokenizer, read: Reader | None = None) -> Any:
@@ -252,7 +260,7 @@ def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
     """
     import datasets
 
-    integers = {name: datasets.Value("int32") for name in INTEGERS}
+    integers = {name: datasets.Value("int32") for name in ("length", "full_length", "first_label", *COUNTS)}
     return rows.map(
         _Tokenize(tokenizer),
         num_proc=min(os.cpu_count() or 1, 16) if len(rows) > PARALLEL_ROWS else None,
@@ -262,6 +270,7 @@ def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
                 "input_ids": datasets.List(datasets.Value("int32")),
                 "label_mask": datasets.List(datasets.Value("bool")),
                 **integers,
+                "unread": datasets.List(datasets.Value("string")),
                 "empty": datasets.Value("bool"),
             }
         ),

@@ -9,7 +9,8 @@ import pytest
 
 from chat_templates import FAMILIES, Family
 from kd_lightning.data.conversation import Conversation, parse_row
-from kd_lightning.data.tokenization import TextTokenizer, encode, with_template
+from kd_lightning.data.text.encode import encode
+from kd_lightning.data.tokenization import TextTokenizer, with_template
 from tiny_tokenizers import tiny
 
 USER, OTHER = "What is the answer?", "Tell me a story about the sea."
