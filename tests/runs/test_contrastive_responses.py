@@ -69,7 +69,10 @@ def test_an_empty_response_keeps_the_old_one(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         data.replace_responses({0: "", 1: " \n", 2: "new"})
     assert responses_of(data) == {**before, 2: [before[2][0], "new"]}
-    assert "train: replaced 1 of 3 responses of the student, ignored 2 that are empty or begin after max_length=" in caplog.text
+    assert (
+        "train: replaced 1 of 3 responses of the student, ignored 2 that are empty or begin after max_length="
+        in caplog.text
+    )
     data.replace_responses({2: ""})
     assert responses_of(data)[2][1] == "new"
 
@@ -209,7 +212,9 @@ def test_a_pass_holds_every_pair_once_and_the_next_has_new_responses(untouched: 
 
 
 @pytest.mark.parametrize(("step", "workers"), [(2, 0), (PASS, 0), (PASS + 2, 0), (2 * PASS, 2), (2 * PASS + 3, 2)])
-def test_a_resumed_run_reads_the_remaining_batches(untouched: list[list[list[int]]], step: int, workers: int, tmp_path: Path) -> None:
+def test_a_resumed_run_reads_the_remaining_batches(
+    untouched: list[list[list[int]]], step: int, workers: int, tmp_path: Path
+) -> None:
     killed = fit(tmp_path, workers, fail_at=step + 1)
     assert killed.seen == untouched[: step + 1]
     resumed = fit(tmp_path, workers, ckpt=str(tmp_path / f"step={step}.ckpt"))
@@ -239,7 +244,9 @@ def test_missing_or_changed_responses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"student-0001.jsonl: changed since the checkpoint was saved"):
         fit(tmp_path, ckpt=ckpt)
     file.unlink()
-    with pytest.raises(ValueError, match=r"student-0001.jsonl: missing, but the checkpoint was trained on these responses"):
+    with pytest.raises(
+        ValueError, match=r"student-0001.jsonl: missing, but the checkpoint was trained on these responses"
+    ):
         fit(tmp_path, ckpt=ckpt)
 
 

@@ -16,8 +16,8 @@ from kd_lightning.distributed.checkpoint_io import open_checkpoint
 from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.models.lora import LoRA
 from kd_lightning.strategies import FSDP2Strategy
-from tiny_fits import rows, split
 from sharded_fits import joined, train
+from tiny_fits import rows, split
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # resumed runs write elsewhere
 

@@ -144,7 +144,10 @@ def test_a_refused_resume_leaves_the_configuration(tmp_path: Path, capsys: pytes
     before = (root / "config.yaml").read_text()
     other = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--ckpt_path", "last"]
     assert main([*runs.little(root, steps=4), *other]) == 1
-    assert "the checkpoint was saved with another optimizer than SGD (it has no dampening, momentum): resume with" in capsys.readouterr().err
+    assert (
+        "the checkpoint was saved with another optimizer than SGD (it has no dampening, momentum): resume with"
+        in capsys.readouterr().err
+    )
     assert (root / "config.yaml").read_text() == before
 
 
@@ -161,5 +164,7 @@ def test_an_override_at_resume_is_honoured(tmp_path: Path) -> None:
 def test_a_rate_that_the_checkpoint_overrules_is_said(tmp_path: Path) -> None:
     root = tmp_path / "root"
     assert main([*runs.little(root, steps=2), "--model.optimizer.lr", "1e-3"]) == 0
-    with pytest.warns(UserWarning, match=r"learning rate 0\.001 restored from the checkpoint; the configured 0\.008 is ignored"):
+    with pytest.warns(
+        UserWarning, match=r"learning rate 0\.001 restored from the checkpoint; the configured 0\.008 is ignored"
+    ):
         assert main([*runs.little(root, steps=4), "--ckpt_path", "last"]) == 0

@@ -29,8 +29,20 @@ def test_paths_are_expanded_alike_by_every_command(
     root = tmp_path / "work" / "root"
     assert (root / "student").is_dir() and (tmp_path / "work" / "page.md").is_file()
     for logger in ("CSVLogger", "TensorBoardLogger"):
-        assert main([*runs.little(tmp_path / logger, steps=1), "--data.train", "$HOME/train.jsonl",
-            "--trainer.logger", logger, "--trainer.logger.save_dir", f"~/{logger}/logs"]) == 0
+        assert (
+            main(
+                [
+                    *runs.little(tmp_path / logger, steps=1),
+                    "--data.train",
+                    "$HOME/train.jsonl",
+                    "--trainer.logger",
+                    logger,
+                    "--trainer.logger.save_dir",
+                    f"~/{logger}/logs",
+                ]
+            )
+            == 0
+        )
         assert (tmp_path / logger / "logs").is_dir()
     words = ["generate", "--model", "$WORK/root/student", "--data", "~/train.jsonl", "--output", "~/out.jsonl"]
     assert main([*words, "--max_new_tokens", "1"]) == 0
@@ -38,7 +50,10 @@ def test_paths_are_expanded_alike_by_every_command(
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] in "~$") == []
     capfd.readouterr()
     assert main([*runs.little(Path("$NOWHERE/root")), "--data.train", "~/train.jsonl"]) == 1
-    assert "--trainer.default_root_dir $NOWHERE/root: the environment variable NOWHERE is not set" in capfd.readouterr().err
+    assert (
+        "--trainer.default_root_dir $NOWHERE/root: the environment variable NOWHERE is not set"
+        in capfd.readouterr().err
+    )
 
 
 def test_a_resume_from_a_damaged_checkpoint_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

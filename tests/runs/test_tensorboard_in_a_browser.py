@@ -17,7 +17,11 @@ from kd_lightning.cli.program import main
 
 PAGES = {
     "custom_scalars": [*CHARTS, "component/head_kl"],
-    "images": ["agreement by position in the response", "the top and the tail of the teacher", "probability of the label"],
+    "images": [
+        "agreement by position in the response",
+        "the top and the tail of the teacher",
+        "probability of the label",
+    ],
     "text": ["config/text_summary", "max_steps: 4"],
     "hparams": ["model.temperature", "val/ce"],
 }
