@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +19,7 @@ PART = re.compile(r"\..+\.\d+\.part")  # the temporary names of `atomic_file`
 
 @contextmanager
 def folder_lock(folder: Path, report: Callable[[str], object] = print) -> Iterator[None]:
-    """Hold the lock of a folder, which is created if needed.
+    """Hold the lock of a folder, which is created if needed, and deleted again if nothing was written into it.
 
     The lock of a process that has ended is taken over, with a report. Whether a process on another host still runs
     cannot be seen from here: its lock is refused until the user deletes the file.
@@ -31,6 +31,7 @@ def folder_lock(folder: Path, report: Callable[[str], object] = print) -> Iterat
     Raises:
         ValueError: another process holds the lock.
     """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     file = _locked_file(path)
@@ -51,6 +52,7 @@ def folder_lock(folder: Path, report: Callable[[str], object] = print) -> Iterat
         finally:
             if _is_same_file(path, file):  # a user may have deleted it, and another process locked a new one
                 path.unlink()
+            _remove_empty(created)
     finally:
         if file is not None:
             file.close()
@@ -85,6 +87,13 @@ def remove_leftovers(folders: Iterable[Path]) -> list[Path]:
         else:
             path.unlink(missing_ok=True)
     return found
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Delete folders, the innermost first, up to the first one that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _locked_file(path: Path) -> TextIO | None:

@@ -42,7 +42,7 @@ from kd_lightning.cli import trainer_cli
 sys.path.append("")
 for name in ("instantiate_classes", "_run_subcommand"):
     setattr(trainer_cli.TrainerCLI, name, lambda self, *_: None)
-trainer_cli.checkpoint_path = lambda name, root: name
+trainer_cli.checkpoint_path = lambda name, root, resume=True: name
 for words in json.load(sys.stdin):
     try:
         cli.run(words)

@@ -94,7 +94,7 @@ def test_a_second_run_is_refused_and_leftovers_of_killed_runs_are_removed(
         assert f"{tmp_path / 'cached'} is in use by process" in capfd.readouterr().err
         assert [path.name for path in (tmp_path / "cached").iterdir()] == [".lock"]
     for path in leftovers:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(100))
     assert main(words) == 0
     assert not any(path.exists() for path in leftovers) and lock_problem(root) is None
