@@ -20,6 +20,7 @@ from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.functional import log_softmax
 from kd_lightning.models.backbone import logits
 from kd_lightning.module import DistillationModule
+from kd_lightning.training.evaluation import sums_and_counts
 from kd_lightning.training.student import StudentWithLoss
 
 Level = Literal["error", "warning", "note"]  # the run would be wasted; it may be; for information
@@ -125,16 +126,10 @@ class PreparedFit:
     @cached_property
     def means(self) -> dict[str, float]:
         """Token means of the evaluation's values on `held_out`."""
-        totals: dict[str, float] = {}
-        count = 0
         assert self.model is not None  # loads it
-        for batch in self.held_out:
-            with self.trainer.precision_plugin.forward_context():
-                parts = self.module.evaluate_batch(batch)
-            count += int(next_token_mask(batch["labels"]).sum())
-            for name, value in parts.values.items():
-                totals[name] = totals.get(name, 0.0) + float(value.double().sum())
-        return {name: total / count for name, total in totals.items()}
+        with self.trainer.precision_plugin.forward_context():
+            sums = sums_and_counts(self.module.evaluate_batch(batch).values for batch in self.held_out)
+        return {name: float(total[0] / total[1]) for name, total in sums.items()}
 
     @cached_property
     def student_log_probs(self) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ from kd_lightning.data.row_report import extra_counts, extra_notes
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.saved_responses import SavedResponses
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.tokenization import TextTokenizer, gather, tokenize_rows
+from kd_lightning.data.tokenization import TextTokenizer, gather, json_digest, tokenize_rows
 
 REASONS = {
     "side_missing": "dropped with one response missing",
@@ -234,7 +232,7 @@ class ContrastiveDataModule(InstructionDataModule):
     def _replace(self, side: str, responses: Mapping[int, str]) -> int:
         """Tokenize the new responses and hand them to existing loaders; returns how many were usable."""
         old, new = self._halves[side], _Replace(self.text_tokenizer, dict(responses))
-        stamp = hashlib.sha256(json.dumps([old._fingerprint, sorted(responses.items())]).encode()).hexdigest()[:32]
+        stamp = json_digest([old._fingerprint, sorted(responses.items())])
         half = old.map(new, features=old.features, keep_in_memory=True, new_fingerprint=stamp, desc="Tokenizing")
         taken = 0
         for row_id, text, conversation in zip(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from kd_lightning.data.pairs import parse_prompt, with_answer
 from kd_lightning.data.row_report import NOTES
 from kd_lightning.data.sampler import ResumableLoader
 from kd_lightning.data.sources import read_rows
-from kd_lightning.data.tokenization import gather, tokenize_rows
+from kd_lightning.data.tokenization import gather, json_digest, tokenize_rows
 
 FORMS = "'instruction' (with an optional 'input'), 'prompt' or 'messages'"
 
@@ -116,11 +115,10 @@ class PromptDataModule(InstructionDataModule):
                 "the training prompts already have responses: PromptDataModule takes them once, before the first step"
             )
         rows = self._rows["train"]
-        stamp = json.dumps([rows._fingerprint, side, sorted(responses.items())])
         answered = rows.map(
             _Answer(dict(responses), SIDES[side]),
             keep_in_memory=True,
-            new_fingerprint=hashlib.sha256(stamp.encode()).hexdigest()[:32],
+            new_fingerprint=json_digest([rows._fingerprint, side, sorted(responses.items())]),
             desc="Responses",
         )
         self._rows["train"] = self.keep_usable("train", tokenize_rows(answered, "train", self.text_tokenizer))

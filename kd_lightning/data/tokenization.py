@@ -234,7 +234,7 @@ def gather(
     import datasets  # type: ignore[import-untyped]
 
     stamps = {name: [fingerprint(source, split) for source in sources] for name, sources in files.items()}
-    stamp = _digest([CACHE_VERSION, read.__name__, split, stamps, texts, settings])
+    stamp = json_digest([CACHE_VERSION, read.__name__, split, stamps, texts, settings])
     try:
         return datasets.Dataset.from_generator(
             read,
@@ -274,7 +274,7 @@ def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
                 "empty": datasets.Value("bool"),
             }
         ),
-        new_fingerprint=_digest([rows._fingerprint, tokenizer.fingerprint()]),
+        new_fingerprint=json_digest([rows._fingerprint, tokenizer.fingerprint()]),
         desc=f"Tokenizing {split}",
     )
 
@@ -304,5 +304,6 @@ class _Tokenize:
             raise ValueError(f"{row['location']}: {error}") from None
 
 
-def _digest(parts: Any) -> str:
+def json_digest(parts: Any) -> str:
+    """The fingerprint of a `datasets.Dataset` that depends on these parts alone."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

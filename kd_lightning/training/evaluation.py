@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -62,17 +62,23 @@ def limited_batches(loader: Any, limit: int | float) -> int:
     return left
 
 
-def token_means(
-    trainer: L.Trainer, module: StudentTeacherModule, loader: Any, batches: int, title: str = "Test batches"
-) -> dict[str, float]:
-    """Means over the labeled tokens of the first `batches` batches, over all ranks."""
+def sums_and_counts(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum and count of the labeled tokens' values over batches, by name, each [2] in float64."""
     sums: dict[str, Tensor] = {}
-    numbers = progress_bar(range(batches), title, shown=progress_bar_enabled(trainer))
-    for values in evaluated_batches(trainer, module, loader, numbers):
+    for values in batches:
         for name, value in values.items():
             value = value.double()
             total = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
             sums[name] = sums[name] + total if name in sums else total
+    return sums
+
+
+def token_means(
+    trainer: L.Trainer, module: StudentTeacherModule, loader: Any, batches: int, title: str = "Test batches"
+) -> dict[str, float]:
+    """Means over the labeled tokens of the first `batches` batches, over all ranks."""
+    numbers = progress_bar(range(batches), title, shown=progress_bar_enabled(trainer))
+    sums = sums_and_counts(evaluated_batches(trainer, module, loader, numbers))
     if trainer.world_size > 1:
         sums = {name: trainer.strategy.reduce(total, reduce_op="sum") for name, total in sums.items()}
     return {name: float(total[0] / total[1]) for name, total in sums.items()}
