@@ -11,6 +11,7 @@ _HOME = tempfile.TemporaryDirectory(prefix="kd-lightning-tests-")
 os.environ.update(
     OMP_NUM_THREADS="1",  # two workers on two cores, and gloo ranks beside them: more threads only wait for each other
     MKL_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",  # the few that set more threads wait asleep
     TOKENIZERS_PARALLELISM="false",  # its threads do not survive a fork
     HF_HUB_OFFLINE="1",  # a name that is no folder must fail at once
     HF_DATASETS_CACHE=_HOME.name,  # tokenised rows of an earlier run would hide a fault

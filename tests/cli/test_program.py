@@ -26,3 +26,19 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name, description in {**TRAINER_COMMANDS, **OTHER_COMMANDS}.items():
         assert name in text
         assert description in text
+
+
+@pytest.mark.parametrize("mine", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "3"}])
+def test_threads_wait_asleep_unless_the_user_says_how_they_wait(mine):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    code = (
+        "import os, sys\n"
+        "from kd_lightning.cli import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert main(['no-such-command']) == 1\n"
+        f"print(*[os.environ.get(name) for name in {names}])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in names} | mine
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected = mine or {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+    assert shown.stdout.split() == [str(expected.get(name)) for name in names]
