@@ -241,3 +241,11 @@ def test_a_chart_of_several_shapes(script: Any, tmp_path: Path) -> None:
     assert chart.points(over_tokens, "amid", "time", chart.TOKENS) == []
     chart.main([*paths, "--output", str(tmp_path / "cost.svg")])
     assert (tmp_path / "cost.svg").read_text().count("jsd") >= 1
+
+
+def test_waiting_threads_are_compared_with_the_default(script: Any, tmp_path: Path) -> None:
+    waiting = script("waiting")
+    waiting.main(["--quick", "--threads", "1", "--beside", "0", "--output", str(tmp_path / "waiting")])
+    record = json.loads((tmp_path / "waiting.json").read_text())
+    assert set(record["results"]) == set(waiting.POLICIES)
+    assert "| default | 1.00 [1.00–1.00] |" in (tmp_path / "waiting.md").read_text()
