@@ -15,6 +15,7 @@ import torch
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.prompt import parse_question
 from kd_lightning.data.sources import read_rows
+from kd_lightning.data.text.teacher_input import TeacherInput
 from kd_lightning.data.tokenization import TextTokenizer, load_tokenizer, with_template
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.generation.batch_generator import (
@@ -75,6 +76,7 @@ def generate(
     server: str | None = None,
     patience: float = 180.0,
     progress: bool = True,
+    teacher_prompt: str | None = None,
 ) -> None:
     """Write a response to every row of the data, in its order, with all fields of the row.
 
@@ -99,6 +101,9 @@ def generate(
         server: address of an OpenAI-compatible server that generates instead of a local model.
         patience: seconds during which requests to a server that does not answer are retried.
         progress: show a progress bar.
+        teacher_prompt: what the model reads as the last user turn: a format text over the fields of the row and
+            `{prompt}` (that turn), as `data.teacher_prompt` of a run; the fields are written as they are. None: the
+            turn itself.
 
     Raises:
         ValueError: an argument is out of its range; data or model cannot be read; the output holds something else; the
@@ -108,8 +113,10 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p)
     _check_arguments(output, model or server, batch_size=batch_size, max_length=max_length, patience=patience)
     found = list(read_rows(data, "train"))
-    rows, questions = [row for _, row in found], [parse_question(row, line) for line, row in found]
-    settings = {**asdict(sampling), "seed": seed}
+    own = TeacherInput(teacher_prompt)
+    rows = [row for _, row in found]
+    questions = [own.conversation(parse_question(row, line), row, line) for line, row in found]
+    settings = {**asdict(sampling), "seed": seed, **({} if teacher_prompt is None else {"prompt": teacher_prompt})}
     if server is not None:
         served = ServerGenerator(OpenAIClient(server, patience), model, sampling, seed)
         with ResponseFile(output, rows, f"{served.model} (server)", settings) as file:

@@ -80,6 +80,11 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """How rows become token ids: tokenizer, chat template and maximum length."""
 
     @property
+    def teacher_text_tokenizer(self) -> TextTokenizer:
+        """The same for the teacher, which may have a chat template of its own."""
+        return self.text_tokenizer
+
+    @property
     @abstractmethod
     def pad_id(self) -> int:
         """The token id of padding; the attention mask, not the id, marks what is padding."""
@@ -107,9 +112,17 @@ class DistillationDataModule(L.LightningDataModule, ABC):
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
 
+    @property
+    def teacher_has_own_input(self) -> bool:
+        """Whether the teacher reads something else than the student (`teacher_input_ids` of a batch)."""
+        return False
+
     @abstractmethod
-    def longest(self) -> int:
-        """Number of tokens of the longest loaded row; prompts without a response are not included."""
+    def longest(self, role: str = "student") -> int:
+        """Number of tokens of the longest loaded row, as the "student" or the "teacher" reads it.
+
+        Prompts without a response are not included.
+        """
 
     @abstractmethod
     def largest_id(self) -> int:
@@ -121,12 +134,13 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """Every row of a split once over all ranks, with the same number of batches on each rank."""
 
     @abstractmethod
-    def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
+    def generation_rows(self, split: str, first: int | None = None, role: str = "student") -> list[GenerationRow]:
         """Prompt and reference answer of the rows of a split.
 
         Args:
             split: `train`, `val` or `test`; loaded.
             first: only the first rows, at most this many; None: all rows.
+            role: which model is asked, "student" or "teacher", whose prompts may be its own.
         """
 
     @abstractmethod

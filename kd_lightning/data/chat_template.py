@@ -305,7 +305,7 @@ def refusal(error: BaseException) -> ValueError:
     return ValueError(f"the chat template refuses this row: {text}")
 
 
-def read_template(template: str | None) -> str | None:
+def read_template(template: str | None, name: str = "chat_template") -> str | None:
     """A chat template from a file; a Jinja template is returned as it is.
 
     Raises:
@@ -317,4 +317,4 @@ def read_template(template: str | None) -> str | None:
         with open(template, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError):
-        raise ValueError(f"chat_template must be a Jinja template or a file that holds one, got {template!r}") from None
+        raise ValueError(f"{name} must be a Jinja template or a file that holds one, got {template!r}") from None

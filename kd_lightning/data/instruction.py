@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -10,14 +9,23 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.data.base import DistillationDataModule, GenerationRow, NamesTokenizer, describe_rows
+from kd_lightning.data.base import NamesTokenizer
 from kd_lightning.data.chat_template import read_template
 from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
-from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.tokenization import Reader, TextTokenizer, load_tokenizer, prepare, with_template
+from kd_lightning.data.text.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
+from kd_lightning.data.text.tokenized_splits import TokenizedSplits
+from kd_lightning.data.tokenization import (
+    Reader,
+    TextTokenizer,
+    gather,
+    load_tokenizer,
+    read_conversations,
+    tokenize_rows,
+    with_template,
+)
 from kd_lightning.distributed.trainer import (
     completed_epochs,
     data_parallel_rank,
@@ -31,7 +39,7 @@ SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 SHORTEST = 8
 
 
-class InstructionDataModule(DistillationDataModule):
+class InstructionDataModule(TokenizedSplits):
     """Instructions and conversations, as batches in which only the assistant's answers have labels.
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
@@ -63,6 +71,10 @@ class InstructionDataModule(DistillationDataModule):
         pin_memory: copy batches to page-locked memory, for a GPU.
         allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
             they are words, and only those of the chat template are tokens.
+        teacher_prompt: what the teacher reads as the last user turn: a format text over the row's fields and `{prompt}`
+            (that turn), such as `"{prompt} Solution: {solution}"`; None: what the student reads.
+        teacher_chat_template: a Jinja template, or a file that holds one, for the teacher; None: the student's.
+        teacher_chat_template_kwargs: variables for the teacher's template, in addition to `chat_template_kwargs`.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -91,6 +103,9 @@ class InstructionDataModule(DistillationDataModule):
         seed: int | None = None,
         pin_memory: bool = False,
         allow_special_tokens: bool = False,
+        teacher_prompt: str | None = None,
+        teacher_chat_template: str | None = None,
+        teacher_chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -114,7 +129,8 @@ class InstructionDataModule(DistillationDataModule):
         self.seed = seed
         self.pin_memory = pin_memory
         self.allow_special_tokens = allow_special_tokens
-        self._rows: dict[str, Any] = {}
+        template = read_template(teacher_chat_template, "teacher_chat_template")
+        self.teacher_input = TeacherInput(teacher_prompt, template, teacher_chat_template_kwargs)
 
     # ---------------------------------------------------------------------------------------------------- preparation
     def prepare_data(self) -> None:
@@ -169,9 +185,22 @@ class InstructionDataModule(DistillationDataModule):
         """Read and tokenize a split, and fill `report[split]`; a subclass with other rows overrides it.
 
         Returns:
-            a `datasets.Dataset` with the columns of `prepare`.
+            a `datasets.Dataset` with the columns of `tokenized`.
         """
-        return self.keep_usable(split, prepare(self.sources[split], split, self.text_tokenizer, self.read))
+        rows = gather(self.read or read_conversations, split, {"sources": self.sources[split]})
+        return self.keep_usable(split, self.tokenized(rows, split))
+
+    def tokenized(self, rows: Any, split: str) -> Any:
+        """Rows with a `conversation`, with the columns of their tokens, also in the teacher's own input."""
+        found = tokenize_rows(rows, split, self.text_tokenizer)
+        if not self.teacher_has_own_input:
+            return found
+        return with_teacher_input(found, split, self.teacher_input, self.text_tokenizer)
+
+    @property
+    def add_teacher_input(self) -> AddTeacherInput | None:
+        """Adds the teacher's own input to a tokenized row; None if it has none."""
+        return AddTeacherInput(self.teacher_input, self.text_tokenizer) if self.teacher_has_own_input else None
 
     def keep_usable(self, split: str, rows: Any) -> Any:
         """The rows that can be trained on; the others are counted in `report[split]`.
@@ -268,51 +297,3 @@ class InstructionDataModule(DistillationDataModule):
         if pad is None or pad >= self.tokenizer.vocab_size:  # an added token may have no row in the embeddings
             return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
         return int(pad)
-
-    # ------------------------------------------------------------------------------------------------------- the rows
-    @property
-    def splits(self) -> list[str]:
-        """The splits that are loaded."""
-        return list(self._rows)
-
-    def description(self) -> dict[str, str]:
-        """One line per loaded split that changes when its rows change."""
-        return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
-
-    def longest(self) -> int:
-        """Number of tokens of the longest loaded row; prompts without a response are not included."""
-        tokenized = [rows for rows in self._rows.values() if "length" in rows.column_names]
-        return max((max(rows["length"][:], default=0) for rows in tokenized), default=0)
-
-    def largest_id(self) -> int:
-        """The largest token id in the loaded rows."""
-        tokenized = [rows for rows in self._rows.values() if "input_ids" in rows.column_names]
-        return max((max(ids, default=0) for rows in tokenized for ids in rows["input_ids"]), default=0)
-
-    def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split.
-
-        Args:
-            split: `train`, `val` or `test`; loaded.
-            first: only the first rows, at most this many; None: all rows.
-        """
-        tokenizer, rows = self.text_tokenizer, self._rows[split].select_columns(["row", "conversation", "row_id"])
-        found: list[GenerationRow] = []
-        for row in rows if first is None else rows.select(range(min(first, len(rows)))):
-            conversation = Conversation.load(row["conversation"])
-            text, ids = tokenizer.prompt(conversation)
-            fields = json.loads(row["row"])
-            found.append(
-                GenerationRow(prompt_ids=ids, prompt=text, answer=conversation.answer, row=fields, index=row["row_id"])
-            )
-        return found
-
-    def conversations(self, split: str, first: int) -> list[Conversation]:
-        """The first rows of a split as conversations."""
-        rows = self._rows[split]
-        return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
-
-    def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
-        """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""
-        locations = dict(zip(self._rows[split]["row_id"][:], self._rows[split]["location"][:], strict=True))
-        return [locations[row_id] for row_id in row_ids if row_id in locations]

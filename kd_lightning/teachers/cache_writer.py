@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kd_lightning.console import progress_bar
+from kd_lightning.constants import teacher_view
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, top_k
@@ -97,7 +98,7 @@ def fill_cache(
     found = {}
     for split in data.splits:
         reader, digest = CacheReader(folder, manifest.digest), DataDigest()  # a row may be in two splits
-        for batch in progress_bar(data.every_row(split), f"Teacher, {split}", shown=bar):
+        for batch in map(teacher_view, progress_bar(data.every_row(split), f"Teacher, {split}", shown=bar)):
             _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks)
         writer.flush()
         digest.sums = ranks.sum_over_ranks(digest.sums)
@@ -142,7 +143,7 @@ def cache_teacher(
 
 def _add_new_rows(
     teacher: Teacher,
-    batch: dict[str, Tensor],
+    batch: Mapping[str, Tensor],
     manifest: CacheManifest,
     reader: CacheReader,
     writer: CacheWriter,
@@ -162,7 +163,7 @@ def _add_new_rows(
 
 
 @torch.no_grad()
-def _outputs(teacher: Teacher, batch: dict[str, Tensor], manifest: CacheManifest) -> dict[str, Tensor]:
+def _outputs(teacher: Teacher, batch: Mapping[str, Tensor], manifest: CacheManifest) -> dict[str, Tensor]:
     """The teacher's outputs at labeled tokens of a batch, by name, on the CPU."""
     head, mask = teacher.head, next_token_mask(batch["labels"])
     device = torch.device("cpu") if head is None else head.weight.device

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.constants import TEACHER_FIELDS, teacher_view
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.fsdp2 import ShardableStudent
 from kd_lightning.distributed.vocab_parallel import head_on_rank
@@ -24,7 +25,7 @@ from kd_lightning.teachers.base import Teacher
 from kd_lightning.training.loss_components import component_sums
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
-NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
+NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids", *TEACHER_FIELDS.values())
 Split = Callable[[Any], tuple[nn.Module, Head]]  # a model into its body and its LM head
 
 
@@ -80,6 +81,7 @@ class ForwardPass:
         teacher_head: the teacher's LM head.
         labels: [B, T].
         columns: extra inputs per token, [B, T] or [B].
+        teacher_labels: labels in the teacher's own input, [B, Tt]; None: its input is the student's.
     """
 
     student: Tensor
@@ -88,13 +90,14 @@ class ForwardPass:
     teacher_head: Head | None
     labels: Tensor
     columns: Mapping[str, Tensor]
+    teacher_labels: Tensor | None = None
 
     def loss(self, loss: DistillationLoss) -> LossParts:
         """A loss of these outputs."""
         if self.student_head is None:
-            return loss.from_logits(self.student, self.teacher, self.labels, self.columns)
-        teacher, head = self.teacher, self.teacher_head
-        return loss.from_hidden(self.student, self.student_head, teacher, head, self.labels, self.columns)
+            return loss.from_logits(self.student, self.teacher, self.labels, self.columns, self.teacher_labels)
+        models = (self.student, self.student_head, self.teacher, self.teacher_head)
+        return loss.from_hidden(*models, self.labels, self.columns, self.teacher_labels)
 
 
 class StudentWithLoss(ShardableStudent):
@@ -169,7 +172,8 @@ class StudentWithLoss(ShardableStudent):
         """Undivided loss of one batch; the prediction at position t is compared with the label at t + 1.
 
         Args:
-            batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T].
+            batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T]; if the
+                teacher has an input of its own, the fields of `TEACHER_FIELDS` of shape [B, Tt].
             teacher: run without gradient; None if the loss does not use it.
             loss: another loss on the same models (for evaluation); None: the training loss.
             components: a loss whose monitors are measured on the same outputs as well; their means are added to
@@ -185,16 +189,17 @@ class StudentWithLoss(ShardableStudent):
     def _run_models(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:
         """Run the teacher, then the student; hidden states if possible, else full logits."""
         inputs = {name: batch[name] for name in MODEL_INPUTS}
-        labels, columns = batch["labels"][:, 1:], _columns(batch)
+        own = batch.get(TEACHER_FIELDS["labels"]) if teacher is not None else None
+        columns = (batch["labels"][:, 1:], _columns(batch), None if own is None else own[:, 1:])
         head, teacher_head = self.head(), None if teacher is None else teacher.head
         known: Tensor | TopK | None = None
         if teacher is not None and (head is None or teacher_head is None):
-            known, teacher_head = teacher.logits(batch)[:, :-1], None
+            known, teacher_head = teacher.logits(teacher_view(batch))[:, :-1], None
         if head is None or self.body is None or isinstance(known, Tensor):
-            return ForwardPass(logits(self.student, **inputs)[:, :-1], None, known, None, labels, columns)
+            return ForwardPass(logits(self.student, **inputs)[:, :-1], None, known, None, *columns)
         if teacher is not None and teacher_head is not None:
-            known = teacher.hidden(batch)[:, :-1]
-        return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, labels, columns)
+            known = teacher.hidden(teacher_view(batch))[:, :-1]
+        return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, *columns)
 
 
 def _columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
