@@ -76,7 +76,7 @@ def build_data(wordnet: Path, work: Path, output: Path) -> None:
 
 
 def build_context(output: Path) -> None:
-    """Write the rows whose definition only the teacher reads: category rows with the first words of their definition."""
+    """Write rows for a teacher that reads more: category rows with the first words of the definition, and all of it."""
     for name in ("train", "validation", "test"):
         found = []
         for row in read_rows(output / f"{name}.jsonl"):
