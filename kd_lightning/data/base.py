@@ -182,6 +182,12 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """
         self._before_pass.append(callback)
 
+    def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
+        """Call `callback(batch)` with each batch of the loaders before the batch in front of it is used.
+
+        By default it is never called: what is prepared ahead is then prepared when it is needed.
+        """
+
     def run_before_pass(self, number: int) -> None:
         """Call the callbacks of `add_before_pass`; a data module that accepts responses does so before each pass."""
         for callback in self._before_pass:

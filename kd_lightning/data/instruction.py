@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -130,6 +131,7 @@ class InstructionDataModule(TokenizedSplits):
         self.pin_memory = pin_memory
         self.allow_special_tokens = allow_special_tokens
         template = read_template(teacher_chat_template, "teacher_chat_template")
+        self._ahead: list[Callable[[dict[str, Tensor]], None]] = []
         self.teacher_input = TeacherInput(teacher_prompt, template, teacher_chat_template_kwargs)
 
     # ---------------------------------------------------------------------------------------------------- preparation
@@ -246,7 +248,7 @@ class InstructionDataModule(TokenizedSplits):
 
     def every_row(self, split: str) -> ResumableLoader:
         """Every row of a split once over all ranks, with the same number of batches on each rank; longest first."""
-        return self._loader(split, shuffle=False, grouped=True, fill=True)
+        return self._loader(split, shuffle=False, grouped=True, fill=True, ahead=False)
 
     def token_rows(self, split: str) -> tuple[Any, list[int]]:
         """The data set that batches of a split are read from, and the number of tokens of each row."""
@@ -262,7 +264,7 @@ class InstructionDataModule(TokenizedSplits):
         grouped = self.group_by_length and self.shuffle and all_rows
         return self._loader(split, shuffle=False, grouped=grouped, fill=True)
 
-    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> ResumableLoader:
+    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool, ahead: bool = True) -> ResumableLoader:
         rows, lengths = self.token_rows(split)
         rank, world_size = data_parallel_rank(self.trainer)
         order = BatchOrder(
@@ -283,7 +285,18 @@ class InstructionDataModule(TokenizedSplits):
             collate_fn=Collator(self.pad_id),
             pin_memory=self.pin_memory,
         )
+        if self._ahead and ahead:
+            loader.look_ahead(self._call_ahead)
         return loader
+
+    def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
+        """Call `callback(batch)` with each batch of a loader before the batch in front of it is used; once each."""
+        if callback not in self._ahead:
+            self._ahead.append(callback)
+
+    def _call_ahead(self, batch: dict[str, Tensor]) -> None:
+        for callback in self._ahead:
+            callback(batch)
 
     def _plain_loader(self, split: str) -> ResumableLoader:
         rows, _ = self.token_rows(split)

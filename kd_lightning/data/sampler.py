@@ -67,6 +67,7 @@ class BatchOrder(DistributedSampler[list[int]]):
         self.fill = fill
         self.start = 0
         self.pass_length: int | None = None
+        self.announce: Callable[[list[int]], None] | None = None  # called with the rows of the batch after the next
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
@@ -133,6 +134,8 @@ class _BatchIterator(Iterator[list[int]]):
         if self.position >= len(self.batches):
             raise StopIteration
         self.position += 1
+        if self.order.announce is not None and self.position < len(self.batches):
+            self.order.announce(self.batches[self.position])
         return self.batches[self.position - 1]
 
     def state_dict(self) -> dict[str, int]:
@@ -156,6 +159,12 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
             super().__init__(*args, **kwargs)
         self._first = 0  # the batch that the present iterator began with
         self._before_pass: Callable[[int], None] | None = None
+
+    def look_ahead(self, callback: Callable[[Any], None]) -> None:
+        """Call `callback(batch)` with the next batch of the pass whenever a batch is read; the state is unaffected."""
+        order, collate = self.sampler, self.collate_fn
+        if isinstance(order, BatchOrder):
+            order.announce = lambda rows: callback(collate(self.dataset[rows]))
 
     def call_before_pass(self, callback: Callable[[int], None]) -> None:
         """Call `callback(pass_number)` before the order of a pass is made and its first row is read.

@@ -89,6 +89,23 @@ class OpenAIClient:
                 raise
             return []
 
+    def max_length(self, model: str) -> int | None:
+        """The longest sequence that a served model reads, in tokens (`max_model_len`); None: the server does not say.
+
+        Raises:
+            ValueError: the server refuses or does not answer.
+        """
+
+        def parse(answer: Any) -> int | None:
+            return next((entry.get("max_model_len") for entry in answer["data"] if entry["id"] == model), None)
+
+        try:
+            return self.request("models", None, parse, "the list of models", min(self.patience, FIRST_PATIENCE))
+        except RequestRefusedError as error:
+            if error.status not in (404, 405, 501):  # not implemented by some servers
+                raise
+            return None
+
     def select_model(self, name: str | None) -> str:
         """The name of a served model; None: the only one that is served.
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.divergences import Divergence
 from kd_lightning.engine.head import Head
@@ -20,6 +21,10 @@ class StudentModel(Protocol):
     """The student of a run; `training.student.StudentWithLoss` implements it."""
 
     student: nn.Module
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the student has logits for."""
 
     @property
     def body(self) -> nn.Module | None:
@@ -40,6 +45,10 @@ class TokenizedData(Protocol):
         """Names of the splits that are loaded."""
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the rows."""
+
+    @property
     def text_tokenizer(self) -> Any:
         """The `TextTokenizer` that turned the rows into tokens."""
 
@@ -48,6 +57,12 @@ class TokenizedData(Protocol):
 
     def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of each of these rows."""
+
+    def longest(self, role: str = "student") -> int:
+        """Number of tokens of the longest row, as a role reads it."""
+
+    def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
+        """Call `callback(batch)` with each batch before the one in front of it is trained on."""
 
 
 def _same(x: Tensor) -> Tensor:

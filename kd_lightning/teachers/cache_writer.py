@@ -169,8 +169,10 @@ def _outputs(teacher: Teacher, batch: Mapping[str, Tensor], manifest: CacheManif
     device = torch.device("cpu") if head is None else head.weight.device
     moved = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
     where = mask.to(device)
-    output = _full_logits(teacher, moved) if head is None else teacher.hidden(moved)
+    output = teacher.logits(moved) if head is None else teacher.hidden(moved)
     output = output[:, :-1][where]
+    if isinstance(output, TopK):
+        return _stored(output, manifest)
     if manifest.kind == "hidden":
         return {"hidden": output.to(DTYPES[manifest.dtype]).cpu()}
     labels = moved["labels"][:, 1:][where]
@@ -178,18 +180,25 @@ def _outputs(teacher: Teacher, batch: Mapping[str, Tensor], manifest: CacheManif
     for rows, wanted in zip(torch.split(output, LOGIT_ROWS), torch.split(labels, LOGIT_ROWS), strict=True):
         logits = rows if head is None else head.logits(rows)
         found.append(top_k(logits[:, : manifest.vocabulary], wanted, manifest.k or 1))
+    columns = zip(*((x.ids, x.log_probs, x.log_tail) for x in found), strict=True)
+    ids, log_probs, log_tail = (torch.cat(parts) for parts in columns)
+    return _stored(TopK(ids, log_probs, log_tail, manifest.vocabulary), manifest)
+
+
+def _stored(known: TopK, manifest: CacheManifest) -> dict[str, Tensor]:
+    """The top k of a teacher that knows no more, as they are cached.
+
+    Raises:
+        ValueError: another number of tokens is to be cached.
+    """
+    given = known.ids.shape[-1]
+    if given != manifest.k:
+        raise ValueError(f"k must be {given}, the number of tokens that the teacher gives, got {manifest.k}")
     return {
-        "ids": torch.cat([x.ids for x in found]).int().cpu(),
-        "log_probs": torch.cat([x.log_probs for x in found]).to(DTYPES[manifest.dtype]).cpu(),
-        "log_tail": torch.cat([x.log_tail for x in found]).cpu(),
+        "ids": known.ids.int().cpu(),
+        "log_probs": known.log_probs.to(DTYPES[manifest.dtype]).cpu(),
+        "log_tail": known.log_tail.cpu(),
     }
-
-
-def _full_logits(teacher: Teacher, batch: dict[str, Tensor]) -> Tensor:
-    logits = teacher.logits(batch)
-    if isinstance(logits, TopK):
-        raise ValueError(f"teacher {type(teacher).__name__} gives the top k tokens only and cannot be cached")
-    return logits
 
 
 def _manifest(
