@@ -62,6 +62,7 @@ from kd_lightning.teachers.base import Teacher as Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher as HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher as OffloadedTeacher
+from kd_lightning.teachers.served import ServerTeacher as ServerTeacher
 
 __version__: str
 __all__: list[str]

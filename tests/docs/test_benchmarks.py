@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from locations import ROOT
+from scoring_server import ScoringServer
 
 FOLDER = ROOT / "benchmarks"
 
@@ -241,3 +242,12 @@ def test_a_chart_of_several_shapes(script: Any, tmp_path: Path) -> None:
     assert chart.points(over_tokens, "amid", "time", chart.TOKENS) == []
     chart.main([*paths, "--output", str(tmp_path / "cost.svg")])
     assert (tmp_path / "cost.svg").read_text().count("jsd") >= 1
+
+
+def test_the_page_on_a_server(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with ScoringServer(max_model_len=512) as server:
+        script("on_server").main([server.url, "--rows", "4", "--top_k", "5"])
+    text = capsys.readouterr().out
+    assert "form: prompt_logprobs; max_model_len: 512" in text
+    assert "test at the start: passed" in text
+    assert "| 8 | 4 |" in text
