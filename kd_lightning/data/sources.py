@@ -142,15 +142,16 @@ def _decode(line: bytes, location: str) -> str:
 def _read_parquet(source: str, path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    count = 0
+    read = 0
     try:
         with pq.ParquetFile(path) as file:
-            for count, row in rows_of_batches(file.iter_batches(batch_size=1024), source):
+            for number, row in rows_of_batches(file.iter_batches(batch_size=1024), source):
                 yield row
+                read = number
     except RowError:
         raise
     except arrow_errors() as error:
-        at = f" after row {count}" if count else ""
+        at = f" after row {read}" if read else ""
         raise ValueError(f"{source}: not a readable parquet file{at}: {_one_line(error)}") from None
 
 

@@ -43,7 +43,7 @@ BAD_VALUES = {
     "inner integer": (field('[{"a": [1, ' + "9" * 5000 + "]}]"), "an integer has 5000 digits"),
     "surrogate": (field(r'"a\ud800b"'), r"a string has \\ud800, half of a surrogate pair"),
     "low surrogate": (field(r'{"a": ["\uDC01"]}'), r"a string has \\udc01"),
-    "name of a field": (field('1', r"\udbff"), r"a string has \\udbff"),
+    "name of a field": (field("1", r"\udbff"), r"a string has \\udbff"),
     "surrogate in an answer": (r'{"instruction": "a", "output": "\ude00"}' + "\n", r"a string has \\ude00"),
 }
 
@@ -81,7 +81,7 @@ def test_what_can_be_kept_is_read(tmp_path: Path) -> None:
 def test_json_inside_a_field_is_read_as_strictly(text: str) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
     for row in ({"messages": [{"role": "user", "content": "a"}, call]}, {"messages": [call], "tools": f"[{text}]"}):
-        with pytest.raises(ValueError, match="^a:3: field '(messages|tools)'.* broken JSON"):
+        with pytest.raises(ValueError, match=r"^a:3: field '(messages|tools)'.* broken JSON"):
             parse_row(row, "a:3")
 
 
@@ -99,9 +99,7 @@ BAD_COLUMNS: dict[str, Callable[[], Any]] = {
     "date32": lambda: pa.array([0, 1, FAR, 3, 4], pa.int32()).cast(pa.date32()),
     "timestamp": lambda: pa.array([0, 1, FAR * 86_400, 3, 4]).cast(pa.timestamp("s")),
     "negative timestamp": lambda: pa.array([0, 1, -FAR * 86_400, 3, 4]).cast(pa.timestamp("s")),
-    "inside a list": lambda: pa.array([[0], [1], [2, FAR], [], None], pa.list_(pa.int32())).cast(
-        pa.list_(pa.date32())
-    ),
+    "inside a list": lambda: pa.array([[0], [1], [2, FAR], [], None], pa.list_(pa.int32())).cast(pa.list_(pa.date32())),
     "not UTF-8": lambda: raw_strings([b"a", b"b", b"\xff\xfe", b"d", b"e"]),
     "cut UTF-8": lambda: raw_strings([b"a", b"b", "ä".encode()[:1], b"d", b"e"]),
     "surrogate": lambda: raw_strings([b"a", b"b", b"\xed\xa0\x80", b"d", b"e"]),

@@ -108,5 +108,7 @@ def _no_integer(text: str) -> int:
 
 def _integer(text: str) -> int:
     if len(text.lstrip("-")) >= MOST_DIGITS:
-        raise JSONError(f"broken JSON: an integer has {len(text.lstrip('-'))} digits: at most {MOST_DIGITS - 1} can be read")
+        raise JSONError(
+            f"broken JSON: an integer has {len(text.lstrip('-'))} digits: at most {MOST_DIGITS - 1} can be read"
+        )
     return int(text)
