@@ -108,7 +108,7 @@ def test_a_template_that_rewrites_early_turns_is_rendered_in_full(monkeypatch: p
 
 def test_long_rows_are_reported_as_truncated(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    rows = [LONG_ROWS["answer"](400_000), LONG_ROWS["question"](400_000), {"messages": turns(400, 1000)}]
+    rows = [LONG_ROWS["answer"](400_000), LONG_ROWS["question"](400_000), {"messages": turns(4000, 100)}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = InstructionDataModule(str(path), tokenizer=text_tokenizer().tokenizer, max_length=64)
     data.setup("fit")
