@@ -26,7 +26,8 @@ def greedy_responses(
 ) -> dict[int, str]:
     """Greedy responses to this rank's share of some rows, by their `index`.
 
-    They are generated in the precision of the run. A batch stops one token after its longest answer: a longer response matches none of them.
+    They are generated in the precision of the run. A batch stops one token after its longest answer: a longer response
+    matches none of them.
 
     Args:
         trainer: the Trainer of the run.
