@@ -17,6 +17,7 @@ from kd_lightning import DistillationModule
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.lora import LoRA
 from kd_lightning.models.model_checks import freeze_unreached
+from kd_lightning.strategies import FSDP2Strategy
 from sharded_fits import joined
 from tiny_fits import fit, rows, split
 
@@ -39,9 +40,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_the_parameters_that_text_does_not_reach_stay_as_they_are(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_parameters_that_text_does_not_reach_stay_as_they_are(name: str, caplog: pytest.LogCaptureFixture) -> None:
     before = parameters(multimodal.seeded(name))
     trained = fit(module(name), split(rows(6, vocabulary=60), 3, 3))
     (notice,) = (record.getMessage() for record in caplog.records if "frozen" in record.getMessage())
@@ -51,22 +50,24 @@ def test_the_parameters_that_text_does_not_reach_stay_as_they_are(
         assert torch.equal(value, after[key]) == key.startswith(TOWERS[name]), key
 
 
-def on_ranks(rank: int, name: str, strategy: str) -> dict[str, Any]:
+def on_ranks(rank: int) -> dict[str, dict[str, Tensor]]:
+    """Weights after a fit by ddp; a fit by fsdp2 ends as well."""
     joined(rank, 2)
-    batches = [split(rows(8, vocabulary=60), 2, 2, 2, 2)[rank::2]]
-    trained = fit(module(name), batches[0], devices=2, strategy=strategy)
-    return parameters(trained.student) if strategy == "ddp" else {"step": trained.trainer.global_step}
+    batches = split(rows(8, vocabulary=60), 2, 2, 2, 2)[rank::2]
+    found = {name: parameters(fit(module(name), batches, devices=2, strategy="ddp").student) for name in TOWERS}
+    for name in TOWERS:
+        assert fit(module(name), batches, devices=2, strategy=FSDP2Strategy()).trainer.global_step == 2
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TOWERS)
-def test_on_two_ranks(name: str) -> None:
-    one, two = processes.run(on_ranks, name, "ddp")
-    before = parameters(multimodal.seeded(name))
-    for key, value in one.items():
-        assert torch.equal(value, two[key])
-        assert torch.equal(value, before[key]) == key.startswith(TOWERS[name])
-    assert processes.run(on_ranks, name, "fsdp2") == [{"step": 2}] * 2
+def test_on_two_ranks() -> None:
+    one, two = processes.run(on_ranks)
+    for name, towers in TOWERS.items():
+        before = parameters(multimodal.seeded(name))
+        for key, value in one[name].items():
+            assert torch.equal(value, two[name][key])
+            assert torch.equal(value, before[key]) == key.startswith(towers)
 
 
 def test_adapters_of_the_tower_are_frozen_too() -> None:
@@ -111,7 +112,9 @@ def test_experts_that_no_token_is_routed_to_are_trained() -> None:
 
 def test_a_folder_that_is_refused_names_its_text_model(tmp_path: Path) -> None:
     multimodal.seeded("llava").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'llava', which is not a causal .*: save its text model alone .LlamaForCausal"):
+    with pytest.raises(
+        ValueError, match=r"'llava', which is not a causal .*: save its text model alone .LlamaForCausal"
+    ):
         load_causal_lm(str(tmp_path))
     multimodal.seeded("gemma3").save_pretrained(tmp_path / "gemma3")
     assert type(load_causal_lm(str(tmp_path / "gemma3"))).__name__ == "Gemma3ForConditionalGeneration"
