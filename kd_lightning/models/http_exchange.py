@@ -147,7 +147,7 @@ class _Response(http.client.HTTPResponse):
         self._first_byte = first_byte
 
     def begin(self) -> None:
-        self.fp.peek(1)  # type: ignore[attr-defined]  # it is a buffered reader
+        self.fp.peek(1)  # a buffered reader
         self._first_byte()
         super().begin()
 
@@ -155,7 +155,7 @@ class _Response(http.client.HTTPResponse):
 def _reporting(connection: type[http.client.HTTPConnection], first_byte: Callable[[], None]) -> Callable[..., Any]:
     def connect(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
         made = connection(*args, **kwargs)
-        made.response_class = functools.partial(_Response, first_byte=first_byte)  # type: ignore[misc, assignment]
+        made.response_class = functools.partial(_Response, first_byte=first_byte)  # type: ignore[assignment]
         return made
 
     return connect
