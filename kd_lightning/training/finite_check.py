@@ -124,7 +124,7 @@ def _finite_logits(teacher: Teacher, batch: Batch) -> bool | None:
     if head is not None:
         hidden = teacher.hidden(batch)[:, :-1][labeled]
         with torch.autocast(hidden.device.type, enabled=False):  # as in the loss
-            chunks = [head.logits(rows).amax(-1) for rows in hidden.split(ROWS)]
+            chunks = [head.logits(rows).amax(-1) for rows in torch.split(hidden, ROWS)]
     else:
         known = teacher.logits(batch)[:, :-1][labeled]
         chunks = [(known.log_probs if isinstance(known, TopK) else known).amax(-1)]
