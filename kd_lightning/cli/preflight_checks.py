@@ -211,7 +211,7 @@ def check_teacher_input(fit: PreparedFit) -> Findings:
         yield "note", f"the teacher reads the same prompts as the student in the first {len(pairs)} rows"
         return
     words = [re.findall(r"\s*\S+", text) for text in differing[0]]
-    parts = difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes()
+    parts = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes()
     changes = [(words[0][a:b], words[1][c:d]) for kind, a, b, c, d in parts if kind != "equal"]
     only = ["".join(itertools.chain.from_iterable(one)) for one in zip(*changes, strict=True)]
     yield (

@@ -19,7 +19,8 @@ from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.saved_responses import SavedResponses
 from kd_lightning.data.sources import as_list
 from kd_lightning.data.text.teacher_input import AddTeacherInput
-from kd_lightning.data.tokenization import TextTokenizer, gather, json_digest
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import gather, json_digest
 
 REASONS = {
     "side_missing": "dropped with one response missing",

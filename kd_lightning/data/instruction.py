@@ -10,16 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.base import NamesTokenizer
-from kd_lightning.data.chat_template import read_template
 from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.sources import as_list
+from kd_lightning.data.text.rendering import read_template
 from kd_lightning.data.text.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
 from kd_lightning.data.text.tokenized_splits import TokenizedSplits
 from kd_lightning.data.tokenization import (
     Reader,
-    TextTokenizer,
     gather,
     load_tokenizer,
     read_conversations,
