@@ -13,6 +13,7 @@ from rich.table import Table
 from kd_lightning.atomic_io import atomic_file
 from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.console import progress_bar
+from kd_lightning.paths import expand_path
 from kd_lightning.reporting.figures import as_markdown, curves, markdown_table
 from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing, repetitions, resolved_source
 
@@ -44,7 +45,7 @@ def main(args: Sequence[str]) -> int:
     given = parser.parse_args(list(args))
     if given.output is not None and given.output.exists():
         raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
-    roots = {Path(root).resolve(): root for root in reversed(given.roots)}  # without duplicates
+    roots = {Path(expand_path(root)).resolve(): root for root in reversed(given.roots)}  # without duplicates
     runs = [RunFolder.read(root) for root in progress_bar(list(reversed(roots.values())), "Runs")]
     notes = same_rows(runs, given.different_data)
     groups, repeated = other_seeds(repetitions(runs))
