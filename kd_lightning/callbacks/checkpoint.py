@@ -73,7 +73,8 @@ class RunCheckpoint(ModelCheckpoint):
             self._handlers.restore()  # so that a second one aborts
 
     def _restore_handlers(self, trainer: Trainer) -> None:
-        replace_original_handlers(trainer, self._handlers.restore())
+        self._handlers.restore()
+        replace_original_handlers(trainer, self._handlers.previous)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """End a run that is to stop: the step before is logged now."""

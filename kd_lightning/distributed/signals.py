@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
@@ -48,33 +48,34 @@ class SignalHandlers:
     Args:
         handler: is called with the signal and the present frame.
         signals: the signals.
+
+    Attributes:
+        previous: the previous handlers by signal, also after they were restored.
     """
 
     def __init__(self, handler: Callable[[int, FrameType | None], object], signals: Iterable[int] = SIGNALS) -> None:
         self._handler = handler
         self._signals = tuple(signals)
-        self._previous: dict[int, Handler] = {}
-        self._process = 0
+        self.previous: dict[int, Handler] = {}
+        self._process = 0  # in which the handler is installed
 
     def install(self) -> None:
         """Install the handler."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self.restore()
         self._process = os.getpid()
         for number in self._signals:
             previous = signal.signal(number, self._handle)
-            self._previous.setdefault(number, signal.SIG_DFL if previous is None else previous)
+            self.previous[number] = signal.SIG_DFL if previous is None else previous
 
-    def restore(self) -> Mapping[int, Handler]:
-        """Restore the previous handlers.
-
-        Returns:
-            The restored handlers by signal.
-        """
-        restored, self._previous = self._previous, {}
-        for number, handler in restored.items():
+    def restore(self) -> None:
+        """Restore the previous handlers."""
+        if self._process != os.getpid():
+            return
+        self._process = 0
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
-        return restored
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process:
