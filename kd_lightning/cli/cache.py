@@ -10,6 +10,8 @@ from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.cli.prepared_run import PreparedFit
 from kd_lightning.cli.program import run
 from kd_lightning.distributed.signals import Terminated, exit_status
+from kd_lightning.distributed.trainer import forward_context
+from kd_lightning.reporting.redaction import print_message
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
@@ -54,7 +56,7 @@ def main(args: Sequence[str]) -> int:
     student, teacher = load_models(fit)
     start = time.perf_counter()
     try:
-        with fit.trainer.precision_plugin.forward_context():
+        with forward_context(fit.trainer):
             cached = fill_cache(
                 given.output,
                 teacher,
@@ -67,14 +69,14 @@ def main(args: Sequence[str]) -> int:
                 bar=fit.config.trainer.enable_progress_bar is not False,
             )
     except (KeyboardInterrupt, Terminated) as end:
-        print(f"interrupted: run the same command again to resume {given.output}", file=sys.stderr)
+        print_message(f"interrupted: run the same command again to resume {given.output}", sys.stderr)
         return exit_status(end)
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in given.output.glob("shard-*"))
-    print(
+    print_message(
         f"{given.output}: {cached.tokens} tokens of {', '.join(cached.data)}, {size / max(cached.tokens or 1, 1):.0f} "
         f"bytes per token, {seconds:.1f} s",
-        file=sys.stderr,
+        sys.stderr,
     )
     return 0
 

@@ -15,7 +15,8 @@ import torch
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.prompt import parse_question
 from kd_lightning.data.sources import read_rows
-from kd_lightning.data.tokenization import TextTokenizer, load_tokenizer, with_template
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import load_tokenizer, with_template
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.signals import StopRequest, Terminated, exit_status, finish_on_signal, stop
 from kd_lightning.generation.batch_generator import (
@@ -26,12 +27,13 @@ from kd_lightning.generation.batch_generator import (
     summary,
     write_responses,
 )
-from kd_lightning.generation.response_file import ResponseFile
+from kd_lightning.generation.response_file import ResponseFile, check_output
 from kd_lightning.generation.server_generator import ServerGenerator
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.openai_client import OpenAIClient
 from kd_lightning.paths import expand_path
+from kd_lightning.reporting.redaction import print_message
 
 
 def main(args: Sequence[str]) -> int:
@@ -131,6 +133,7 @@ def _check_arguments(output: str, generator: str | None, **numbers: float | None
             raise ValueError(f"{name} must be at least {least[name]}, got {value}")
     if Path(output).suffix not in (".jsonl", ".ndjson"):
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
+    check_output(Path(output))
     if generator is None:
         raise ValueError("model must be a folder, hub name or asset: name (or pass server), got None")
 
@@ -223,4 +226,4 @@ def _write(file: ResponseFile, responses: Callable[[StopRequest], NumberedRespon
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr)
+    print_message(text, sys.stderr)

@@ -6,11 +6,14 @@ and PEFT's models wrap the model that has them. Each function below asks for one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # importing transformers takes seconds
+    from jinja2 import Environment, Template
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -120,3 +123,28 @@ def backend_state(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Everything that decides the tokens, as text; None for a tokenizer that is written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else str(backend.to_str())
+
+
+# ------------------------------------------------------------------------------------------------------ chat templates
+def chat_template_environment() -> Environment:
+    """The Jinja environment in which transformers compiles chat templates: a private function builds it."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template("").environment  # type: ignore[no-any-return]
+
+
+@contextmanager
+def replace_template_compiler(compile_template: Callable[[str], Template]) -> Iterator[None]:
+    """While it is entered, transformers compiles chat templates with this function.
+
+    `apply_chat_template` takes no environment: the limits on a template could only be had with a copy of all it does.
+    """
+    from transformers.utils import chat_template_utils
+
+    private: Any = chat_template_utils
+    original = private._compile_jinja_template
+    private._compile_jinja_template = compile_template
+    try:
+        yield
+    finally:
+        private._compile_jinja_template = original
