@@ -97,7 +97,7 @@ def progress_bar_enabled(trainer: Trainer) -> bool:
     return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
 
-BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+BAR_FORMAT = "{l_bar}{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 # Progress bars of tqdm (and of `datasets`) in a log: after two seconds, one line every ten seconds.
 PLAIN_BARS = {
