@@ -23,7 +23,7 @@ from kd_lightning.models.loading import check_tokenizers
 from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
-from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.schedules import Schedule, Weight, check_flag
 from kd_lightning.seeding import derive_seed, run_seed
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
@@ -61,6 +61,8 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
         teacher_kwargs: the same for the teacher.
         lora: train adapters instead of the student's parameters; None: all parameters are trained.
+        gradient_checkpointing: recompute the student's layers in backward instead of keeping their activations: less
+            memory, one more forward pass, the same gradient.
         teacher_cache: cache the teacher's outputs for every row of the data in `ROOT/teacher_cache` before the first
             step, unload the teacher, and read the cache from then on.
 
@@ -86,17 +88,19 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         student_kwargs: dict[str, Any] | None = None,
         teacher_kwargs: dict[str, Any] | None = None,
         lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
         teacher_cache: bool = False,
     ) -> None:
         super().__init__(reduction, optimizer, lr_scheduler)
         check_reduction(reduction)
+        check_flag("gradient_checkpointing", gradient_checkpointing)
         check_models(student, teacher, student_init, teacher_kwargs, ce_weight)
         if teacher_cache:
             check_teacher_cache(teacher, responses)
         loss = DistillationLoss(
             objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
         )
-        self.student_source = StudentSource(student, student_init, student_kwargs, lora)
+        self.student_source = StudentSource(student, student_init, student_kwargs, lora, gradient_checkpointing)
         self.teacher = as_teacher(teacher, teacher_kwargs)
         self.teacher_cache = teacher_cache
         self.reporter = EvaluationReporter(loss, self.teacher is not None, monitors)

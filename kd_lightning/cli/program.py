@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = "--debug" in args or os.environ.get("KD_LIGHTNING_DEBUG", "0") not in ("", "0")
     try:
         with end_on_sigterm("terminated by SIGTERM"), quiet_writer_threads():
-            return _dispatch([word for word in args if word != "--debug"])
+            return _dispatch([_as_utf8(word) for word in args if word != "--debug"])
     except Terminated as end:
         if end.message:
             print_message(f"kd-lightning: {end.message}", sys.stderr)
@@ -83,8 +83,33 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not expected(error):
             raise
-        print_message(f"kd-lightning: error: {explain(error)}", sys.stderr)
+        text = _not_a_file_name(error) if isinstance(error, UnicodeEncodeError) else explain(error)
+        print_message(f"kd-lightning: error: {text}", sys.stderr)
         return 1
+
+
+def _as_utf8(word: str) -> str:
+    """An argument as text; in a locale that is not UTF-8, Python reads its bytes otherwise.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        word.encode()
+        return word
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError:
+        raise ValueError(f"argument {word!r} is not UTF-8: rename the file, or write the value in UTF-8") from None
+
+
+def _not_a_file_name(error: UnicodeEncodeError) -> str:
+    shown = error.object[max(error.start - 40, 0) : error.start + 40]
+    if sys.getfilesystemencoding() == "utf-8":
+        return f"{shown!r} holds half of a character, which UTF-8 cannot write: correct it"
+    return f"{shown!r} cannot be a file name in this locale: set the environment variable PYTHONUTF8=1"
 
 
 def _let_waiting_threads_sleep() -> None:
@@ -109,7 +134,9 @@ def _dispatch(args: list[str]) -> int:
         raise ValueError(f"missing command: pass one of {', '.join(names)} (`kd-lightning --help` describes them)")
     command = args[0]
     if command in OTHER_COMMANDS:
-        return importlib.import_module(f"kd_lightning.cli.{command}").main(args[1:]) or 0
+        module = importlib.import_module(f"kd_lightning.cli.{command}")
+        redact_messages()  # as in `run`
+        return module.main(args[1:]) or 0
     if not command.startswith("-") and command not in TRAINER_COMMANDS:
         hint = did_you_mean(command, names)
         raise ValueError(f"unknown command {command!r}{hint}: the commands are {', '.join(names)}")
