@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd_lightning.cli.error_messages import did_you_mean
 from kd_lightning.paths import expand_path
@@ -67,12 +67,18 @@ def register_config_loader() -> str:
     Returns:
         The parser mode that uses the loader.
     """
-    from jsonargparse import get_loader, set_loader
+    from jsonargparse import set_loader
     from yaml import YAMLError
 
-    read_yaml = get_loader("yaml")
-    set_loader(PARSER_MODE, lambda text: update_class_paths(read_yaml(text)), exceptions=(YAMLError,))
+    set_loader(PARSER_MODE, read_config, exceptions=(YAMLError,))
     return PARSER_MODE
+
+
+def read_config(text: str) -> Any:
+    """The values of a configuration in YAML."""
+    from jsonargparse import get_loader
+
+    return update_class_paths(get_loader("yaml")(text))
 
 
 def expand_paths(config: Namespace) -> None:
