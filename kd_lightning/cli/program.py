@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
 from kd_lightning.cli.configs import expand_configs
 from kd_lightning.cli.error_messages import did_you_mean, expected, explain
-from kd_lightning.console import silence_known_warnings, use_any_console_encoding, use_plain_progress_bars
+from kd_lightning.console import (
+    quiet_writer_threads,
+    silence_known_warnings,
+    use_any_console_encoding,
+    use_plain_progress_bars,
+)
+from kd_lightning.distributed.signals import Terminated, end_on_sigterm, exit_status
 from kd_lightning.reporting.redaction import print_message, redact_messages
 
 if TYPE_CHECKING:  # both take seconds to import
@@ -44,6 +50,8 @@ def run(args: Sequence[str], start: bool = True, change: Callable[[Namespace], N
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point: 0 on success; 1, and one line on stderr, on an error that the user can fix.
 
+    SIGTERM ends the program with status 143, Ctrl-C with 130 (`fit`: 1).
+
     Args:
         args: arguments of the command line; None: those of the process. `--debug` (or KD_LIGHTNING_DEBUG=1) shows
             tracebacks.
@@ -63,7 +71,15 @@ def main(args: Sequence[str] | None = None) -> int:
     _let_waiting_threads_sleep()
     debug = "--debug" in args or os.environ.get("KD_LIGHTNING_DEBUG", "0") not in ("", "0")
     try:
-        return _dispatch([_as_utf8(word) for word in args if word != "--debug"])
+        with end_on_sigterm("terminated by SIGTERM"), quiet_writer_threads():
+            return _dispatch([_as_utf8(word) for word in args if word != "--debug"])
+    except Terminated as end:
+        if end.message:
+            print_message(f"kd-lightning: {end.message}", sys.stderr)
+        raise
+    except KeyboardInterrupt as end:
+        print_message("kd-lightning: interrupted", sys.stderr)
+        return exit_status(end)
     except Exception as error:
         if debug or not expected(error):
             raise
