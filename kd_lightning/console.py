@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import locale
 import logging
 import os
+import re
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -13,6 +18,43 @@ if TYPE_CHECKING:  # importing this module must be cheap, and tqdm reads the env
     from lightning.pytorch import Trainer
 
 T = TypeVar("T")
+
+# Characters that act on a terminal, reorder the text around them, or hide: control characters except tab and newline,
+# direction marks, line separators, tags, and half surrogate pairs, which no file can hold.
+ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
+)
+PLAIN = {"…": "...", "–": "-", "—": "-", "−": "-", "×": "x", "·": "*", "‖": "||", "≥": ">=", "≤": "<=", "±": "+-"}
+PLAIN |= {"√": "sqrt", "→": "->", "‘": "'", "’": "'", "“": '"', "”": '"', "█": "#", "α": "alpha", "β": "beta"}
+
+
+def printable(text: str) -> str:
+    """A text in which characters that act on a terminal, or hide, are written as escapes: ESC as backslash, x1b."""
+    return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def use_any_console_encoding() -> None:
+    """Print on a console that is not UTF-8 what it can show, instead of an error; files are UTF-8 in any locale."""
+    codecs.register_error("kd_lightning", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="kd_lightning")
+    if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
+        try:  # other packages open files with the encoding of the locale
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        except locale.Error:
+            pass
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Similar characters that the console's encoding has, or an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    out = []
+    for letter in error.object[error.start : error.end]:
+        plain = PLAIN.get(letter) or unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+        out.append(plain or letter.encode("ascii", "backslashreplace").decode())
+    return "".join(out), error.end
 
 
 def progress_bar(items: Iterable[T], title: str, total: int | None = None, shown: bool = True) -> Iterator[T]:

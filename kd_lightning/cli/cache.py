@@ -11,6 +11,7 @@ from kd_lightning.cli.prepared_run import PreparedFit
 from kd_lightning.cli.program import run
 from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.folder_lock import folder_lock, remove_leftovers
+from kd_lightning.reporting.redaction import print_message
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
@@ -52,7 +53,7 @@ def main(args: Sequence[str]) -> int:
     fit = PreparedFit(run(["fit", *fit_args], start=False), "cache")
     student, teacher = load_models(fit)
     start = time.perf_counter()
-    with folder_lock(given.output, print), forward_context(fit.trainer):
+    with folder_lock(given.output, print_message), forward_context(fit.trainer):
         remove_leftovers([given.output])
         cached = fill_cache(
             given.output,
@@ -67,10 +68,10 @@ def main(args: Sequence[str]) -> int:
         )
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in given.output.glob("shard-*"))
-    print(
+    print_message(
         f"{given.output}: {cached.tokens} tokens of {', '.join(cached.data)}, {size / max(cached.tokens or 1, 1):.0f} "
         f"bytes per token, {seconds:.1f} s",
-        file=sys.stderr,
+        sys.stderr,
     )
     return 0
 

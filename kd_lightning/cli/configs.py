@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd_lightning.cli.error_messages import did_you_mean
 from kd_lightning.paths import expand_path
@@ -125,18 +125,23 @@ def register_config_loader() -> str:
     Returns:
         The parser mode that uses the loader.
     """
-    from jsonargparse import get_loader, set_loader
+    from jsonargparse import set_loader
     from jsonargparse._util import config_load_stack  # the files being read; there is no public way to know them
     from yaml import YAMLError
 
-    read_yaml = get_loader("yaml")
-
     def load(text: str) -> object:
         FILES_READ.update(path for path, _ in config_load_stack.get())
-        return _with_folder(update_class_paths(read_yaml(text)))
+        return _with_folder(read_config(text))
 
     set_loader(PARSER_MODE, load, exceptions=(YAMLError,))
     return PARSER_MODE
+
+
+def read_config(text: str) -> Any:
+    """The values of a configuration in YAML."""
+    from jsonargparse import get_loader
+
+    return update_class_paths(get_loader("yaml")(text))
 
 
 def _with_folder(config: object) -> object:
@@ -145,9 +150,9 @@ def _with_folder(config: object) -> object:
         return config
     found = {name: _with_folder(value) for name, value in config.items()}
     if "logger" in found:
-        several = isinstance(found["logger"], list)
-        loggers = [_logger_with_folder(one) for one in (found["logger"] if several else [found["logger"]])]
-        found["logger"] = loggers if several else loggers[0]
+        given: Any = found["logger"]
+        loggers = [_logger_with_folder(one) for one in (given if isinstance(given, list) else [given])]
+        found["logger"] = loggers if isinstance(given, list) else loggers[0]
     return found
 
 

@@ -25,12 +25,13 @@ from kd_lightning.generation.batch_generator import (
     summary,
     write_responses,
 )
-from kd_lightning.generation.response_file import Response, ResponseFile
+from kd_lightning.generation.response_file import Response, ResponseFile, check_output
 from kd_lightning.generation.server_generator import ServerGenerator
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.openai_client import OpenAIClient
 from kd_lightning.paths import expand_path
+from kd_lightning.reporting.redaction import print_message
 
 
 def main(args: Sequence[str]) -> int:
@@ -130,6 +131,7 @@ def _check_arguments(output: str, generator: str | None, **numbers: float | None
             raise ValueError(f"{name} must be at least {least[name]}, got {value}")
     if Path(output).suffix not in (".jsonl", ".ndjson"):
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
+    check_output(Path(output))
     if generator is None:
         raise ValueError("model must be a folder, hub name or asset: name (or pass server), got None")
 
@@ -212,4 +214,4 @@ def _write(file: ResponseFile, responses: Iterable[tuple[int, Response]], progre
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr)
+    print_message(text, sys.stderr)

@@ -16,6 +16,7 @@ from kd_lightning.cli.trainer_cli import TrainerCLI
 from kd_lightning.memory_plan.figures import Plan
 from kd_lightning.memory_plan.simulate import plan
 from kd_lightning.memory_plan.tracker import format_bytes
+from kd_lightning.reporting.redaction import print_message
 from kd_lightning.strategies import FSDP2Strategy
 
 FLAGS = "--world_size N [--memory 80GiB] [--json FILE]"
@@ -69,7 +70,7 @@ def main(args: Sequence[str]) -> int:
     cli = run(["fit", *fit_args], start=False, change=use_ranks)
     found = plan(cli.model, cli.datamodule, cli.trainer, gpu=not for_cpu[0])
     for line in [*table(found), *verdict(found, memory, cli)]:
-        print(line)
+        print_message(line)
     if given.json is not None:
         figures = {**found.to_json(), "memory": memory, "fits": None if memory is None else fits(found.peak, memory)}
         given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

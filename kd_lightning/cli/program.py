@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
 from kd_lightning.cli.configs import expand_configs
 from kd_lightning.cli.error_messages import did_you_mean, expected, explain
-from kd_lightning.console import silence_known_warnings, use_plain_progress_bars
+from kd_lightning.console import silence_known_warnings, use_any_console_encoding, use_plain_progress_bars
+from kd_lightning.reporting.redaction import print_message, redact_messages
 
 if TYPE_CHECKING:  # both take seconds to import
     from jsonargparse import Namespace
@@ -36,6 +37,7 @@ def run(args: Sequence[str], start: bool = True, change: Callable[[Namespace], N
     silence_known_warnings()
     from kd_lightning.cli.trainer_cli import TrainerCLI
 
+    redact_messages()  # again: Lightning sets the format of warnings when it is imported
     return TrainerCLI(expand_configs(args), start=start, change=change)
 
 
@@ -47,8 +49,16 @@ def main(args: Sequence[str] | None = None) -> int:
             tracebacks.
     """
     args = list(sys.argv[1:] if args is None else args)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for custom classes in the current folder; last, so that it shadows nothing
+    use_any_console_encoding()
+    redact_messages()
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        reason = f"the current folder cannot be read ({error.strerror}): it may have been deleted"
+        print_message(f"kd-lightning: error: {reason}; change to another folder", sys.stderr)
+        return 1
+    if here not in sys.path:
+        sys.path.append(here)  # for custom classes in the current folder; last, so that it shadows nothing
     use_plain_progress_bars()
     _let_waiting_threads_sleep()
     debug = "--debug" in args or os.environ.get("KD_LIGHTNING_DEBUG", "0") not in ("", "0")
@@ -57,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not expected(error):
             raise
-        print(f"kd-lightning: error: {explain(error)}", file=sys.stderr)
+        print_message(f"kd-lightning: error: {explain(error)}", sys.stderr)
         return 1
 
 

@@ -47,6 +47,7 @@ from kd_lightning.cli.configs import (
     expand_paths,
     fill_save_dir,
     hide_contents,
+    read_config,
     register_config_loader,
 )
 from kd_lightning.cli.error_messages import explain, unknown_argument
@@ -55,9 +56,18 @@ from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.folder_lock import folder_lock, remove_leftovers
 from kd_lightning.module import DistillationModule
+from kd_lightning.reporting.redaction import masked_names, redact_yaml
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callback)
+
+
+class MaskingParser(LightningArgumentParser):
+    """A parser whose saved and printed configurations (`--print_config`) have secrets masked."""
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The configuration as text."""
+        return redact_yaml(super().dump(*args, **kwargs), read_config)
 
 
 class TrainerCLI(LightningCLI):
@@ -83,6 +93,7 @@ class TrainerCLI(LightningCLI):
             DistillationModule,
             InstructionDataModule,
             subclass_mode_data=True,  # `--data ContrastiveDataModule`; InstructionDataModule by default
+            parser_class=MaskingParser,
             save_config_callback=None,  # `RunConfig` saves it
             seed_everything_default=42,
             trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1, "enable_model_summary": False},
@@ -146,14 +157,19 @@ class TrainerCLI(LightningCLI):
 
     # -------------------------------------------------------------------------------------------------------- objects
     def before_instantiate_classes(self) -> None:
-        """Apply `change`, check the arguments, expand paths, and resolve `--ckpt_path last`.
+        """Check the arguments, apply `change`, expand paths, and resolve `--ckpt_path last`.
 
         Raises:
-            ValueError: an argument is out of its range, the strategy cannot hold two models, or there is no such
-                checkpoint.
+            ValueError: an argument is out of its range or a masked secret, the strategy cannot hold two models, or
+                there is no such checkpoint.
         """
         config = self.parsed
         check_sections(config)
+        if masked := next(masked_names(config.as_dict()), None):
+            raise ValueError(
+                f"{masked.replace('init_args.', '')} holds a secret that was masked when this configuration was saved: "
+                "pass its value again, or remove it and set the environment variable of that service (such as HF_TOKEN)"
+            )
         if self._change is not None:
             self._change(config)
         check_arguments(config, started=self._start)

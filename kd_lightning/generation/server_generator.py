@@ -9,10 +9,12 @@ from typing import Any
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
-from kd_lightning.models.openai_client import OpenAIClient
+from kd_lightning.models.openai_client import OpenAIClient, valid_string
 from kd_lightning.seeding import derive_seed
 
 FINISH_REASONS = {"stop": "eos", "length": "length"}
+UNKNOWN = "unknown"
+"""The reason of a response where the server gives none."""
 
 
 class ServerGenerator:
@@ -97,12 +99,19 @@ class ServerGenerator:
 
 
 def parse_response(answer: Any) -> Response:
-    """The response in a decoded answer of the server; KeyError, TypeError or IndexError if it has none."""
+    """The response in a decoded answer of the server; the errors of an invalid one are those of `request`."""
     (choice, *_) = answer["choices"]
     text = choice["message"].get("content") if "message" in choice else choice["text"]
-    if text is not None and not isinstance(text, str):
-        raise TypeError
-    reason = str(choice["finish_reason"])
-    tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-    encodable = (text or "").encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, a file cannot
-    return Response(encodable, FINISH_REASONS.get(reason, reason), int(tokens))
+    reason = choice.get("finish_reason")
+    reason = UNKNOWN if reason is None else valid_string(reason) or UNKNOWN
+    tokens = (answer.get("usage") or {}).get("completion_tokens")
+    return Response("" if text is None else valid_string(text), FINISH_REASONS.get(reason, reason), _count(tokens))
+
+
+def _count(tokens: object) -> int:
+    """A number of tokens, 0 if the server reports none; ValueError if it is not such a number."""
+    if tokens is None:
+        return 0
+    if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or not 0 <= tokens < 2**53:
+        raise ValueError(f"completion_tokens must be a number of tokens, got {tokens!r}")
+    return int(tokens)

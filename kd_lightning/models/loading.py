@@ -18,6 +18,8 @@ from transformers.utils import logging
 
 from kd_lightning.assets import resolve
 from kd_lightning.models.pretrained import from_pretrained
+from kd_lightning.models.weight_files import check_weight_files
+from kd_lightning.reporting.redaction import secret_names
 
 Role = Literal["student", "teacher", "model"]  # "model": the only one
 auto: Any = hf  # the factories of transformers are not typed
@@ -32,7 +34,6 @@ RESERVED = (
 )
 FILE_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 BUILD_ERRORS = (TypeError, ValueError, KeyError, AttributeError, ImportError, StrictDataclassError)
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -68,7 +69,7 @@ def load_causal_lm(
     path = resolve_model(name, role)
     _check_config(path, role, options)
     if init == "pretrained":
-        _check_weights(Path(path), role)
+        check_weight_files(Path(path), role, str(options.get("subfolder") or ""))
     try:
         with _quiet():
             model = _pretrained(path, role, options) if init == "pretrained" else _random(path, options)
@@ -114,13 +115,18 @@ def checked_kwargs(kwargs: Mapping[str, Any] | None, role: Role) -> dict[str, An
     """A copy of the user's arguments of `from_pretrained`, with `dtype` as a `torch.dtype`.
 
     Raises:
-        ValueError: an argument that the user must not set, or an unknown dtype.
+        ValueError: an argument that the user must not set, a secret, or an unknown dtype.
     """
     options = dict(kwargs or {})
     for key in RESERVED:
         if key in options:
             reason = "code of model repositories is never run" if key == "trust_remote_code" else "it is set already"
             raise ValueError(f"{role}_kwargs must not contain {key!r}: {reason}")
+    if found := next(secret_names(options), None):
+        raise ValueError(
+            f"{role}_kwargs.{found} must not be given, as secrets would be saved with the run: set the environment "
+            "variable HF_TOKEN instead"
+        )
     if "torch_dtype" in options:
         options.setdefault("dtype", options.pop("torch_dtype"))
     dtype = options.get("dtype")
@@ -239,20 +245,6 @@ def _check_config(path: str, role: Role, options: dict[str, Any]) -> None:
         raise ModelNotFoundError(f"{role} '{path}': {reason}") from None
     if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{role} '{path}' has model type {config.model_type!r}, which is not a causal language model")
-
-
-def _check_weights(folder: Path, role: Role) -> None:
-    """Check that a folder has weights that are safe to open; hub names are not checked."""
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{role} '{folder}' has its weights in {pickles[0]}, which can run code when opened: only safetensors are "
-            "read (if you trust the file, load it with transformers and call `save_pretrained`)"
-        )
-    hint = ": pass --model.student_init random to start from its configuration" if role == "student" else ""
-    raise ValueError(f"{role} '{folder}' has no weights (model.safetensors){hint}")
 
 
 def _pretrained(path: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedModel:

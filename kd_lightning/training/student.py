@@ -18,7 +18,7 @@ from kd_lightning.engine.top_k import TopK
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.backbone import body_and_head, head_settings, hidden_states, logits, with_current_weights
 from kd_lightning.models.hf_adapter import name_or_path, output_embeddings, weight_and_bias
-from kd_lightning.models.loading import check_causal, check_finite, load_causal_lm
+from kd_lightning.models.loading import check_causal, check_finite, checked_kwargs, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.training.loss_components import component_sums
@@ -43,6 +43,9 @@ class StudentSource:
     init: str = "pretrained"
     kwargs: dict[str, Any] | None = None
     lora: LoRA | None = None
+
+    def __post_init__(self) -> None:
+        checked_kwargs(self.kwargs, "student")
 
     @property
     def name(self) -> str | None:

@@ -30,7 +30,7 @@ PACKAGES = {"transformer-engine": "transformer_engine", "transformer-engine-floa
 FEWEST_PROCESSES = 4  # CPU processes that are started on any machine: a sharded run can be tried on two cores
 
 
-def check_sections(config: Mapping[str, Any], source: str = "") -> None:
+def check_sections(config: Mapping[str, Any] | Namespace, source: str = "") -> None:
     """Check that each section holds arguments, and that `data` is a section or the name of a class.
 
     Args:

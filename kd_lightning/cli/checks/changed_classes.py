@@ -30,7 +30,7 @@ def changed_class_notices(args: Sequence[str], parsed: Namespace) -> list[str]:
         if old.rpartition(".")[2] == new.rpartition(".")[2]:
             continue
         given = {option.removeprefix(f"--{key}.").removeprefix("init_args.") for option, _ in options}
-        accepted = now.get("init_args") or Namespace()
+        accepted = now.get("init_args") or {}
         arguments = [name for name in before.get("init_args") or {} if name not in given]
         kept = [f"{name} {accepted.get(name)}" for name in arguments if name in accepted]
         dropped = [name for name in arguments if name not in accepted]
