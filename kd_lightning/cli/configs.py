@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # takes a second to import
 
 CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # folders of the shipped configs that an option names
 PATHS = ("default_root_dir", "ckpt_path", "baseline", "dirpath", "save_dir")  # arguments that our classes do not read
+_FOLDER_ARGUMENTS = "--trainer.default_root_dir (or --checkpoint.dirpath)"
 PARSER_MODE = "kd_lightning"  # jsonargparse's name of the loader registered below
 LOGGERS_WITH_FOLDER = ("CSVLogger", "TensorBoardLogger")  # their `save_dir` is required
 FILES_READ: set[str] = set()  # by the parser
@@ -225,12 +226,12 @@ def _expanded(key: str, path: str) -> str:
         raise ValueError(f"--{key} {error}") from None
 
 
-def checkpoint_path(name: str, root: str | Path, resume: bool = True) -> str:
-    """The file of `--ckpt_path`: a path, or for `last` the newest complete checkpoint under ROOT.
+def checkpoint_path(name: str, folder: Path, resume: bool = True) -> str:
+    """The file of `--ckpt_path`: a path, or for `last` the newest complete checkpoint of the run.
 
     Args:
         name: a path or `last`.
-        root: the run's folder.
+        folder: of the run's checkpoints.
         resume: training is resumed from it, which needs more than weights.
 
     Raises:
@@ -246,8 +247,7 @@ def checkpoint_path(name: str, root: str | Path, resume: bool = True) -> str:
         if resume:
             check_resumable(Path(name))
         return name
-    folder = Path(root) / "checkpoints"
     found = newest_checkpoint(folder, resume)
     if found is None:
-        raise ValueError(f"--ckpt_path last: {folder} has no *.ckpt to resume from: check --trainer.default_root_dir")
+        raise ValueError(f"--ckpt_path last: {folder} has no *.ckpt to resume from: check {_FOLDER_ARGUMENTS}")
     return str(found)

@@ -9,6 +9,7 @@ import pkgutil
 import re
 from collections.abc import Iterable, Sequence
 
+from kd_lightning.atomic_io import LIMITS
 from kd_lightning.cli.checks.aliases import ALIASES, CLASS_ALIASES
 
 # jsonargparse's exceptions carry one text and no attributes: which argument, which class path and why are only in the
@@ -58,6 +59,8 @@ def explain(error: BaseException) -> str:
         return _not_built(*found.groups())
     if found := UNKNOWN_CLASS.search(text):
         return _unknown_class(text, *found.groups())
+    if isinstance(error, OSError) and error.filename is None and error.errno in LIMITS:
+        return f"{text}: free some space or raise the limit (`ulimit -f`) where the run is written and rows are cached"
     return text
 
 

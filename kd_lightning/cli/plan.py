@@ -134,6 +134,7 @@ def changes(plan: Plan, cli: TrainerCLI) -> list[str]:
     fsdp2 = "--trainer.strategy FSDP2Strategy --trainer.strategy."
     spread = "--trainer.strategy fsdp2: each rank holds a shard of student and teacher"
     more = "a larger --world_size" if sharded or several else f"a larger --world_size with {spread}"
+    recompute = f"{fsdp2}activation_checkpointing" if sharded else "--model.gradient_checkpointing"
     held = plan.student.parameters + plan.student.gradients + plan.student.optimizer + plan.buckets
     batch = plan.batch[0] > 1
     options = [
@@ -149,8 +150,8 @@ def changes(plan: Plan, cli: TrainerCLI) -> list[str]:
         ),
         (
             plan.activations,
-            sharded and not sharded.activation_checkpointing,
-            f"{fsdp2}activation_checkpointing true: recompute activations in backward",
+            not module.student_source.gradient_checkpointing and not (sharded and sharded.activation_checkpointing),
+            f"{recompute} true: recompute activations in backward",
         ),
         (plan.activations, batch, f"--data.batch_size below {plan.batch[0]}, with --trainer.accumulate_grad_batches"),
         (plan.activations, True, f"--data.max_length below {plan.batch[1]}"),

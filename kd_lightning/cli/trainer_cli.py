@@ -185,12 +185,24 @@ class TrainerCLI(LightningCLI):
                 "to the student: use fsdp2"
             )
         if config.ckpt_path:
-            config.ckpt_path = checkpoint_path(config.ckpt_path, self.root, resume=self.subcommand == "fit")
+            config.ckpt_path = checkpoint_path(config.ckpt_path, self.checkpoints, resume=self.subcommand == "fit")
 
     @property
     def root(self) -> str:
         """The run's folder."""
         return self.parsed.trainer.default_root_dir or os.getcwd()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return Path(self.parsed.checkpoint.dirpath or Path(self.root) / "checkpoints")
+
+    @property
+    def locked_folders(self) -> list[Path]:
+        """The folders that one run at a time may write to: ROOT, and that of the checkpoints if it is elsewhere."""
+        root, checkpoints = Path(self.root).resolve(), self.checkpoints
+        outside = "://" not in str(checkpoints) and not checkpoints.resolve().is_relative_to(root)
+        return [root, checkpoints] if outside else [root]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, with the program's logger, checkpoint IO and callbacks."""
@@ -237,9 +249,10 @@ class TrainerCLI(LightningCLI):
         resuming = bool(self.parsed.ckpt_path)
         export.check(self.trainer.default_root_dir, resuming)
         if self.trainer.is_global_zero:
+            for folder in self.locked_folders:
+                self._lock.enter_context(folder_lock(folder, rank_zero_info))
             root = Path(self.trainer.default_root_dir)
-            self._lock.enter_context(folder_lock(root, rank_zero_info))
-            remove_leftovers([root, *(root / name for name in ("checkpoints", "responses", "teacher_cache"))])
+            remove_leftovers({root, root / "checkpoints", root / "responses", self.checkpoints})
         if not resuming:
             for run_config in self.callbacks_of(RunConfig):
                 run_config.find_earlier_files(self.trainer.default_root_dir)

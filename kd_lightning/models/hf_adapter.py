@@ -82,16 +82,18 @@ def eos_token_ids(model: PreTrainedModel) -> list[int]:
     return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
 
 
-def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+def enable_activation_checkpointing(model: PreTrainedModel, argument: str = "activation_checkpointing") -> None:
     """Activation checkpointing: recompute the layers in backward.
+
+    Args:
+        model: the model.
+        argument: that the user has set, for the message.
 
     Raises:
         ValueError: the model does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):  # a custom `nn.Module` declares nothing
-        raise ValueError(
-            f"activation_checkpointing is not supported by {type(model).__name__}: set activation_checkpointing=False"
-        )
+        raise ValueError(f"{argument} is not supported by {type(model).__name__}: set {argument}=False")
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
