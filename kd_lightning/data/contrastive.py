@@ -259,7 +259,7 @@ class ContrastiveDataModule(InstructionDataModule):
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
         """The files that hold the replaced responses, and the last pass before which the callbacks were called."""
-        return {**self._saved.state_dict(), "announced": self._announced}
+        return {**super().state_dict(), **self._saved.state_dict(), "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the replaced responses.
@@ -269,6 +269,7 @@ class ContrastiveDataModule(InstructionDataModule):
         """
         self._saved.load_state_dict(state_dict)
         self._announced = state_dict["announced"]
+        super().load_state_dict(state_dict)
         if "train" in self._rows:
             self._read_saved()
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.distributed.grad_norm import gradient_norm
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, log_every_n_steps
 from kd_lightning.engine.sequence_stats import Mean
@@ -159,8 +160,10 @@ class AccumulatingModule(StudentTeacherModule):
             batch: that was trained on.
             values: the two terms of the loss, per token with a label.
         """
+        teacher = None if self.labels_only else self.teacher
+        sharded = any(is_sharded(parameter) for parameter in self.parameters())
         with forward_context(self._trainer):
-            return non_finite_terms(self.loss, None if self.labels_only else self.teacher, batch, values)
+            return non_finite_terms(self.loss, teacher, batch, values, run_teacher=not sharded)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the loss of the previous step."""
