@@ -113,6 +113,12 @@ def check_callbacks(fit: PreparedFit) -> Findings:
     return iter(())
 
 
+def check_optimizer(fit: PreparedFit) -> Findings:
+    """Optimizer and scheduler accept their arguments."""
+    fit.module.check_optimizer()
+    return iter(())  # a refusal is the finding
+
+
 def check_positions(fit: PreparedFit) -> Findings:
     """Both models have an embedding for every token, and enough positions for the longest row."""
     teacher = fit.module.teacher
@@ -208,6 +214,7 @@ DATA_CHECKS: dict[str, Check] = {
     "tokenizers": check_teacher_tokenizer,
     "words": check_responses,
     "callbacks": check_callbacks,
+    "optimizer": check_optimizer,
     "rows": check_rows,
     "prompts": check_prompts,
     "places": check_positions,

@@ -17,6 +17,7 @@ from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.schedules import Schedule
 from kd_lightning.training.accumulation import AccumulationWindow
+from kd_lightning.training.arguments import check_optimizer
 from kd_lightning.training.base import StudentTeacherModule
 from kd_lightning.training.finite_check import NonFiniteLossCheck, non_finite_terms
 from kd_lightning.training.gradients import clip_sharded_gradients, parameters_of, scale_gradients
@@ -71,6 +72,14 @@ class AccumulatingModule(StudentTeacherModule):
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler_callable(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def check_optimizer(self) -> None:
+        """Check the arguments of optimizer and scheduler, before the student is loaded.
+
+        Raises:
+            ValueError: they refuse an argument, or a learning rate would not be a finite number of at least 0.
+        """
+        check_optimizer(self.optimizer_callable, self.lr_scheduler_callable)
 
     # ---------------------------------------------------------------------------------------------------- the window
     def accumulate(self, batch: dict[str, Tensor], parts: LossParts, notes: Mapping[str, Mean]) -> None:
