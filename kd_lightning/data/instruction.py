@@ -12,16 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from kd_lightning.data.base import NamesTokenizer
 from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
+from kd_lightning.data.rows.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
+from kd_lightning.data.rows.tokenized_splits import TokenizedSplits
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.text.rendering import read_template
-from kd_lightning.data.text.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
+from kd_lightning.data.text.prompt_notice import COMPARED, prompt_notice
+from kd_lightning.data.text.rendering import date_of, read_template, today
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
-from kd_lightning.data.text.tokenized_splits import TokenizedSplits
 from kd_lightning.data.tokenization import (
     Reader,
     gather,
     load_tokenizer,
+    masked_id,
     read_conversations,
     tokenize_rows,
     with_template,
@@ -71,6 +73,7 @@ class InstructionDataModule(TokenizedSplits):
         pin_memory: copy batches to page-locked memory, for a GPU.
         allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
             they are words, and only those of the chat template are tokens.
+        date: YYYY-MM-DD, for templates that write the date; None: that of the start, which a resumed run keeps.
         teacher_prompt: what the teacher reads as the last user turn: a format text over the row's fields and `{prompt}`
             (that turn), such as `"{prompt} Solution: {solution}"`; None: what the student reads.
         teacher_chat_template: a Jinja template, or a file that holds one, for the teacher; None: the student's.
@@ -103,6 +106,7 @@ class InstructionDataModule(TokenizedSplits):
         seed: int | None = None,
         pin_memory: bool = False,
         allow_special_tokens: bool = False,
+        date: str | None = None,
         teacher_prompt: str | None = None,
         teacher_chat_template: str | None = None,
         teacher_chat_template_kwargs: dict[str, Any] | None = None,
@@ -129,6 +133,7 @@ class InstructionDataModule(TokenizedSplits):
         self.seed = seed
         self.pin_memory = pin_memory
         self.allow_special_tokens = allow_special_tokens
+        self.date = today() if date is None else f"{date_of(date):%Y-%m-%d}"
         template = read_template(teacher_chat_template, "teacher_chat_template")
         self.teacher_input = TeacherInput(teacher_prompt, template, teacher_chat_template_kwargs)
 
@@ -153,13 +158,15 @@ class InstructionDataModule(TokenizedSplits):
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
+                self._notice_prompts(split)
+
+    def _notice_prompts(self, split: str) -> None:
+        rows = self.conversations(split, COMPARED) if split == "train" else []
+        if notice := prompt_notice(self.text_tokenizer, rows):
+            rank_zero_info(notice)
 
     def use_tokenizer_of(self, model: str | None) -> None:
-        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer.
-
-        Args:
-            model: folder, hub name or `asset:` name; None changes nothing.
-        """
+        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer."""
         if self.tokenizer_source is None:
             self.tokenizer_source = model
 
@@ -178,8 +185,19 @@ class InstructionDataModule(TokenizedSplits):
     def text_tokenizer(self) -> TextTokenizer:
         """How rows become token ids: tokenizer, chat template and maximum length."""
         return TextTokenizer(
-            self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length, self.allow_special_tokens
+            self.tokenizer,
+            self.chat_template,
+            self.chat_template_kwargs,
+            self.max_length,
+            self.allow_special_tokens,
+            self.date,
         )
+
+    def use_date(self, date: str) -> None:
+        """Tokenize the loaded splits again if the chat template writes another date."""
+        if date != self.date:
+            self.date = date
+            self._rows = {split: self.load_split(split) for split in self._rows}
 
     def load_split(self, split: str) -> Any:
         """Read and tokenize a split, and fill `report[split]`; a subclass with other rows overrides it.
@@ -187,7 +205,12 @@ class InstructionDataModule(TokenizedSplits):
         Returns:
             a `datasets.Dataset` with the columns of `tokenized`.
         """
-        rows = gather(self.read or read_conversations, split, {"sources": self.sources[split]})
+        rows = gather(
+            self.read or read_conversations,
+            split,
+            {"sources": self.sources[split]},
+            roles=self.text_tokenizer.own_roles,
+        )
         return self.keep_usable(split, self.tokenized(rows, split))
 
     def tokenized(self, rows: Any, split: str) -> Any:
@@ -293,7 +316,4 @@ class InstructionDataModule(TokenizedSplits):
     @property
     def pad_id(self) -> int:
         """The token id of padding; the attention mask, not the id, marks what is padding."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        if pad is None or pad >= self.tokenizer.vocab_size:  # an added token may have no row in the embeddings
-            return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
-        return int(pad)
+        return masked_id(self.tokenizer)

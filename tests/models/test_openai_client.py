@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import threading
 import time
@@ -76,6 +77,29 @@ def test_a_server_that_sends_nothing_is_given_up() -> None:
     with raw_server(send(b"", pause=30)) as url:
         assert "does not answer" in failure(url, timeout=0.5)
     assert time.monotonic() - start < 6
+
+
+def test_a_list_of_models_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "QUICK_SECONDS", 0.5)
+    start = time.monotonic()
+    with raw_server(send(b"", pause=30)) as url:
+        for address in (url, url.replace("http:", "https:")):  # the second gets no TLS either
+            with pytest.raises(ValueError, match="does not answer: the list of models failed"):
+                client.OpenAIClient(address, 0.2).models()
+    assert time.monotonic() - start < 6
+
+
+def test_an_answer_without_tls() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def write() -> None:
+            with listening.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(answer(b"{}"))
+
+        threading.Thread(target=write, daemon=True).start()
+        text = failure(f"https://127.0.0.1:{listening.getsockname()[1]}", patience=0.0)
+    assert "does not answer" in text and "SSL" in text
 
 
 def test_a_slow_start_is_not_a_slow_answer() -> None:
@@ -288,3 +312,37 @@ def test_what_a_server_may_leave_out(body: Any, response: Response) -> None:
 def test_a_list_of_models_that_is_none(body: bytes) -> None:
     with raw_server(send(answer(body))) as url, pytest.raises(ValueError, match="invalid answer"):
         client.OpenAIClient(url, 5).models()
+
+
+def test_random_answers_are_read_or_refused() -> None:
+    """Whatever JSON a server sends, `parse` raises what `request` expects."""
+    draw = random.Random(17)
+    words = ["choices", "message", "content", "text", "finish_reason", "usage", "completion_tokens", "role"]
+
+    def value(depth: int) -> Any:
+        kind = draw.randrange(10 if depth else 7)
+        if kind > 7:
+            return [value(depth - 1) for _ in range(draw.randrange(3))]
+        if kind > 5:
+            return {draw.choice(words): value(depth - 1) for _ in range(draw.randrange(4))} if depth else {}
+        return draw.choice([None, True, -1, 0, 7, 1e300, float("nan"), float("-inf"), "", "hi", "\ud800\x00", 2**70])
+
+    read = 0
+    for _ in range(20_000):
+        body = json.loads(json.dumps(GOOD))
+        for _ in range(draw.randrange(1, 3)):
+            place = draw.choice([body, body["choices"][0], body["choices"][0]["message"], body["usage"]])
+            place[draw.choice([*place, draw.choice(words)])] = value(3)
+            if not (isinstance(body["choices"], list) and body["choices"] and isinstance(body["choices"][0], dict)):
+                break
+            if not isinstance(body["choices"][0].get("message"), dict) or not isinstance(body["usage"], dict):
+                break
+        try:
+            found = parse_response(body)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError):
+            continue
+        read += 1
+        assert isinstance(found.tokens, int) and found.tokens >= 0
+        assert found.finish_reason not in ("", "None")
+        (found.text + found.finish_reason).encode()
+    assert read > 2000

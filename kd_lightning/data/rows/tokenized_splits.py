@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, describe_rows
 from kd_lightning.data.conversation import Conversation
-from kd_lightning.data.text.teacher_input import TeacherInput, prompts_of
+from kd_lightning.data.rows.teacher_input import TeacherInput, prompts_of
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 
