@@ -103,8 +103,7 @@ def generate(
         top_p: sample from the most probable tokens that together have this probability, in (0, 1].
         batch_size: rows per batch, at least 1; with `server`: concurrent requests.
         seed: seed of the samples.
-        max_length: longest prompt and response together, in tokens; a longer prompt keeps its last tokens. None: the
-            model's number of positions.
+        max_length: longest prompt and response, in tokens; a longer prompt keeps its last. None: what the model reads.
         dtype: of the weights, such as float32; auto: as saved.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         server: address of an OpenAI-compatible server that generates instead of a local model.
