@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.cli.error_messages import did_you_mean
 from kd_lightning.paths import expand_path
-from kd_lightning.reporting.moved_classes import update_class_paths
+from kd_lightning.reporting.moved_classes import named_schedule, update_class_paths
 
 if TYPE_CHECKING:  # takes a second to import
     from jsonargparse import Namespace
 
 CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # folders of the shipped configs that an option names
+SCHEDULER = "--model.lr_scheduler"
 PATHS = ("default_root_dir", "ckpt_path", "baseline", "dirpath", "save_dir")  # arguments that our classes do not read
 PARSER_MODE = "kd_lightning"  # jsonargparse's name of the loader registered below
 
@@ -53,6 +55,10 @@ def expand_configs(args: Sequence[str]) -> list[str]:
             word = f"{flag}={shipped_config(value, flag)}"
         elif before in CONFIGS:
             word = shipped_config(word, before)
+        elif before == SCHEDULER or (flag == SCHEDULER and equals):
+            value = named_schedule(value if equals else word)
+            word = value if isinstance(value, str) else json.dumps(value)
+            word = f"{flag}={update_class_paths(word)}" if equals else word
         elif equals:
             word = f"{flag}={update_class_paths(value)}"
         out.append(update_class_paths(word))

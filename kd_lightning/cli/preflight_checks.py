@@ -109,6 +109,12 @@ def check_callbacks(fit: PreparedFit) -> Findings:
     return iter(())
 
 
+def check_schedule(fit: PreparedFit) -> Findings:
+    """Schedule and validation fit the run's length, and callbacks watch metrics that are logged."""
+    for text in fit.module.check_run(fit.trainer, fit.datamodule):
+        yield "warning", text
+
+
 def check_positions(fit: PreparedFit) -> Findings:
     """Both models have an embedding for every token, and enough positions for the longest row."""
     teacher = fit.module.teacher
@@ -197,6 +203,7 @@ DATA_CHECKS: dict[str, Check] = {
     "tokenizers": check_teacher_tokenizer,
     "words": check_responses,
     "callbacks": check_callbacks,
+    "schedule": check_schedule,
     "rows": check_rows,
     "places": check_positions,
     "labels": check_labels,
