@@ -37,7 +37,14 @@ MOVED_CLASSES = {
 
 # PyTorch's schedulers, by path or by name -> ours, whose lengths can follow the run.
 SCHEDULERS = "kd_lightning.training.learning_rate.schedulers."
-WITH_LENGTH = ("PolynomialLR", "LinearLR", "ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "StepLR")
+WITH_LENGTH: tuple[str, ...] = (
+    "PolynomialLR",
+    "LinearLR",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "StepLR",
+)
 WITH_LENGTH += ("MultiStepLR", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau")
 REPLACED = {f"{path}{name}": SCHEDULERS + name for name in WITH_LENGTH for path in ("", "torch.optim.lr_scheduler.")}
 REPLACED |= {"lightning.pytorch.cli.ReduceLROnPlateau": f"{SCHEDULERS}ReduceLROnPlateau"}

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.data.base import DistillationDataModule, datamodule_of
@@ -92,7 +92,7 @@ class AccumulatingModule(StudentTeacherModule):
         if self._trainer is not None:
             self.run_notes = self._checked(self._trainer, data, scheduler)
             for note in self.run_notes:
-                rank_zero_warn(note)
+                rank_zero_info(note)
         self._configured_lr = learning_rate(optimizer)  # a scheduler may set another one than the optimizer's
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -161,7 +161,7 @@ class AccumulatingModule(StudentTeacherModule):
             for note in schedule_notes(config.scheduler, steps_of_run(self.trainer, datamodule_of(self.trainer)) or 0):
                 if note not in self.run_notes:
                     self.run_notes.append(note)
-                    rank_zero_warn(note)
+                    rank_zero_info(note)
 
     def on_validation_epoch_end(self) -> None:
         """Give the monitored metric to `ReduceLROnPlateau`, before checkpoints are saved."""

@@ -1,4 +1,4 @@
-"""Learning-rate schedules follow the run; what does not fit it, and metrics that are not logged, are named before it."""
+"""Learning-rate schedules follow the run; what does not fit it, and missing metrics, are named before step 0."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from torch.optim import lr_scheduler
 from transformers import get_scheduler
 
 import runs
+from kd_lightning import DistillationModule
 from kd_lightning.cli.configs import expand_configs
 from kd_lightning.cli.program import main, run
 from kd_lightning.reporting.moved_classes import update_class_paths
 from kd_lightning.training.learning_rate import schedulers
+from kd_lightning.training.learning_rate.monitors import check_callbacks
 from kd_lightning.training.learning_rate.run_length import schedule_notes
 from kd_lightning.training.learning_rate.schedulers import WarmupLR, steps_given, whole_steps
 from refusals import refused
@@ -172,15 +174,15 @@ def test_one_cycle_on_a_fresh_run_mentions_no_checkpoint(recwarn: pytest.Warning
 
 
 def test_plateau_steps_once_per_validation_with_the_default_monitor() -> None:
-    plateau = functools.partial(
-        schedulers.ReduceLROnPlateau, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs"
-    )
+    never = {"threshold": 1e9, "threshold_mode": "abs"}  # no value is an improvement
+    plateau = functools.partial(schedulers.ReduceLROnPlateau, factor=0.5, patience=0, **never)
     module = fit(bundled(optimizer=SGD, lr_scheduler=plateau), BATCHES, BATCHES[:1], val_check_interval=2)
     config = module.trainer.lr_scheduler_configs[0]
     assert config.scheduler.last_epoch == 3
     assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0.5 * 0.5**2  # the first value is the best
 
 
+MODULE = DistillationModule("asset:student", "asset:teacher")
 CALLBACKS: dict[str, tuple[Callback, str]] = {
     "early": (EarlyStopping("val_loss"), "EarlyStopping: monitor must be one of val/kd, .*got 'val_loss'"),
     "checkpoint": (ModelCheckpoint(monitor="val/acc"), "ModelCheckpoint: monitor must be one of .*got 'val/acc'"),
@@ -194,30 +196,20 @@ CALLBACKS: dict[str, tuple[Callback, str]] = {
 def test_a_callback_that_would_end_the_run_is_refused_before_step_0(name: str) -> None:
     callback, text = CALLBACKS[name]
     with pytest.raises(ValueError, match=text):
-        fit(bundled(), BATCHES, BATCHES[:1], callbacks=[callback])
+        check_callbacks([callback], MODULE, True)
 
 
 def test_a_monitor_without_validation_is_refused() -> None:
     with pytest.raises(ValueError, match="EarlyStopping: monitor val/ce needs validation"):
-        fit(bundled(), BATCHES, callbacks=[EarlyStopping("val/ce")])
+        fit(MODULE, BATCHES, callbacks=[EarlyStopping("val/ce")])
 
 
 # ------------------------------------------------------------------------------------------------------ in the program
 def words(folder: Path) -> list[str]:
     data = str(runs.little_data(folder))
     found = ["--config", str(runs.CONFIGS / "jsd.yaml"), "--trainer.default_root_dir", str(folder / "root"), *runs.CPU]
-    return [
-        *found,
-        *runs.QUIET,
-        "--data.train",
-        data,
-        "--data.val",
-        data,
-        "--data.test",
-        "null",
-        "--data.batch_size",
-        "16",
-    ]
+    found += ["--data.train", data, "--data.val", data, "--data.test", "null", "--data.batch_size", "16"]
+    return [*found, *runs.QUIET]
 
 
 def test_lengths_and_names_are_accepted_on_the_command_line(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ class WarmupLR(lr_scheduler.LambdaLR):
             key: whole_steps(key, value) if key.endswith("_steps") and isinstance(value, float) else value
             for key, value in (scheduler_specific_kwargs or {}).items()
         }
-        shape = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        shape = torch.optim.SGD([torch.zeros(1)], lr=float(optimizer.param_groups[0]["lr"]))
         try:
             built = get_scheduler(name, shape, self.num_warmup_steps, self.num_training_steps, extra or None)
         except TypeError as error:
