@@ -15,7 +15,7 @@ from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run
-from kd_lightning.divergences import Divergence, ForwardKL
+from kd_lightning.divergences import Divergence, ForwardKL, described
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.compatibility import check_model_fits_data
@@ -27,7 +27,7 @@ from kd_lightning.schedules import Schedule, Weight, check_flag
 from kd_lightning.seeding import derive_seed, run_seed
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
-from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache
+from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache, check_types
 from kd_lightning.training.evaluation import evaluate_batch, validation_ce
 from kd_lightning.training.optimization import AccumulatingModule
 from kd_lightning.training.prediction import PredictingModule
@@ -91,8 +91,20 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         teacher_cache: bool = False,
     ) -> None:
         super().__init__(reduction, optimizer, lr_scheduler)
+        check_types(
+            student=student,
+            teacher=teacher,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            student_kwargs=student_kwargs,
+            teacher_kwargs=teacher_kwargs,
+            lora=lora,
+        )
         check_reduction(reduction)
         check_flag("gradient_checkpointing", gradient_checkpointing)
+        check_flag("teacher_cache", teacher_cache)
+        if responses is not None and not isinstance(responses, ResponseSource):
+            raise ValueError(f"responses must be a ResponseSource or None, got {described(responses)}")
         check_models(student, teacher, student_init, teacher_kwargs, ce_weight)
         if teacher_cache:
             check_teacher_cache(teacher, responses)

@@ -14,6 +14,7 @@ from rich.text import Text
 from kd_lightning.atomic_io import atomic_file
 from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.console import printable, progress_bar
+from kd_lightning.paths import expand_path
 from kd_lightning.reporting.figures import as_markdown, curves
 from kd_lightning.reporting.markdown import code_span, markdown_table, markdown_text
 from kd_lightning.reporting.redaction import redact_text
@@ -47,7 +48,7 @@ def main(args: Sequence[str]) -> int:
     given = parser.parse_args(list(args))
     if given.output is not None and given.output.exists():
         raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
-    roots = {Path(root).resolve(): root for root in reversed(given.roots)}  # without duplicates
+    roots = {Path(expand_path(root)).resolve(): root for root in reversed(given.roots)}  # without duplicates
     runs = [RunFolder.read(root) for root in progress_bar(list(reversed(roots.values())), "Runs")]
     notes = same_rows(runs, given.different_data)
     groups, repeated = other_seeds(repetitions(runs))

@@ -92,6 +92,20 @@ class DistillationDataModule(L.LightningDataModule, ABC):
             model: folder, hub name or `asset:` name; None changes nothing.
         """
 
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+    def state_dict(self) -> dict[str, Any]:
+        """The date that the chat template writes, if it does: a resumed run trains on the same rows."""
+        date = self.text_tokenizer.written_date if self.splits else None
+        return {} if date is None else {"date": date}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the date."""
+        if "date" in state_dict:
+            self.use_date(state_dict["date"])
+
+    def use_date(self, date: str) -> None:
+        """Render the rows with this date, YYYY-MM-DD; a data module without such rows changes nothing."""
+
     # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
     @abstractmethod
@@ -167,6 +181,11 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         a run resumes in the middle of a pass. Several callbacks are called in the order in which they were added.
         """
         self._before_pass.append(callback)
+
+    def remove_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Remove a callback of `add_before_pass`, at the end of its run: the data module may be used by another one."""
+        if callback in self._before_pass:
+            self._before_pass.remove(callback)
 
     def run_before_pass(self, number: int) -> None:
         """Call the callbacks of `add_before_pass`; a data module that accepts responses does so before each pass."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,11 @@ class ContrastiveDataModule(InstructionDataModule):
             loader.call_before_pass(self._announce)
         return loader
 
+    def remove_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Remove a callback; a later run calls its own from its first pass on."""
+        super().remove_before_pass(callback)
+        self._announced = -1
+
     def _announce(self, number: int) -> None:
         """Call the callbacks once before each pass."""
         if number > self._announced:
@@ -254,7 +259,7 @@ class ContrastiveDataModule(InstructionDataModule):
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
         """The files that hold the replaced responses, and the last pass before which the callbacks were called."""
-        return {**self._saved.state_dict(), "announced": self._announced}
+        return {**super().state_dict(), **self._saved.state_dict(), "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the replaced responses.
@@ -264,6 +269,7 @@ class ContrastiveDataModule(InstructionDataModule):
         """
         self._saved.load_state_dict(state_dict)
         self._announced = state_dict["announced"]
+        super().load_state_dict(state_dict)
         if "train" in self._rows:
             self._read_saved()
 

@@ -47,6 +47,14 @@ def load_tokenizer(name: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     return tokenizer
 
 
+def masked_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id of padding; an added padding token may have no row in the embeddings, then that of another token."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad >= tokenizer.vocab_size:
+        return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
+    return int(pad)
+
+
 def with_template(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None, notice: Notice
 ) -> PreTrainedTokenizerBase:

@@ -132,8 +132,11 @@ class ResponseFile:
             lines.append(self._prefix(self.done) + _dump(last)[1:].encode() + b"\n")
             self.responses.append(following)
         if lines:
-            self._file.write(b"".join(lines))
-            self._file.flush()
+            try:
+                self._file.write(b"".join(lines))
+                self._file.flush()
+            except OSError as error:  # the disk is full, for example; Python leaves the path out
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _prefix(self, number: int) -> bytes:
         """The beginning of the line of a row."""

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from kd_lightning.data.conversation import Conversation
+from kd_lightning.distributed.signals import StopRequest
 from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.openai_client import OpenAIClient, valid_string
@@ -63,7 +64,11 @@ class ServerGenerator:
         return self.client.request(path, body, parse_response, f"row {number + 1}")
 
     def generate(
-        self, conversations: Sequence[Conversation], start: int = 0, requests: int = 8
+        self,
+        conversations: Sequence[Conversation],
+        start: int = 0,
+        requests: int = 8,
+        request: StopRequest | None = None,
     ) -> Iterator[tuple[int, Response]]:
         """Responses with the numbers of their rows, in the order in which they finish. Closes the client.
 
@@ -71,8 +76,10 @@ class ServerGenerator:
             conversations: all prompts.
             start: number of the first row that is sent.
             requests: largest number of requests at a time, at least 1.
+            request: to stop: the requests that are sent are finished, and no more are sent.
         """
-        remaining = iter(range(start, len(conversations)))
+        request = request or StopRequest()
+        remaining = request.until_requested(range(start, len(conversations)))
         pending: dict[Future[Response], int] = {}
         pool = ThreadPoolExecutor(requests)
         try:
@@ -81,6 +88,8 @@ class ServerGenerator:
                     pending[pool.submit(self.respond, conversations[number], number)] = number
                     if len(pending) >= 2 * requests:
                         break
+                if request.signal:
+                    pending = {future: number for future, number in pending.items() if not future.cancel()}
                 if not pending:
                     return
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)

@@ -23,7 +23,7 @@ _SECRET_NAME = re.compile(  # of the words of a name, joined by _
     r"(.*_)?(pwd|secrets?|credentials?|authorization|cookies?|bearer|"
     r"(access|account|auth|encryption|hub|license|private|secret|session|shared|signing|ssh|subscription)_?keys?|"
     r"(access|account|api|auth|bearer|client|git|github|gitlab|hf|hub|id|jwt|login|oauth|personal|refresh|sas|security|"
-    r"service|session|tracking|wandb)_?tokens?)|auth|token"
+    r"service|session|tracking|wandb)_?tokens?)|auth|pass|token"
 )
 _OTHER_TOKEN = re.compile(r".*_token")
 # `eos_token` and its like are no secrets, whatever their values are.
@@ -109,7 +109,12 @@ def _is_named_secret(found: re.Match[str], value: re.Match[str]) -> bool:
     if text in ("", MASK, "None", "null", "True", "False", "true", "false"):
         return False
     name = (found["name"] or found["option"]).rpartition(".")[2].lstrip("-")
-    if found["sign"] and "=" not in found["sign"] and value[0][0] not in "\\'\"" and name.lower() in ("token", "auth"):
+    if (
+        found["sign"]
+        and "=" not in found["sign"]
+        and value[0][0] not in "\\'\""
+        and name.lower() in ("token", "auth", "pass")
+    ):
         return _LIKE_A_SECRET.fullmatch(text) is not None  # not in prose, such as "token: the first one"
     return is_secret(name, text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import threading
 import time
@@ -288,3 +289,37 @@ def test_what_a_server_may_leave_out(body: Any, response: Response) -> None:
 def test_a_list_of_models_that_is_none(body: bytes) -> None:
     with raw_server(send(answer(body))) as url, pytest.raises(ValueError, match="invalid answer"):
         client.OpenAIClient(url, 5).models()
+
+
+def test_random_answers_are_read_or_refused() -> None:
+    """Whatever JSON a server sends, `parse` raises what `request` expects."""
+    draw = random.Random(17)
+    words = ["choices", "message", "content", "text", "finish_reason", "usage", "completion_tokens", "role"]
+
+    def value(depth: int) -> Any:
+        kind = draw.randrange(10 if depth else 7)
+        if kind > 7:
+            return [value(depth - 1) for _ in range(draw.randrange(3))]
+        if kind > 5:
+            return {draw.choice(words): value(depth - 1) for _ in range(draw.randrange(4))} if depth else {}
+        return draw.choice([None, True, -1, 0, 7, 1e300, float("nan"), float("-inf"), "", "hi", "\ud800\x00", 2**70])
+
+    read = 0
+    for _ in range(20_000):
+        body = json.loads(json.dumps(GOOD))
+        for _ in range(draw.randrange(1, 3)):
+            place = draw.choice([body, body["choices"][0], body["choices"][0]["message"], body["usage"]])
+            place[draw.choice([*place, draw.choice(words)])] = value(3)
+            if not (isinstance(body["choices"], list) and body["choices"] and isinstance(body["choices"][0], dict)):
+                break
+            if not isinstance(body["choices"][0].get("message"), dict) or not isinstance(body["usage"], dict):
+                break
+        try:
+            found = parse_response(body)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError):
+            continue
+        read += 1
+        assert isinstance(found.tokens, int) and found.tokens >= 0
+        assert found.finish_reason not in ("", "None")
+        (found.text + found.finish_reason).encode()
+    assert read > 2000
