@@ -63,8 +63,8 @@ def expand_configs(args: Sequence[str]) -> list[str]:
         elif before in CONFIGS:
             word = _checked(shipped_config(word, before), before)
         elif before == SCHEDULER or (flag == SCHEDULER and equals):
-            value = named_schedule(value if equals else word)
-            word = _updated(SCHEDULER, value) if isinstance(value, str) else json.dumps(value)
+            schedule = named_schedule(value if equals else word)
+            word = _updated(SCHEDULER, schedule) if isinstance(schedule, str) else json.dumps(schedule)
             word = f"{flag}={word}" if equals else word
         elif equals:
             word = f"{flag}={_updated(flag, value)}"

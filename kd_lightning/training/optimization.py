@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ from kd_lightning.training.learning_rate.run_length import (
     steps_of_run,
     validation_note,
 )
-from kd_lightning.training.learning_rate.schedulers import MonitoredReduceLROnPlateau, steps_given
+from kd_lightning.training.learning_rate.schedulers import steps_given
 
 NEVER = 2**62  # epochs
 
