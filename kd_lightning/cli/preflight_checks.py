@@ -117,6 +117,12 @@ def check_callbacks(fit: PreparedFit) -> Findings:
     return iter(())
 
 
+def check_schedule(fit: PreparedFit) -> Findings:
+    """Schedule and validation fit the run's length, and callbacks watch metrics that are logged."""
+    for text in fit.module.check_run(fit.trainer, fit.datamodule):
+        yield "warning", text
+
+
 def check_optimizer(fit: PreparedFit) -> Findings:
     """Optimizer and scheduler accept their arguments."""
     fit.module.check_optimizer()
@@ -244,6 +250,7 @@ DATA_CHECKS: dict[str, Check] = {
     "words": check_responses,
     "callbacks": check_callbacks,
     "optimizer": check_optimizer,
+    "schedule": check_schedule,
     "rows": check_rows,
     "prompts": check_prompts,
     "places": check_positions,
