@@ -122,6 +122,16 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """Sequences per batch on each rank."""
         return self.batch_size
 
+    def batches_per_pass(self, trainer: L.Trainer) -> int | None:
+        """Batches of a rank in one pass over the training data; None: not known before the rows are read.
+
+        Rows whose responses are generated in the run are counted as well, without generating them.
+
+        Args:
+            trainer: of the run; its `limit_train_batches` counts.
+        """
+        return None
+
     @abstractmethod
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""

@@ -14,7 +14,7 @@ from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, Toke
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
 from kd_lightning.data.rows.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
 from kd_lightning.data.rows.tokenized_splits import TokenizedSplits
-from kd_lightning.data.sampler import BatchOrder, ResumableLoader
+from kd_lightning.data.sampler import BatchOrder, ResumableLoader, limited
 from kd_lightning.data.sources import as_list
 from kd_lightning.data.text.prompt_notice import COMPARED, prompt_notice
 from kd_lightning.data.text.rendering import date_of, read_template, today
@@ -243,9 +243,8 @@ class InstructionDataModule(TokenizedSplits):
         if is_overfitting(self.trainer):  # Lightning expects a plain loader in file order then
             return self._plain_loader("train")
         loader = self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
-        limit = limit_batches(self.trainer, "train")
         loader.sampler.start_at(completed_epochs(self.trainer), 0)  # loaders may be rebuilt in every epoch
-        loader.sampler.limit_pass(int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader)))
+        loader.sampler.limit_pass(limited(len(loader), limit_batches(self.trainer, "train")))
         return loader
 
     def val_dataloader(self) -> ResumableLoader | list[dict[str, Tensor]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC
 from typing import Any
 
+import lightning as L
+
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, describe_rows
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.rows.teacher_input import TeacherInput, prompts_of
+from kd_lightning.data.sampler import batches_in_pass
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 
@@ -32,6 +35,14 @@ class TokenizedSplits(DistillationDataModule, ABC):
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
         return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
+
+    def batches_per_pass(self, trainer: L.Trainer) -> int | None:
+        """Batches of a rank in one pass over the training data; None: the rows are not loaded.
+
+        Args:
+            trainer: of the run; its `limit_train_batches` counts.
+        """
+        return batches_in_pass(len(self._rows["train"]), self.batch_size, trainer) if "train" in self._rows else None
 
     @property
     def teacher_has_own_input(self) -> bool:

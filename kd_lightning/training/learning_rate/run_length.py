@@ -31,16 +31,7 @@ LATEST: dict[type[LRScheduler], str] = {  # what must lie before the end of the 
 
 def batches_per_epoch(trainer: L.Trainer, datamodule: DistillationDataModule | None) -> int | None:
     """Training batches of an epoch on one rank; None if they are not known before the data are read."""
-    if datamodule is None:
-        return None
-    try:
-        number = len(datamodule.train_dataloader())
-    except (TypeError, ValueError):  # without a length, or with rows that get their responses later
-        return None
-    if datamodule.trainer is None:  # it has counted the batches of all ranks
-        number = math.ceil(number / trainer.world_size)
-    limit = limit_batches(trainer, "train")
-    return int(number * limit) if isinstance(limit, float) else min(number, limit)
+    return None if datamodule is None else datamodule.batches_per_pass(trainer)
 
 
 def steps_of_run(trainer: L.Trainer, datamodule: DistillationDataModule | None) -> int | None:
