@@ -62,6 +62,8 @@ from kd_lightning.teachers.base import Teacher as Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher as HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher as OffloadedTeacher
+from kd_lightning.teachers.routed import RoutedTeacher as RoutedTeacher
+from kd_lightning.teachers.self_teacher import SelfTeacher as SelfTeacher
 
 __version__: str
 __all__: list[str]

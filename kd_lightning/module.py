@@ -18,14 +18,13 @@ from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
 from kd_lightning.divergences import Divergence, ForwardKL
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.models.compatibility import check_model_fits_data
-from kd_lightning.models.loading import check_tokenizers
+from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.schedules import Schedule, Weight
 from kd_lightning.seeding import derive_seed, run_seed
-from kd_lightning.teachers.base import RunContext, Teacher
+from kd_lightning.teachers.base import RunContext, Teacher, models_by_role
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
 from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache
 from kd_lightning.training.evaluation import evaluate_batch, validation_ce
@@ -35,6 +34,7 @@ from kd_lightning.training.prediction import greedy_responses
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
 from kd_lightning.training.teacher_cache import cached_teacher
+from kd_lightning.training.teacher_setup import check_teacher_tokenizers, load_teacher, member_names, tokens_by_member
 
 
 class DistillationModule(AccumulatingModule):
@@ -99,13 +99,14 @@ class DistillationModule(AccumulatingModule):
         self.student_source = StudentSource(student, student_init, student_kwargs, lora)
         self.teacher = as_teacher(teacher, teacher_kwargs)
         self.teacher_cache = teacher_cache
-        self.reporter = EvaluationReporter(loss, self.teacher is not None, monitors)
+        self.reporter = EvaluationReporter(loss, self.teacher is not None, monitors, member_names(self.teacher))
         self.monitors = self.reporter.monitors
         self.evaluation = self.reporter.metrics
         self.responses = responses
         self.rollout = RolloutRunner(responses)
         self.model = StudentWithLoss(None, loss)
         self._max_new_tokens = 32
+        self.teacher_state: nn.Module | None = None  # tensors of the teacher that belong into checkpoints
         self._teacher_device: torch.device | None = None
         self._base_digest: str | None = None  # of the weights under the adapters, if checkpoints leave them out
 
@@ -135,11 +136,9 @@ class DistillationModule(AccumulatingModule):
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
         install_checkpoint_io(self.trainer.strategy)
-        datamodule, tokenizer = datamodule_of(self.trainer), tokenizer_of(self.trainer)
-        if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
-            check_tokenizers(self.teacher.name, tokenizer)
+        check_teacher_tokenizers(self.teacher, tokenizer_of(self.trainer))
         if stage == "fit" and self.trainer.world_size > 1:
-            rows = {} if datamodule is None else datamodule.description()
+            rows = {} if (datamodule := datamodule_of(self.trainer)) is None else datamodule.description()
             check_ranks_agree({"loss": repr(self.reporter.loss), **rows})
 
     def configure_model(self) -> None:
@@ -150,11 +149,10 @@ class DistillationModule(AccumulatingModule):
                 exclude_frozen_weights(self, "model.student")
             self.model.set_student(student)
         if self.teacher is not None:
-            self.teacher.attach(self.run_context())
-            self.teacher.load()
+            self.teacher_state = load_teacher(self.teacher, self.run_context())
             self._teacher_device = None
-        teacher_model = None if self.teacher is None else self.teacher.model
-        for text in check_model_fits_data(self.student, teacher_model, datamodule_of(self._trainer)):
+        models = models_by_role(self.student, self.teacher)
+        for text in check_models_fit_data(models, datamodule_of(self._trainer)):
             rank_zero_warn(text)
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
@@ -292,11 +290,10 @@ class DistillationModule(AccumulatingModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         values = self.reporter.values(self.evaluate_batch(batch))
-        for name, value in values.items():
-            key, metric = self.reporter.metric(stage, name, self.device)
-            metric.update(value)
-            bar, path = name == "kd", f"evaluation.{key}"
-            self.log(f"{stage}/{name}", metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)
+        by_member = tokens_by_member(self.teacher, batch)
+        for name, path, metric in self.reporter.update(stage, values, by_member, self.device):
+            bar = name == f"{stage}/kd"
+            self.log(name, metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)
         return values
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -18,10 +18,11 @@ from kd_lightning.data.row_report import extra_notes
 from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
 from kd_lightning.folder_lock import lock_problem
-from kd_lightning.models.compatibility import check_model_fits_data
+from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
 from kd_lightning.models.loading import check_tokenizers, resolve_model
 from kd_lightning.models.pretrained import from_pretrained
+from kd_lightning.teachers.base import models_by_role
 from kd_lightning.training.evaluation import limited_batches
 
 Check = Callable[[PreparedFit], Findings]
@@ -111,8 +112,7 @@ def check_callbacks(fit: PreparedFit) -> Findings:
 
 def check_positions(fit: PreparedFit) -> Findings:
     """Both models have an embedding for every token, and enough positions for the longest row."""
-    teacher = fit.module.teacher
-    for text in check_model_fits_data(fit.student, None if teacher is None else teacher.model, fit.datamodule):
+    for text in check_models_fit_data(models_by_role(fit.student, fit.module.teacher), fit.datamodule):
         yield "warning", text
 
 

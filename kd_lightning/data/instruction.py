@@ -251,14 +251,15 @@ class InstructionDataModule(DistillationDataModule):
             batch_size=None,
             sampler=order,
             num_workers=self.num_workers,
-            collate_fn=Collator(self.pad_id),
+            collate_fn=Collator(self.pad_id, self.index_columns(split)),
             pin_memory=self.pin_memory,
         )
         return loader
 
     def _plain_loader(self, split: str) -> ResumableLoader:
         rows, _ = self.token_rows(split)
-        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=Collator(self.pad_id))
+        collate = Collator(self.pad_id, self.index_columns(split))
+        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=collate)
         return loader
 
     @property
@@ -311,6 +312,11 @@ class InstructionDataModule(DistillationDataModule):
         """The first rows of a split as conversations."""
         rows = self._rows[split]
         return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
+
+    def row_fields(self, split: str, field: str) -> dict[int, Any]:
+        """A field of every row of a split by `row_ids`; None: the row does not have it."""
+        rows = self._rows[split]
+        return {n: json.loads(row).get(field) for n, row in zip(rows["row_id"][:], rows["row"][:], strict=True)}
 
     def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""

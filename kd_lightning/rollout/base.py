@@ -175,8 +175,8 @@ class RolloutContext:
     def _processors(self, mask: Tensor, sampling: Sampling, teacher_share: float) -> list[Any]:
         if teacher_share > 0:
             return [TeacherMixture(unsharded_model(self.teacher), teacher_share, sampling.temperature or 1.0, mask)]
-        head = None if self.teacher is None else self.teacher.head
-        return [RestrictVocabulary(head.vocabulary)] if head is not None and head.vocabulary < self.vocabulary else []
+        known = None if self.teacher is None else self.teacher.vocabulary
+        return [RestrictVocabulary(known)] if known is not None and known < self.vocabulary else []
 
     @property
     def vocabulary(self) -> int:

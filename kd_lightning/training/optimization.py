@@ -119,8 +119,10 @@ class AccumulatingModule(StudentTeacherModule):
         return summed * data_parallel_rank(self.trainer)[1] / self.trainer.world_size
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then update the schedules: at the end of the batch, checkpoints are already written."""
+        """Step, then let the teacher follow and update the schedules; at the end of the batch would be after saving."""
         super().optimizer_step(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher.after_step()
         total = self.trainer.estimated_stepping_batches
         progress = (self.trainer.global_step + 1) / total if total and total != float("inf") else 0.0
         # Lightning's epoch skips a number at a resume; num_training_batches is infinite for endless data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class EvaluationReporter:
         has_teacher: whether there is a teacher.
         monitors: divergences to measure, by name; None: forward and reverse KL, JSD, total variation, and forward KL
             on the top of the teacher's distribution; without a teacher none.
+        members: names of the teachers for each of which all values are logged as well, as `val/NAME/MEMBER`.
 
     Attributes:
         divergences: the divergences measured, by name.
@@ -38,11 +39,17 @@ class EvaluationReporter:
         ValueError: the name of a monitor is not allowed.
     """
 
-    def __init__(self, loss: DistillationLoss, has_teacher: bool, monitors: Mapping[str, Divergence] | None) -> None:
+    def __init__(
+        self,
+        loss: DistillationLoss,
+        has_teacher: bool,
+        monitors: Mapping[str, Divergence] | None,
+        members: Sequence[str] = (),
+    ) -> None:
         default = monitors is None and has_teacher
         measured = _default_monitors() if default else dict(monitors or {})
         check_names(measured)
-        self.has_teacher = has_teacher
+        self.has_teacher, self.members = has_teacher, members
         self.divergences = measured
         self.monitors = nn.ModuleDict(measured)
         self.metrics = nn.ModuleDict()
@@ -60,7 +67,8 @@ class EvaluationReporter:
     def names(self) -> tuple[str, ...]:
         """Names of the values that validation logs as `val/NAME`."""
         names = self.loss.token_loss.names(self.has_teacher)
-        return tuple("ce" if name == "student_nll" else name for name in names if name not in ("loss", "ce"))
+        totals = ["ce" if name == "student_nll" else name for name in names if name not in ("loss", "ce")]
+        return (*totals, *(f"{name}/{member}" for name in totals for member in self.members))
 
     @staticmethod
     def values(parts: LossParts) -> dict[str, Tensor]:
@@ -78,6 +86,29 @@ class EvaluationReporter:
         metric = self.metrics[key]
         assert isinstance(metric, TokenMean)
         return key, metric
+
+    def update(
+        self, stage: str, values: Mapping[str, Tensor], by_member: Sequence[Tensor], device: torch.device
+    ) -> Iterator[tuple[str, str, TokenMean]]:
+        """Add the values of a batch to the metrics of a stage.
+
+        Args:
+            stage: `val` or `test`.
+            values: of each labeled token, by name, [N].
+            by_member: for each of `members`, which of these tokens it teaches, [N].
+            device: of the run.
+
+        Yields:
+            Name that is logged, path of the metric, and metric.
+        """
+        for name, value in values.items():
+            found = {f"{stage}/{name}": (name, value)}
+            for number, (member, own) in enumerate(zip(self.members, by_member, strict=False)):
+                found[f"{stage}/{name}/{member}"] = (f"{name}/{number}", value[own])  # no dots in names of modules
+            for logged, (key_name, chosen) in found.items():
+                key, metric = self.metric(stage, key_name, device)
+                metric.update(chosen)
+                yield logged, f"evaluation.{key}", metric
 
     def mean(self, stage: str, name: str) -> float | None:
         """The mean of one value in the stage so far; None if it was not measured."""

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.constants import TEACHER_INDEX
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.fsdp2 import ShardableStudent
 from kd_lightning.distributed.vocab_parallel import head_on_rank
@@ -20,11 +21,13 @@ from kd_lightning.models.backbone import body_and_head, head_settings, hidden_st
 from kd_lightning.models.hf_adapter import name_or_path, output_embeddings, weight_and_bias
 from kd_lightning.models.loading import check_causal, check_finite, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
-from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.base import Teacher, TeacherShare
+from kd_lightning.teachers.routed import rows_of
 from kd_lightning.training.loss_components import component_sums
+from kd_lightning.training.routed_pass import RoutedPass
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
-NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
+NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids", TEACHER_INDEX)
 Split = Callable[[Any], tuple[nn.Module, Head]]  # a model into its body and its LM head
 
 
@@ -88,6 +91,11 @@ class ForwardPass:
     teacher_head: Head | None
     labels: Tensor
     columns: Mapping[str, Tensor]
+
+    @property
+    def knows_all_tokens(self) -> bool:
+        """Whether the teacher's full distribution is known, if there is a teacher."""
+        return not isinstance(self.teacher, TopK)
 
     def loss(self, loss: DistillationLoss) -> LossParts:
         """A loss of these outputs."""
@@ -177,13 +185,20 @@ class StudentWithLoss(ShardableStudent):
         """
         outputs = self._run_models(batch, teacher)
         parts = outputs.loss(loss or self.loss)
-        if components is not None and teacher is not None and not isinstance(outputs.teacher, TopK):
+        if components is not None and teacher is not None and outputs.knows_all_tokens:
             with torch.no_grad():
                 parts.components.update(component_sums(components, outputs.loss(components)))
         return parts
 
-    def _run_models(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:
-        """Run the teacher, then the student; hidden states if possible, else full logits."""
+    def _run_models(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass | RoutedPass:
+        """Run the teachers, then the student; hidden states if possible, else full logits."""
+        shares = [] if teacher is None else teacher.shares(batch)
+        if len(shares) > 1:
+            return self._run_routed(batch, shares)
+        return self._run_pair(batch, shares[0].teacher if shares else None)
+
+    def _run_pair(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:
+        """Run a teacher on all rows, then the student."""
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         labels, columns = batch["labels"][:, 1:], _columns(batch)
         head, teacher_head = self.head(), None if teacher is None else teacher.head
@@ -195,6 +210,37 @@ class StudentWithLoss(ShardableStudent):
         if teacher is not None and teacher_head is not None:
             known = teacher.hidden(batch)[:, :-1]
         return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, labels, columns)
+
+    def _run_routed(self, batch: dict[str, Tensor], shares: list[TeacherShare]) -> RoutedPass:
+        """Run each teacher on its rows, then the student once on all rows."""
+        head = self.head()
+        known = [(share.rows, *self._run_teacher(batch, share, head)) for share in shares]
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        if head is None or self.body is None:
+            outputs, head = logits(self.student, **inputs)[:, :-1], None
+        else:
+            outputs = hidden_states(self.body, **inputs)[:, :-1]
+        passes = []
+        for rows, teacher, teacher_head in known:
+            if rows is None or not len(rows):  # run for the other ranks
+                continue
+            own, own_batch = outputs[rows], rows_of(batch, rows)
+            labels, columns = own_batch["labels"][:, 1:], _columns(own_batch)
+            if head is not None and isinstance(teacher, Tensor) and teacher_head is None:
+                passes.append((rows, ForwardPass(head.logits(own), None, teacher, None, labels, columns)))
+            else:
+                passes.append((rows, ForwardPass(own, head, teacher, teacher_head, labels, columns)))
+        return RoutedPass(passes, batch["labels"][:, 1:])
+
+    @staticmethod
+    def _run_teacher(
+        batch: dict[str, Tensor], share: TeacherShare, head: Head | None
+    ) -> tuple[Tensor | TopK, Head | None]:
+        """Hidden states and LM head of a teacher on its rows, or its distribution without a head."""
+        own, teacher_head = rows_of(batch, share.rows), share.teacher.head
+        if head is None or teacher_head is None:
+            return share.teacher.logits(own)[:, :-1], None
+        return share.teacher.hidden(own)[:, :-1], teacher_head
 
 
 def _columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
