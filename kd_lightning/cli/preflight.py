@@ -17,7 +17,7 @@ from kd_lightning.cli.program import run
 from kd_lightning.console import progress_bar
 
 CHECKS = {**DATA_CHECKS, **MODEL_CHECKS}
-LAST = ("places",)  # if one of these is refused, the checks after it cannot run
+LAST = ("routing", "places")  # if one of these is refused, the checks after it cannot run
 
 
 def main(args: Sequence[str]) -> int:

@@ -24,6 +24,7 @@ from kd_lightning.models.hf_adapter import (
 from kd_lightning.models.loading import causal_lm_from_config
 from kd_lightning.models.lora import add_adapters
 from kd_lightning.module import DistillationModule
+from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.hf import CausalLMTeacher
 
 PURE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -165,7 +166,7 @@ def set_fake_student(module: DistillationModule, precision: str, fake: FakeTenso
     module.model.set_student(student.train(), split_by_shapes)
 
 
-def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> bool:
+def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> list[nn.Module]:
     """Give a module its teacher, if it has one, on fake tensors.
 
     Args:
@@ -173,17 +174,25 @@ def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> bool:
         fake: the mode that makes the tensors.
 
     Returns:
-        Whether its layers stay in host memory.
+        The models whose layers stay in host memory.
 
     Raises:
-        ValueError: the teacher has no configuration, or cannot be built.
+        ValueError: a teacher has no configuration, or cannot be built.
     """
-    teacher = module.teacher
-    if teacher is None:
-        return False
-    if teacher.shares_student:
+    if module.teacher is None:
+        return []
+    on_host: list[nn.Module] = []
+    module.teacher = module.teacher.map_members(lambda member: _fake_teacher(member, module, fake, on_host))
+    return on_host
+
+
+def _fake_teacher(
+    teacher: Teacher, module: DistillationModule, fake: FakeTensorMode, on_host: list[nn.Module]
+) -> Teacher:
+    """A teacher that is not made of others, on fake tensors; a model with layers in host memory is added to a list."""
+    if teacher.starts_as_student:
         teacher.attach(module.run_context())
-        return False
+        return teacher
     source = teacher.config_source
     if source is None:
         raise ValueError(
@@ -192,8 +201,9 @@ def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> bool:
     with torch.device("meta"):
         model = causal_lm_from_config(source.path, kwargs=source.kwargs, role="teacher")
     _to_fake(model, fake)
-    module.teacher = FakeTeacher(model, source.layers_on_host)
-    return source.layers_on_host
+    if source.layers_on_host:
+        on_host.append(model)
+    return FakeTeacher(model, source.layers_on_host)
 
 
 def _to_fake(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -106,8 +106,8 @@ class TeacherShare:
 
     Args:
         teacher: not made of others.
-        rows: indices of the rows, [n]; None: all rows. Without any, the teacher must be run all the same, as other ranks
-            wait for it; the results are not used.
+        rows: indices of the rows, [n]; None: all rows. Without any, the teacher must be run all the same, as other
+            ranks wait for it; the results are not used.
     """
 
     teacher: Teacher
@@ -162,6 +162,11 @@ class Teacher(ABC):
     def state(self) -> nn.Module | None:
         """Tensors that belong into the checkpoint of the run; None if there are none. Available once attached."""
         return None
+
+    @property
+    def knows_all_tokens(self) -> bool:
+        """Whether it gives full distributions; False: only their top k tokens."""
+        return True
 
     @property
     def is_collective(self) -> bool:

@@ -76,6 +76,11 @@ class CachedTeacher(Teacher):
         return self.description.vocabulary
 
     @property
+    def knows_all_tokens(self) -> bool:
+        """Whether hidden states are cached."""
+        return self.description.kind == "hidden"
+
+    @property
     def head(self) -> Head | None:
         """The teacher's LM head; None if only the top k are cached."""
         return self._head

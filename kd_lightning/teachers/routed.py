@@ -98,6 +98,11 @@ class RoutedTeacher(Teacher):
         return self._states
 
     @property
+    def knows_all_tokens(self) -> bool:
+        """Whether all teachers give full distributions."""
+        return all(teacher.knows_all_tokens for teacher in self.teachers.values())
+
+    @property
     def is_collective(self) -> bool:
         """Whether one of the teachers computes with sharded parameters."""
         return any(teacher.is_collective for teacher in self.teachers.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
@@ -215,8 +216,9 @@ class _StudentCopy(CausalLMTeacher):
 
     def to(self, device: torch.device | str) -> None:
         """Move to a device, and compute in the dtype that the student has by now."""
-        model = self._loaded()
-        if not self.is_sharded:
+        model, device = self._loaded(), torch.device(device)
+        held = itertools.chain(model.parameters(), model.buffers())
+        if not self.is_sharded and any(tensor.device != device for tensor in held):
             model.to(device)
         dtypes = {theirs.dtype for own, theirs in self._pairs() if own.dtype != theirs.dtype}
         for dtype in dtypes:  # the precision of the run has cast the student after it was copied
@@ -239,7 +241,7 @@ class _StudentCopy(CausalLMTeacher):
     def _write(self) -> None:
         """Copy the averages into the copy; where the two are the same tensors, nothing happens."""
         for (_, average), (own, _) in zip(self.average.named_tensors(), self._pairs(), strict=True):
-            if local_shard(own).data_ptr() != local_shard(average).data_ptr():
+            if own is not average:
                 local_shard(own).copy_(local_shard(average))
 
     def _copied(self) -> dict[str, Tensor]:

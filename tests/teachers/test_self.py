@@ -7,17 +7,25 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import lightning.pytorch as L
+import processes
+import runs
 from adapters import stirred
 from architectures import VOCABULARY, tiny
 from kd_lightning import AdapterOffTeacher, DistillationModule, LoRA, SelfTeacher
+from kd_lightning.cli.program import main
+from kd_lightning.distributed.dtensor import full_state_dict, local_shard
 from kd_lightning.models.lora import add_adapters
+from kd_lightning.strategies import FSDP2Strategy
 from kd_lightning.teachers.base import generating_model
+from plans import planned
+from refusals import refused
+from sharded_fits import joined, train
 from tiny_fits import Batch, Run, fit, rows, split
 
 SGD = functools.partial(torch.optim.SGD, lr=0.5)
@@ -54,7 +62,9 @@ def trained(model: Any) -> dict[str, Tensor]:
 
 def run(teacher: Any, adapters: bool = False, batches: list[Batch] | None = None, **kwargs: Any) -> Run:
     settings = {name: kwargs.pop(name) for name in list(kwargs) if name in ("ce_weight", "optimizer", "reduction")}
-    module = Run(kwargs.pop("student", None) or student(adapters), teacher, **{"ce_weight": 0.3, "optimizer": SGD, **settings})
+    module = Run(
+        kwargs.pop("student", None) or student(adapters), teacher, **{"ce_weight": 0.3, "optimizer": SGD, **settings}
+    )
     batches = batches or [own_input(batch) for batch in split(rows(8, VOCABULARY), *[2] * STEPS)]
     return fit(module, batches, **kwargs)
 
@@ -82,11 +92,18 @@ def test_the_average_is_the_slow_loops(adapters: bool) -> None:
 
 def test_one_update_per_step_and_none_in_validation() -> None:
     batches = [own_input(batch) for batch in split(rows(8, VOCABULARY), *[2] * STEPS)]
-    module = run(SelfTeacher("ema", 0.5), batches=batches, accumulate_grad_batches=4, optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+    module = run(
+        SelfTeacher("ema", 0.5),
+        batches=batches,
+        accumulate_grad_batches=4,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.0),
+    )
     still = averages(module)
     assert all(torch.equal(still[name], x) for name, x in trained(student()).items())
     snapshots, start = Snapshots(), trained(student())
-    module = run(SelfTeacher("ema", 0.5), batches=batches, validation=batches, accumulate_grad_batches=4, callbacks=[snapshots])
+    module = run(
+        SelfTeacher("ema", 0.5), batches=batches, validation=batches, accumulate_grad_batches=4, callbacks=[snapshots]
+    )
     for name, mean in averages(module).items():
         torch.testing.assert_close(mean, (start[name] + snapshots.taken[-1][name]) / 2)
 
@@ -131,7 +148,9 @@ def test_adapters_share_the_weights_under_them() -> None:
     own, theirs = dict(teacher.model.named_parameters()), dict(module.student.named_parameters())
     for name, parameter in theirs.items():
         assert (own[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad), name
-    assert {name.split(".", 1)[1].replace("/", ".") for name in module.state_dict() if name.startswith("teacher_state.")} == set(trained(module.student))
+    assert {
+        name.split(".", 1)[1].replace("/", ".") for name in module.state_dict() if name.startswith("teacher_state.")
+    } == set(trained(module.student))
     model = teacher.model
     module.configure_model()
     assert teacher.model is model
@@ -184,8 +203,14 @@ def test_a_resumed_run_has_the_same_bits(mode: Any, adapters: bool, tmp_path: Pa
         begin = stirred(student(adapters)) if adapters else student()
         module = DistillationModule(begin, SelfTeacher(mode, 0.7), ce_weight=0.3, optimizer=torch.optim.AdamW)
         trainer = L.Trainer(
-            accelerator="cpu", devices=1, logger=False, max_epochs=epochs, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            max_epochs=epochs,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
         )
         batches = [own_input(batch) for batch in split(rows(8, VOCABULARY), 4, 4)]
         loader = DataLoader(batches, batch_size=None)
@@ -219,7 +244,7 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="not attached to a student"):
         SelfTeacher("ema").hidden(rows(2))
     for mode in ("live", "ema"):
-        with pytest.raises(ValueError, match="teacher_cache must be false: SelfTeacher.*changes with every step"):
+        with pytest.raises(ValueError, match=r"teacher_cache must be false: SelfTeacher.*changes with every step"):
             DistillationModule("asset:student", SelfTeacher(mode), teacher_cache=True)  # type: ignore[arg-type]
     model = tiny("llama")
     module = DistillationModule(model, SelfTeacher("ema"))
@@ -229,3 +254,158 @@ def test_other_refusals() -> None:
     same = DistillationModule(model, HFTeacher(model))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two objects"):
         same.configure_model()
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+def words(mode: str, *extra: str) -> list[str]:
+    return ["--model.teacher", "SelfTeacher", "--model.teacher.mode", mode, *extra]
+
+
+@pytest.mark.parametrize("mode", ["ema", "frozen"])
+@pytest.mark.parametrize("setup", ["plain", "bf16-true", "lora", "fsdp2", "fsdp2, lora"])
+def test_a_plan_counts_the_average(setup: str, mode: str, tmp_path: Path) -> None:
+    extra = {
+        "plain": ["--world_size", "1"],
+        "bf16-true": ["--world_size", "1", "--trainer.precision", "bf16-true"],
+        "lora": ["--world_size", "1", "--model.lora.r", "4"],
+        "fsdp2": ["--world_size", "2", "--trainer.strategy", "fsdp2"],
+        "fsdp2, lora": ["--world_size", "2", "--trainer.strategy", "fsdp2", "--model.lora.r", "4"],
+    }[setup]
+    plan = planned(tmp_path, *words(mode), *extra)
+    student, teacher = (plan[role]["parameters"] for role in ("student", "teacher"))
+    if "lora" not in setup:
+        assert teacher == {"plain": student, "bf16-true": 3 * student, "fsdp2": student}[setup]  # bf16 next to fp32
+    elif mode == "frozen":
+        assert teacher == 0
+    else:
+        trainable = plan["student"]["gradients"]
+        assert teacher == (trainable if setup == "lora" else student)
+    assert plan["peak"] > 0
+
+
+def test_preflight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = runs.little_data(tmp_path, rows=48)
+    common = [*runs.little(tmp_path / "root")[1:], "--data.train", str(data), "--data.val", "asset:validation"]
+    said = {}
+    for name, extra in {"live": [], "ema": [], "frozen": ["--model.ce_weight", "0.5"]}.items():
+        main(["preflight", *common, *words(name), *extra])
+        said[name] = capsys.readouterr().out
+    assert "error: routing: teacher SelfTeacher(mode='live') is the student itself" in said["live"]
+    assert "error: teacher: it starts as the student and reads the same input" in said["ema"]
+    assert "teacher:" not in said["frozen"] and "memory and time" in said["frozen"]
+
+
+def test_the_program_refuses_what_cannot_work(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    common = [*runs.little(tmp_path / "root"), "--data.train", str(runs.little_data(tmp_path))]
+    refused([*common, *words("live")], ["SelfTeacher(mode='live')", "set data.teacher_prompt"], capfd)
+    refused(
+        [*common, *words("ema", "--model.teacher.decay", "1.5")], ["decay must be a number in [0, 1]", "1.5"], capfd
+    )
+    refused([*common, *words("often")], ["mode"], capfd)
+    cache = ["cache", *common[1:], *words("ema"), "--output", str(tmp_path / "cache")]
+    refused(cache, ["changes with every step"], capfd)
+
+
+def test_export_and_another_command(tmp_path: Path) -> None:
+    common = [*runs.little(tmp_path / "root", test=True), "--data.train", str(runs.little_data(tmp_path))]
+    common += ["--trainer.limit_test_batches", "1", "--results.max_new_tokens", "2", "--model.ce_weight", "0.5"]
+    assert main([*common, *words("ema")]) == 0
+    exported, saved = (
+        runs.student(tmp_path / "root"),
+        torch.load(tmp_path / "root/checkpoints/last.ckpt", weights_only=True),
+    )
+    assert not any("teacher" in name for name in exported)
+    held = [name for name in saved["state_dict"] if name.startswith("teacher_state.")]
+    assert len(held) == sum(
+        1 for name in saved["state_dict"] if name.startswith("model.student.") and "lm_head" not in name
+    )
+    assert main(["validate", *common[1:], *words("ema"), "--ckpt_path", "last"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
+def test_killed_and_resumed_equals_untouched(adapters: bool, tmp_path: Path) -> None:
+    data = runs.little_data(tmp_path, rows=45)
+    few = ["--data.batch_size", "4", "--checkpoint.every_n_train_steps", "5", "--data.train", str(data)]
+    few += ["--model.ce_weight", "0.5", *words("ema", "--model.teacher.decay", "0.9")]
+    few += ["--model.lora.r", "4"] if adapters else []
+    assert main([*runs.little(tmp_path / "whole", steps=120), *few]) == 0
+    cut = [*runs.little(tmp_path / "cut", steps=120), *few]
+    runs.kill_when(cut, tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    code, _, err = runs.finish([*cut, "--ckpt_path", "last"])
+    assert code == 0, err
+    whole, again = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "cut")
+    )
+    assert whole.keys() == again.keys() and any(name.startswith("teacher_state.") for name in whole)
+    assert all(torch.equal(x, again[name]) for name, x in whole.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+RANKED: dict[str, dict[str, Any]] = {
+    "ema": {"teacher": ("ema", 0.6)},
+    "live": {"teacher": ("live", 0.6)},
+    "frozen": {"teacher": ("frozen", 0.6)},
+    "adapters": {"teacher": ("ema", 0.6), "adapters": True},
+}
+
+
+def ranked(folder: Path, name: str, strategy: Any, rank: int = 0, ranks: int = 1, start: Path | None = None) -> Any:
+    """Three steps, with a checkpoint of each."""
+    torch.manual_seed(0)
+    setup = RANKED[name]
+    begin = tiny("llama", tie_word_embeddings=True)
+    begin = stirred(add_adapters(begin, LoRA(r=2))) if setup.get("adapters") else begin
+    module = DistillationModule(begin, SelfTeacher(*setup["teacher"]), ce_weight=0.5, optimizer=SGD)
+    batch = split(own_input(rows(8, VOCABULARY)), *{1: [8], 2: [5, 3]}[ranks])[rank]
+    train(module, batch, folder, start, devices=ranks, strategy=strategy, max_epochs=3)
+    return module
+
+
+def state_of(module: Any) -> dict[str, Tensor]:
+    found = {f"student {name}": x for name, x in full_state_dict(module.student).items()}
+    average = {} if module.teacher_state is None else full_state_dict(module.teacher_state)
+    return {**found, **{f"average {name}": x for name, x in average.items()}}
+
+
+def on_two_ranks(rank: int, folder: str) -> dict[str, dict[str, Tensor]]:
+    joined(rank, 2)
+    found = {}
+    for name in RANKED:
+        for kind, strategy in {
+            "ddp": "ddp",
+            "fsdp2": FSDP2Strategy(),
+            "cut": FSDP2Strategy(save_distributed_checkpoint=True),
+        }.items():
+            root = Path(folder) / name / kind
+            module = ranked(root, name, strategy, rank, 2)
+            found[f"{name} {kind}"] = state_of(module)
+            if kind == "fsdp2" and module.teacher_state is not None:
+                parts = [(local_shard(x).numel(), x.numel()) for x in module.teacher_state.parameters()]
+                assert sum(own for own, _ in parts) < 0.6 * sum(whole for _, whole in parts)
+        again = ranked(Path(folder) / name / "again", name, FSDP2Strategy(), rank, 2, root / "epoch=1.ckpt")
+        found[f"{name} again"] = state_of(again)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_two_ranks_are_one_process_and_resume(tmp_path: Path) -> None:
+    close = functools.partial(torch.testing.assert_close, atol=2e-5, rtol=0)
+    first, second = processes.run(on_two_ranks, str(tmp_path / "two"))
+    for name in RANKED:
+        one = state_of(ranked(tmp_path / name, name, "auto"))
+        assert any(key.startswith("average") for key in one) == (name != "live")
+        for kind in ("ddp", "fsdp2", "cut", "again"):
+            for found in (first, second):
+                for key, x in one.items():
+                    torch.testing.assert_close(
+                        found[f"{name} {kind}"][key], x, atol=2e-5, rtol=0, msg=f"{name} {kind} {key}"
+                    )
+                    assert torch.equal(found[f"{name} again"][key], found[f"{name} cut"][key]), f"{name} {key}"
+        other = state_of(
+            ranked(tmp_path / f"{name} again", name, "auto", start=tmp_path / "two" / name / "cut" / "epoch=1.ckpt")
+        )
+        for key, x in one.items():
+            close(other[key], x)
