@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from kd_lightning.engine.compile import Compiled
 from kd_lightning.engine.head import Head
+from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.backbone import SCALES, logits
 from kd_lightning.models.hf_adapter import (
     base_model,
@@ -24,7 +25,7 @@ from kd_lightning.models.hf_adapter import (
 from kd_lightning.models.loading import causal_lm_from_config
 from kd_lightning.models.lora import add_adapters
 from kd_lightning.module import DistillationModule
-from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.base import CachedOutputs, Teacher
 from kd_lightning.teachers.hf import CausalLMTeacher
 
 PURE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -96,6 +97,53 @@ class FakeTeacher(CausalLMTeacher):
         """Let a strategy shard the model over ranks, unless its layers stay in host memory."""
         if not self.layers_on_host:
             super().shard(wrap)
+
+    def fingerprint(self) -> str:
+        """Empty: fake tensors have no values."""
+        return ""
+
+
+class FakeCachedTeacher(Teacher):
+    """A teacher whose outputs are read from a cache, on fake tensors.
+
+    Args:
+        outputs: their shapes.
+        fake: the mode that makes the LM head.
+    """
+
+    def __init__(self, outputs: CachedOutputs, fake: FakeTensorMode) -> None:
+        self.outputs = outputs
+        with fake:
+            self._head = None if outputs.head is None else Head(torch.empty(outputs.head, dtype=outputs.dtype))
+
+    @property
+    def name(self) -> None:
+        """None: nothing is read."""
+        return None
+
+    @property
+    def head(self) -> Head | None:
+        """The LM head; None if the top k are cached."""
+        return self._head
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Do nothing: there is nothing to read."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Do nothing: fake tensors are on no device."""
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [B, T, H]."""
+        assert self.outputs.head is not None
+        return torch.zeros(*batch["labels"].shape, self.outputs.head[1], dtype=self.outputs.dtype)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> TopK | Tensor:
+        """The top k of shape [B, T]; logits [B, T, V] if hidden states are cached."""
+        shape, outputs = batch["labels"].shape, self.outputs
+        if outputs.k is None:
+            return torch.zeros(*shape, outputs.vocabulary)
+        ids = torch.zeros(*shape, outputs.k, dtype=torch.int32)
+        return TopK(ids, torch.zeros(*shape, outputs.k, dtype=outputs.dtype), torch.zeros(shape), outputs.vocabulary)
 
     def fingerprint(self) -> str:
         """Empty: fake tensors have no values."""
@@ -193,7 +241,9 @@ def _fake_teacher(
     if teacher.starts_as_student:
         teacher.attach(module.run_context())
         return teacher
-    source = teacher.config_source
+    source, cached = teacher.config_source, teacher.cached_outputs
+    if cached is not None:
+        return FakeCachedTeacher(cached, fake)
     if source is None:
         raise ValueError(
             f"plan: {type(teacher).__name__} has no configuration to plan with: pass a model folder or name as teacher"

@@ -128,10 +128,18 @@ class StepSimulation:
         own = {_storage(tensor) for tensor in (*student.parameters(), *student.buffers())}
         models = [teacher.model for teacher in self._teachers() if teacher.model is not None]
         states = [teacher.state for teacher in self._teachers() if teacher.state is not None]
-        parameters = [x for model in (*models, *states) for x in model.parameters() if _storage(x) not in own]
+        parameters: list[Tensor] = [
+            x for model in (*models, *states) for x in model.parameters() if _storage(x) not in own
+        ]
+        heads = [t.head for t in self._teachers() if t.model is None and not t.shares_student]
+        parameters += [head.weight for head in heads if head is not None]  # of caches
         buffers = [x for model in models for x in model.buffers() if _storage(x) not in own]
-        found = {"student": (list(student.parameters()), list(student.buffers()))}
-        return {**found, "teacher": (parameters, buffers)} if self._teachers() else found
+        found: dict[str, tuple[list[Tensor], list[Tensor]]] = {
+            "student": (list(student.parameters()), list(student.buffers()))
+        }
+        if self._teachers():
+            found["teacher"] = (parameters, buffers)
+        return found
 
     # --------------------------------------------------------------------------------------------------------- the step
     def _name_memory(self, optimizer: Optimizer) -> None:
@@ -195,13 +203,9 @@ class StepSimulation:
 
     def _size_tiles(self) -> None:
         """Use the tile size of the planned device, and recognize tiles by their width."""
-        teachers = [teacher.model for teacher in self._teachers() if teacher.model is not None]
-        own, *others = (
-            len(weight)
-            for model in (self.module.model.student, *teachers)
-            if (weight := weight_and_bias(output_embeddings(model))[0]) is not None
-        )
-        vocabularies = [min(own, other) for other in others] or [own]
+        own, teachers = _vocabulary(self.module.model.student), self._teachers()
+        others = [t.vocabulary if t.model is None else _vocabulary(t.model) for t in teachers if not t.shares_student]
+        vocabularies = [own if other is None else min(own, other) for other in others] or [own]
         vocabulary = max(vocabularies)
         self.tracker.widths = {engine.padded_width(width): "tiles" for width in vocabularies}
         loss = self.module.model.loss
@@ -252,8 +256,14 @@ def _buckets(gradients: list[Tensor]) -> int:
     return count + (held > 0)
 
 
+def _vocabulary(model: nn.Module) -> int:
+    weight, _ = weight_and_bias(output_embeddings(model))
+    assert weight is not None
+    return len(weight)
+
+
 def _storage(tensor: Tensor) -> int:
-    return local_shard(tensor).untyped_storage()._cdata
+    return int(local_shard(tensor).untyped_storage()._cdata)
 
 
 def _state(optimizer: Optimizer) -> list[Tensor]:

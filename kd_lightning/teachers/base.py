@@ -101,6 +101,23 @@ class ConfigSource:
 
 
 @dataclass(frozen=True)
+class CachedOutputs:
+    """Shapes of a teacher's outputs that are read from a cache, for `plan`.
+
+    Args:
+        vocabulary: number of tokens that the distributions cover.
+        dtype: of the outputs.
+        head: shape [V, H] of the LM head; None: the top k are cached.
+        k: number of cached tokens; None: hidden states are cached.
+    """
+
+    vocabulary: int
+    dtype: torch.dtype
+    head: tuple[int, int] | None = None
+    k: int | None = None
+
+
+@dataclass(frozen=True)
 class TeacherShare:
     """A teacher and the rows of a batch that it teaches.
 
@@ -176,6 +193,11 @@ class Teacher(ABC):
     @property
     def config_source(self) -> ConfigSource | None:
         """Where its model's configuration is; None if `plan` has nothing to build it from."""
+        return None
+
+    @property
+    def cached_outputs(self) -> CachedOutputs | None:
+        """Shapes of what it reads instead of computing; None if it computes, or there is no cache yet."""
         return None
 
     @abstractmethod

@@ -186,8 +186,7 @@ class _StudentCopy(CausalLMTeacher):
 
     def __init__(self, student: StudentModel, decay: float) -> None:
         original = student.student
-        frozen = {id(parameter): parameter for parameter in original.parameters() if not parameter.requires_grad}
-        model: Any = copy.deepcopy(original, frozen)
+        model: Any = copy.deepcopy(original, _copies(original))
         super().__init__(model)
         self._original, self._decay = student, decay
         self._trained = [name for name, parameter in original.named_parameters() if parameter.requires_grad]
@@ -256,6 +255,21 @@ class _StudentCopy(CausalLMTeacher):
         """Each trained parameter of the copy and of the student; a strategy may have replaced both."""
         own, theirs = dict(self._loaded().named_parameters()), dict(self._original.student.named_parameters())
         return ((own[name], theirs[name]) for name in self._trained)
+
+
+def _copies(model: nn.Module) -> dict[int, Any]:
+    """What a copy of a model has for each of its tensors: frozen parameters themselves, and clones of all others.
+
+    `copy.deepcopy` would clone the others too, but not the fake tensors of a plan.
+    """
+    found: dict[int, Any] = {}
+    for x in model.parameters():
+        found[id(x)] = nn.Parameter(x.detach().clone(), requires_grad=False) if x.requires_grad else x
+    for module in model.modules():
+        for tensor in (*module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor):
+                found.setdefault(id(tensor), tensor.detach().clone())
+    return found
 
 
 class _AveragedParameters(nn.Module):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import processes
 import runs
 from architectures import VOCABULARY, tiny
 from kd_lightning import (
@@ -26,11 +27,15 @@ from kd_lightning.assets import resolve
 from kd_lightning.cli.program import main
 from kd_lightning.constants import TEACHER_INDEX
 from kd_lightning.data import ContrastiveDataModule, InstructionDataModule
+from kd_lightning.distributed.dtensor import full_state_dict, is_sharded
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK, top_k
+from kd_lightning.rollout.minillm import MiniLLM
+from kd_lightning.strategies import FSDP2Strategy
 from plans import planned
 from refusals import refused
-from tiny_fits import Batch, Run, bundled, fit, rows, split
+from sharded_fits import joined, train
+from tiny_fits import SGD, Batch, Run, fit, rows, split
 
 NAMES = ("math", "code", "prose.v2")
 
@@ -148,7 +153,7 @@ def test_a_single_teacher_is_that_teacher() -> None:
 
 def test_components_and_schedules_of_a_routed_step() -> None:
     batch = routed_rows()
-    plain = {"math": tiny("llama"), "code": tiny("llama"), "prose": tiny("llama")}
+    plain = {"math": tiny("llama"), "code": tiny("llama"), "prose.v2": tiny("llama")}
     module = fit(
         Run(tiny("llama"), RoutedTeacher(plain), TAID(), ce_weight=0.3), split(batch, 3, 3, 3), split(batch, 9)
     )
@@ -319,6 +324,14 @@ def test_a_cached_teacher_among_them(tmp_path: Path) -> None:
     cached = {**TEACHERS, "math": {"class_path": "CachedTeacher", "init_args": {"path": str(tmp_path / "cache")}}}
     assert main(words(tmp_path / "live", path)) == 0
     assert main(words(tmp_path / "read", path, teachers=cached)) == 0
+    plans = {}
+    for name, teachers in {"live": TEACHERS, "read": cached}.items():
+        (tmp_path / f"plan of {name}").mkdir()
+        chosen = ["--model.teacher", "RoutedTeacher", "--model.teacher.teachers", json.dumps(teachers)]
+        plans[name] = planned(tmp_path / f"plan of {name}", "--world_size", "1", *chosen)
+    head, code = 2048 * 256 * 4, plans["live"]["teacher"]["parameters"]
+    assert head < plans["read"]["teacher"]["parameters"] < code
+    assert plans["read"]["student"] == plans["live"]["student"]
     live, read = runs.student(tmp_path / "live"), runs.student(tmp_path / "read")
     for name in live:
         torch.testing.assert_close(read[name], live[name], atol=1e-4, rtol=0, msg=name)
@@ -343,10 +356,19 @@ def test_preflight_of_a_healthy_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "memory and time" in out and "Traceback" not in out
 
 
+def test_rewards_of_several_teachers() -> None:
+    """MiniLLM's reward of a token is the log-probability of its row's teacher."""
+    teachers = RoutedTeacher({"a": "asset:teacher", "b": "asset:student"})
+    source = MiniLLM(0.0, max_new_tokens=4, inner_epochs=2)
+    batch = {**rows(4), TEACHER_INDEX: torch.tensor([0, 1, 1, 0])}
+    module = fit(Run("asset:student", teachers, responses=source, ce_weight=0.5), split(batch, 2, 2))
+    assert all(torch.isfinite(torch.tensor(line["train/loss"])) for line in module.logged)
+    with pytest.raises(ValueError, match=r"teacher_share must be 0 .*got RoutedTeacher"):
+        fit(Run("asset:student", teachers, responses=MiniLLM(0.2, max_new_tokens=4), ce_weight=0.5), split(batch, 4))
+
+
 def test_on_policy_rows_keep_their_teacher() -> None:
-    numbers = torch.Generator().manual_seed(0)
     batch = {**rows(6), TEACHER_INDEX: torch.tensor([0, 1, 0, 1, 1, 0])}
-    assert numbers is not None
     seen: list[Tensor] = []
 
     class Watched(Run):
@@ -359,7 +381,6 @@ def test_on_policy_rows_keep_their_teacher() -> None:
     fit(module, split(batch, 3, 3))
     assert torch.equal(torch.cat(seen), batch[TEACHER_INDEX])
     assert module.logged[-1]["train/student_share"] == 1
-    assert bundled is not None
 
 
 def test_a_plan_counts_every_teacher(tmp_path: Path) -> None:
@@ -378,3 +399,51 @@ def test_a_plan_counts_every_teacher(tmp_path: Path) -> None:
     assert found["both"]["student"] == found["one"]["student"]
     assert any("name the 2 teachers" in note for note in found["both"]["notes"])
     assert found["both"]["peak"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+def ranked(folder: Path, strategy: Any, rank: int = 0, ranks: int = 1, start: Path | None = None) -> DistillationModule:
+    """Three steps; the second of two ranks has no row of the first teacher, nor of the third."""
+    torch.manual_seed(0)
+    own = SelfTeacher("ema", 0.6)
+    student, first, second = tiny("llama"), tiny("llama", hidden_size=48), tiny("gemma2", vocab_size=VOCABULARY + 8)
+    teacher = RoutedTeacher({"first": first, "offloaded": OffloadedTeacher(second), "own": own})  # type: ignore[arg-type]
+    module = DistillationModule(student, teacher, ce_weight=0.5, optimizer=SGD)
+    batch = {**rows(8, VOCABULARY), TEACHER_INDEX: torch.tensor([0, 0, 1, 2, 0, 1, 1, 1])}
+    own_rows = split(batch, *{1: [8], 2: [5, 3]}[ranks])[rank]
+    train(module, own_rows, folder, start, devices=ranks, strategy=strategy, max_epochs=3)
+    return module
+
+
+def state_of(module: DistillationModule) -> dict[str, Tensor]:
+    assert module.teacher_state is not None
+    average = {f"average {name}": x for name, x in full_state_dict(module.teacher_state).items()}
+    return {**full_state_dict(module.student), **average}
+
+
+def on_two_ranks(rank: int, folder: str) -> dict[str, dict[str, Tensor]]:
+    joined(rank, 2)
+    found = {}
+    for kind, strategy in {"ddp": "ddp", "fsdp2": FSDP2Strategy()}.items():
+        module = ranked(Path(folder) / kind, strategy, rank, 2)
+        found[kind] = state_of(module)
+        if kind == "fsdp2":
+            assert module.teacher is not None
+            models: Any = [teacher.model for teacher in module.teacher.members.values()]
+            sharded = [all(is_sharded(parameter) for parameter in model.parameters()) for model in models]
+            assert sharded == [True, False, True]
+    start = Path(folder) / "fsdp2" / "epoch=1.ckpt"
+    found["again"] = state_of(ranked(Path(folder) / "again", FSDP2Strategy(), rank, 2, start))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_two_ranks_are_one_process(tmp_path: Path) -> None:
+    found = processes.run(on_two_ranks, str(tmp_path / "two"))
+    one = state_of(ranked(tmp_path / "one", "auto"))
+    for states in found:
+        for kind, state in states.items():
+            for name, x in one.items():
+                torch.testing.assert_close(state[name], x, atol=2e-5, rtol=0, msg=f"{kind} {name}")
+        assert all(torch.equal(states["again"][name], x) for name, x in states["fsdp2"].items())
