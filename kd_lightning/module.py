@@ -33,8 +33,13 @@ from kd_lightning.training.optimization import AccumulatingModule
 from kd_lightning.training.prediction import greedy_responses
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
-from kd_lightning.training.teacher_cache import cached_teacher
-from kd_lightning.training.teacher_setup import check_teacher_tokenizers, load_teacher, member_names, tokens_by_member
+from kd_lightning.training.teacher_setup import (
+    cached_teacher,
+    check_teacher_tokenizers,
+    load_teacher,
+    member_names,
+    tokens_by_member,
+)
 
 
 class DistillationModule(AccumulatingModule):
@@ -151,8 +156,7 @@ class DistillationModule(AccumulatingModule):
         if self.teacher is not None:
             self.teacher_state = load_teacher(self.teacher, self.run_context())
             self._teacher_device = None
-        models = models_by_role(self.student, self.teacher)
-        for text in check_models_fit_data(models, datamodule_of(self._trainer)):
+        for text in check_models_fit_data(models_by_role(self.student, self.teacher), datamodule_of(self._trainer)):
             rank_zero_warn(text)
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
@@ -290,8 +294,9 @@ class DistillationModule(AccumulatingModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         values = self.reporter.values(self.evaluate_batch(batch))
-        by_member = tokens_by_member(self.teacher, batch)
-        for name, path, metric in self.reporter.update(stage, values, by_member, self.device):
+        for name, path, metric in self.reporter.update(
+            stage, values, tokens_by_member(self.teacher, batch), self.device
+        ):
             bar = name == f"{stage}/kd"
             self.log(name, metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)
         return values

@@ -1,15 +1,22 @@
-"""The teacher of a run before the first step: its tokenizers, its part of the checkpoint, its members."""
+"""The teacher of a run: its tokenizers, its part of the checkpoint, its members, and the cache that may replace it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import lightning.pytorch as L
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from kd_lightning.console import progress_bar_enabled
+from kd_lightning.data.base import datamodule_of
+from kd_lightning.distributed.collectives import sum_over_ranks
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.models.loading import check_tokenizers
 from kd_lightning.teachers.base import RunContext, Teacher
+from kd_lightning.teachers.cache_writer import Ranks, cache_teacher
 
 
 def check_teacher_tokenizers(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -49,3 +56,26 @@ def tokens_by_member(teacher: Teacher | None, batch: Mapping[str, Tensor]) -> Se
     labeled = next_token_mask(batch["labels"])
     own = index.unsqueeze(1).expand_as(labeled)[labeled]
     return [own == number for number in range(len(teacher.members))]
+
+
+def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int, device: torch.device) -> Teacher:
+    """The teacher, read from `ROOT/teacher_cache`, which is written first.
+
+    Args:
+        trainer: of a run that has started.
+        teacher: on its device.
+        student_vocabulary: number of logits of the student.
+        device: of the run.
+
+    Raises:
+        ValueError: the data module is not one of this package, or the folder is another teacher's cache.
+    """
+    datamodule = datamodule_of(trainer)
+    if datamodule is None:
+        raise ValueError("teacher_cache needs a data module of this package, got a custom one or none")
+    if datamodule.sources["test"] and trainer.limit_test_batches != 0:
+        datamodule.setup("test")
+    folder = Path(trainer.default_root_dir) / "teacher_cache"
+    ranks, bar = Ranks(trainer.global_rank, sum_over_ranks(trainer)), progress_bar_enabled(trainer)
+    with trainer.precision_plugin.forward_context():
+        return cache_teacher(folder, teacher, datamodule, student_vocabulary, device, ranks, bar)
