@@ -91,7 +91,7 @@ class SampledReverseKL(LabelLoss):
 
     def __init__(self, estimator: str = "k2") -> None:
         super().__init__()
-        if estimator not in ("k2", "k1_reward"):
+        if not isinstance(estimator, str) or estimator not in ("k2", "k1_reward"):
             raise ValueError(f"estimator must be 'k2' or 'k1_reward', got {estimator!r}")
         self.estimator = estimator
 

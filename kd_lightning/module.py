@@ -14,23 +14,23 @@ from kd_lightning.constants import moves_objective
 from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
-from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
-from kd_lightning.divergences import Divergence, ForwardKL
+from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run
+from kd_lightning.divergences import Divergence, ForwardKL, described
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
-from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.schedules import Schedule, Weight, check_flag
 from kd_lightning.seeding import derive_seed, run_seed
 from kd_lightning.teachers.base import RunContext, Teacher, models_by_role
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
-from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache
+from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache, check_types
 from kd_lightning.training.evaluation import evaluate_batch, validation_ce
 from kd_lightning.training.gradients import check_restored_optimizer
 from kd_lightning.training.optimization import AccumulatingModule
-from kd_lightning.training.prediction import greedy_responses
+from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
 from kd_lightning.training.teacher_setup import (
@@ -42,7 +42,7 @@ from kd_lightning.training.teacher_setup import (
 )
 
 
-class DistillationModule(AccumulatingModule):
+class DistillationModule(PredictingModule, AccumulatingModule):
     r"""Train a student on a frozen teacher: loss = (1 − ce_weight)·KD + ce_weight·label loss, per token.
 
     Reduces to supervised fine-tuning with `teacher=None, ce_weight=1`. Gradients are accumulated as sums and divided
@@ -66,6 +66,8 @@ class DistillationModule(AccumulatingModule):
         student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
         teacher_kwargs: the same for the teacher.
         lora: train adapters instead of the student's parameters; None: all parameters are trained.
+        gradient_checkpointing: recompute the student's layers in backward instead of keeping their activations: less
+            memory, one more forward pass, the same gradient.
         teacher_cache: cache the teacher's outputs for every row of the data in `ROOT/teacher_cache` before the first
             step, unload the teacher, and read the cache from then on.
 
@@ -91,17 +93,31 @@ class DistillationModule(AccumulatingModule):
         student_kwargs: dict[str, Any] | None = None,
         teacher_kwargs: dict[str, Any] | None = None,
         lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
         teacher_cache: bool = False,
     ) -> None:
         super().__init__(reduction, optimizer, lr_scheduler)
+        check_types(
+            student=student,
+            teacher=teacher,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            student_kwargs=student_kwargs,
+            teacher_kwargs=teacher_kwargs,
+            lora=lora,
+        )
         check_reduction(reduction)
+        check_flag("gradient_checkpointing", gradient_checkpointing)
+        check_flag("teacher_cache", teacher_cache)
+        if responses is not None and not isinstance(responses, ResponseSource):
+            raise ValueError(f"responses must be a ResponseSource or None, got {described(responses)}")
         check_models(student, teacher, student_init, teacher_kwargs, ce_weight)
         if teacher_cache:
             check_teacher_cache(teacher, responses)
         loss = DistillationLoss(
             objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
         )
-        self.student_source = StudentSource(student, student_init, student_kwargs, lora)
+        self.student_source = StudentSource(student, student_init, student_kwargs, lora, gradient_checkpointing)
         self.teacher = as_teacher(teacher, teacher_kwargs)
         self.teacher_cache = teacher_cache
         self.reporter = EvaluationReporter(loss, self.teacher is not None, monitors, member_names(self.teacher))
@@ -110,7 +126,6 @@ class DistillationModule(AccumulatingModule):
         self.responses = responses
         self.rollout = RolloutRunner(responses)
         self.model = StudentWithLoss(None, loss)
-        self._max_new_tokens = 32
         self.teacher_state: nn.Module | None = None  # tensors of the teacher that belong into checkpoints
         self._teacher_device: torch.device | None = None
         self._base_digest: str | None = None  # of the weights under the adapters, if checkpoints leave them out
@@ -288,9 +303,10 @@ class DistillationModule(AccumulatingModule):
         return self._evaluate(batch, "test")
 
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
-        """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
+        """Loss, monitors and diagnostics of one batch, without gradient, in eval mode and in the run's precision."""
         self._move_teacher()
-        return evaluate_batch(self.model, batch, self.teacher, self.reporter.loss)
+        with forward_context(self._trainer):
+            return evaluate_batch(self.model, batch, self.teacher, self.reporter.loss)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         values = self.reporter.values(self.evaluate_batch(batch))
@@ -300,23 +316,3 @@ class DistillationModule(AccumulatingModule):
             bar = name == f"{stage}/kd"
             self.log(name, metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)
         return values
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Greedy responses to left-padded prompts.
-
-        Returns:
-            `row_ids` [B]; `responses`, token ids [B, up to max_new_tokens]; `finished` [B], whether a response has
-            ended, or was cut.
-        """
-        responses, finished = greedy_responses(self.student, batch, self._max_new_tokens)
-        return {"row_ids": batch["row_ids"], "responses": responses, "finished": finished}
-
-    def set_max_new_tokens(self, max_new_tokens: int) -> None:
-        """Set the longest response of `predict_step`, in tokens; it is 32 otherwise.
-
-        Raises:
-            ValueError: it is below 1.
-        """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self._max_new_tokens = max_new_tokens

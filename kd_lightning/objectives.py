@@ -15,10 +15,11 @@ from kd_lightning.divergences import (
     Divergence,
     ForwardKL,
     check_divergence,
+    described,
     evaluate,
     first_not_f_divergence,
 )
-from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_weight, column, value
+from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_flag, check_weight, column, value
 
 ROLES = ("teacher", "student", "assistant")
 
@@ -48,10 +49,12 @@ class Objective(Composite):
         super().__init__()
         check_divergence("divergence", divergence)
         if assistant is not None and not isinstance(assistant, Assistant):
-            raise ValueError(f"assistant must be an Assistant or None, got {assistant!r}")
-        pair = tuple(pair)  # type: ignore[assignment]
-        if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= set(ROLES):
-            raise ValueError(f"pair must be two different names of {', '.join(ROLES)}, got {pair!r}")
+            raise ValueError(f"assistant must be an Assistant or None, got {described(assistant)}")
+        check_flag("detach_assistant", detach_assistant)
+        named = isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] != pair[1]
+        if not named or any(name not in ROLES for name in pair):
+            raise ValueError(f"pair must be two different names of {', '.join(ROLES)}, got {described(pair)}")
+        pair = tuple(pair)  # type: ignore[assignment]  # a list in a config
         if ("assistant" in pair) != (assistant is not None):
             given = "no assistant" if assistant is None else f"the assistant {type(assistant).__name__}"
             raise ValueError(f"pair must contain 'assistant' if and only if one is given, got {pair!r} and {given}")
@@ -240,6 +243,8 @@ class OnSource(Composite):
 
     def __init__(self, divergence: Divergence, student: bool) -> None:
         super().__init__()
+        check_divergence("divergence", divergence)
+        check_flag("student", student)
         self.divergence = divergence
         self.student = student
 

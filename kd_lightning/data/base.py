@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.text.index_column import IndexColumn
-from kd_lightning.data.tokenization import TextTokenizer
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 SAMPLE = 1000  # texts of a split that enter its digest; all lengths do
 
@@ -213,6 +213,11 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         a run resumes in the middle of a pass. Several callbacks are called in the order in which they were added.
         """
         self._before_pass.append(callback)
+
+    def remove_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Remove a callback of `add_before_pass`, at the end of its run: the data module may be used by another one."""
+        if callback in self._before_pass:
+            self._before_pass.remove(callback)
 
     def run_before_pass(self, number: int) -> None:
         """Call the callbacks of `add_before_pass`; a data module that accepts responses does so before each pass."""

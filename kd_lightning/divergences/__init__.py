@@ -6,6 +6,7 @@ from kd_lightning.divergences.base import (
     Divergence,
     check_divergence,
     check_one_per_token,
+    described,
     evaluate,
     first_not_f_divergence,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "WeightedSum",
     "check_divergence",
     "check_one_per_token",
+    "described",
     "evaluate",
     "first_not_f_divergence",
 ]

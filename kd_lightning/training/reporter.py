@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
-from kd_lightning.losses import DistillationLoss, LossParts, check_names
+from kd_lightning.losses import DistillationLoss, LossParts, check_monitors
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.schedules import Schedule
 from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
@@ -47,8 +47,7 @@ class EvaluationReporter:
         members: Sequence[str] = (),
     ) -> None:
         default = monitors is None and has_teacher
-        measured = _default_monitors() if default else dict(monitors or {})
-        check_names(measured)
+        measured = _default_monitors() if default else check_monitors(monitors)
         self.has_teacher, self.members = has_teacher, members
         self.divergences = measured
         self.monitors = nn.ModuleDict(measured)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from kd_lightning.console import progress_bar_enabled
 from kd_lightning.data.base import datamodule_of
 from kd_lightning.distributed.collectives import sum_over_ranks
+from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.models.loading import check_tokenizers
 from kd_lightning.teachers.base import RunContext, Teacher
@@ -77,5 +78,5 @@ def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int
         datamodule.setup("test")
     folder = Path(trainer.default_root_dir) / "teacher_cache"
     ranks, bar = Ranks(trainer.global_rank, sum_over_ranks(trainer)), progress_bar_enabled(trainer)
-    with trainer.precision_plugin.forward_context():
+    with forward_context(trainer):
         return cache_teacher(folder, teacher, datamodule, student_vocabulary, device, ranks, bar)
