@@ -33,13 +33,7 @@ from kd_lightning.training.optimization import AccumulatingModule
 from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
-from kd_lightning.training.teacher_setup import (
-    cached_teacher,
-    check_teacher_tokenizers,
-    load_teacher,
-    member_names,
-    tokens_by_member,
-)
+from kd_lightning.training.teacher_setup import cached_teacher, check_teacher_tokenizers, load_teacher
 
 
 class DistillationModule(PredictingModule, AccumulatingModule):
@@ -120,7 +114,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         self.student_source = StudentSource(student, student_init, student_kwargs, lora, gradient_checkpointing)
         self.teacher = as_teacher(teacher, teacher_kwargs)
         self.teacher_cache = teacher_cache
-        self.reporter = EvaluationReporter(loss, self.teacher is not None, monitors, member_names(self.teacher))
+        self.reporter = EvaluationReporter(loss, self.teacher, monitors)
         self.monitors = self.reporter.monitors
         self.evaluation = self.reporter.metrics
         self.responses = responses
@@ -310,9 +304,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         values = self.reporter.values(self.evaluate_batch(batch))
-        for name, path, metric in self.reporter.update(
-            stage, values, tokens_by_member(self.teacher, batch), self.device
-        ):
+        for name, path, metric in self.reporter.update(stage, values, batch, self.device):
             bar = name == f"{stage}/kd"
             self.log(name, metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)
         return values
