@@ -15,7 +15,29 @@ import torch
 from torch import Tensor, nn
 
 
-class Schedule(nn.Module, ABC):
+class StepState(nn.Module):
+    """Numbers that change once per optimizer step, in 0-d fp32 buffers."""
+
+    def state(self, name: str, number: float) -> None:
+        """Register a number as a buffer."""
+        self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        """Constructor arguments."""
+        return numbers(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the device only: casting the model must not round the state."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Schedule(StepState, ABC):
     """A weight that changes in `update`; `forward` returns its current value.
 
     `columns`: entries of `rows` that it reads; the loss computes them. `side`: the responses that it applies to,
@@ -39,24 +61,6 @@ class Schedule(nn.Module, ABC):
                 passes over the data; if a schedule has `columns`, the means over responses "gap", "teacher_gap" and
                 "student_gap".
         """
-
-    def state(self, name: str, number: float) -> None:
-        """Register a number as a buffer."""
-        self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return numbers(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the device only: casting the model must not round the state."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
 
 Weight = float | Schedule

@@ -84,10 +84,12 @@ def _unknown_class(text: str, key: str, name: str) -> str:
     from kd_lightning.label_losses import LabelLoss
     from kd_lightning.rollout.base import ResponseSource
     from kd_lightning.schedules import Schedule
+    from kd_lightning.token_weights import TokenWeight
 
     bases: dict[str, type] = {"assistant": Assistant, "label_loss": LabelLoss, "responses": ResponseSource}
-    bases["data"] = LightningDataModule
-    base = Schedule if last.endswith(("weight", "alpha", "share")) else bases.get(last, Divergence)
+    bases |= {"data": LightningDataModule, "weight": TokenWeight}
+    number = last.endswith(("weight", "alpha", "share", "threshold"))
+    base = bases.get(last, Schedule if number else Divergence)
     names = _class_names(base)
     hint = did_you_mean(name, names)
     return f"{key}: unknown class {name}{hint}: pass one of {', '.join(names)}, or the dotted path of a custom class"

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
+from kd_lightning.token_weights import LABEL_COLUMNS, OF_TOKEN
 
-INTERNAL_COLUMNS = ("labels", "weights", "student_label", "teacher_label")  # names that the engine uses itself
+# Names that the engine uses itself.
+INTERNAL_COLUMNS = ("labels", "weights", "student_label", "teacher_label", *(OF_TOKEN + name for name in LABEL_COLUMNS))
 
 
 def check_tokens(name: str, x: Tensor, labels: Tensor) -> None:
