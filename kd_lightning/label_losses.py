@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.schedules import check_number, column
+from kd_lightning.schedules import check_flag, check_number, column
 
 
 class LabelLoss(nn.Module, ABC):
@@ -117,10 +117,9 @@ class SampledReverseKL(LabelLoss):
 
     def __init__(self, estimator: str = "k2", baseline: bool = False) -> None:
         super().__init__()
-        if estimator not in ("k2", "k1_reward"):
+        if not isinstance(estimator, str) or estimator not in ("k2", "k1_reward"):
             raise ValueError(f"estimator must be 'k2' or 'k1_reward', got {estimator!r}")
-        if not isinstance(baseline, bool):
-            raise ValueError(f"baseline must be True or False, got {baseline!r}")
+        check_flag("baseline", baseline)
         self.estimator, self.baseline = estimator, baseline
         self.columns = ("teacher_log_prob", "reverse_kl") if baseline else ("teacher_log_prob",)
 

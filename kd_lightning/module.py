@@ -14,7 +14,7 @@ from kd_lightning.constants import moves_objective
 from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
-from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
+from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run
 from kd_lightning.divergences import Divergence, ForwardKL, WeightedTokens
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
@@ -32,13 +32,13 @@ from kd_lightning.training.arguments import check_models, check_reduction, check
 from kd_lightning.training.evaluation import evaluate_batch, validation_ce
 from kd_lightning.training.gradients import check_restored_optimizer
 from kd_lightning.training.optimization import AccumulatingModule
-from kd_lightning.training.prediction import greedy_responses
+from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
 from kd_lightning.training.teacher_cache import cached_teacher
 
 
-class DistillationModule(AccumulatingModule):
+class DistillationModule(PredictingModule, AccumulatingModule):
     r"""Train a student on a frozen teacher: loss = (1 − ce_weight)·KD + ce_weight·label loss, per token.
 
     Reduces to supervised fine-tuning with `teacher=None, ce_weight=1`. Gradients are accumulated as sums and divided
@@ -107,7 +107,6 @@ class DistillationModule(AccumulatingModule):
         self.responses = responses
         self.rollout = RolloutRunner(responses)
         self.model = StudentWithLoss(None, loss)
-        self._max_new_tokens = 32
         self._teacher_device: torch.device | None = None
         self._base_digest: str | None = None  # of the weights under the adapters, if checkpoints leave them out
 
@@ -288,9 +287,10 @@ class DistillationModule(AccumulatingModule):
         return self._evaluate(batch, "test")
 
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
-        """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
+        """Loss, monitors and diagnostics of one batch, without gradient, in eval mode and in the run's precision."""
         self._move_teacher()
-        return evaluate_batch(self.model, batch, self.teacher, self.reporter.loss)
+        with forward_context(self._trainer):
+            return evaluate_batch(self.model, batch, self.teacher, self.reporter.loss)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         values = self.reporter.values(self.evaluate_batch(batch))
@@ -300,23 +300,3 @@ class DistillationModule(AccumulatingModule):
             bar, path = name == "kd", f"evaluation.{key}"
             self.log(f"{stage}/{name}", metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)
         return values
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Greedy responses to left-padded prompts.
-
-        Returns:
-            `row_ids` [B]; `responses`, token ids [B, up to max_new_tokens]; `finished` [B], whether a response has
-            ended, or was cut.
-        """
-        responses, finished = greedy_responses(self.student, batch, self._max_new_tokens)
-        return {"row_ids": batch["row_ids"], "responses": responses, "finished": finished}
-
-    def set_max_new_tokens(self, max_new_tokens: int) -> None:
-        """Set the longest response of `predict_step`, in tokens; it is 32 otherwise.
-
-        Raises:
-            ValueError: it is below 1.
-        """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self._max_new_tokens = max_new_tokens

@@ -7,6 +7,7 @@ loss reads new values without recompilation. Only `update` changes it, called on
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Self
@@ -78,7 +79,7 @@ def check_number(
 
     `ends`: "[" and "]" include an end, "(" and ")" exclude it.
     """
-    if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max:
         above = low <= number if ends[0] == "[" else low < number
         below = number <= high if ends[1] == "]" else number < high
         if above and below:
@@ -90,11 +91,14 @@ def check_number(
     raise ValueError(f"{name} must be {allowed}{hint}, got {number!r}")
 
 
-def check_weight(name: str, weight: object, ends: str = "[]", hint: str = "", per_row: bool = True) -> None:
-    """Raise a ValueError unless the weight is a number in [0, 1] or a schedule.
+def check_flag(name: str, flag: object, allowed: str = "True or False") -> None:
+    """Raise a ValueError with argument and value unless it is a bool."""
+    if not isinstance(flag, bool):
+        raise ValueError(f"{name} must be {allowed}, got {flag!r}")
 
-    `per_row`: whether a schedule may have one value per token.
-    """
+
+def check_weight(name: str, weight: object, ends: str = "[]", hint: str = "", per_row: bool = True) -> None:
+    """Raise a ValueError unless it is a number in [0, 1] or a schedule (`per_row`: it may have a value per token)."""
     if not isinstance(weight, Schedule):
         check_number(name, weight, 0, 1, ends, f"{hint} or a schedule")
     elif weight.columns and not per_row:
@@ -204,6 +208,7 @@ class TAIDSchedule(Schedule):
         check_number("end", end, start, 1)
         check_number("step_size", step_size, 0)
         check_number("momentum", momentum, 0, 1, "[)")
+        check_flag("adaptive", adaptive)
         self.start, self.end, self.step_size, self.momentum, self.adaptive = start, end, step_size, momentum, adaptive
         self.state("t", start)
         self.state("previous", math.nan)  # before the first step
@@ -262,7 +267,7 @@ class ResponseGap(Schedule):
         check_number("minimum", minimum, 0, initial, "(]")
         if start is not None:
             check_number("start", start, 0, 1)
-        if side not in ("teacher", "student"):
+        if not isinstance(side, str) or side not in ("teacher", "student"):
             raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
         self.initial, self.minimum, self.side, self.start = initial, minimum, side, start
         self.state("mean_gap", math.nan)  # before the first update
@@ -304,6 +309,8 @@ class Complement(Schedule):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be a Schedule, got {schedule!r}")
         self.schedule = schedule
         self.columns, self.side = schedule.columns, schedule.side
 

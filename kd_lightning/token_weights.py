@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning import functional
-from kd_lightning.schedules import Schedule, StepState, Weight, check_number, check_weight, column, value
+from kd_lightning.schedules import Schedule, StepState, Weight, check_flag, check_number, check_weight, column, value
 
 LABEL_COLUMNS = ("teacher_log_prob", "student_log_prob")
 """Entries of `rows` that the loss computes: the label's log-probability under each model."""
@@ -229,7 +229,8 @@ class TopShare(TokenWeight):
 def check_token_weight(name: str, weight: object) -> None:
     """Raise a ValueError with the argument's name and value unless it is a `TokenWeight`."""
     if not isinstance(weight, TokenWeight):
-        raise ValueError(f"{name} must be a TokenWeight, got {weight!r}")
+        given = f"the class {weight.__name__}" if isinstance(weight, type) else repr(weight)
+        raise ValueError(f"{name} must be a TokenWeight, got {given}")
 
 
 def label_rows(rows: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
@@ -255,9 +256,8 @@ def histogram(scores: Tensor) -> Tensor:
 
 def _check_gate(threshold: Weight, above: bool) -> None:
     if not isinstance(threshold, Schedule):
-        check_number("threshold", threshold, 0)
-    if not isinstance(above, bool):
-        raise ValueError(f"above must be True or False, got {above!r}")
+        check_number("threshold", threshold, 0, hint=" or a schedule")
+    check_flag("above", above)
 
 
 def _gate(number: Tensor, threshold: float | Tensor, above: bool) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kd_lightning.callbacks.base import PreparedRun, student_and_teacher, student_of, teacher_model
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import SIDES
-from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.distributed.trainer import forward_context, is_fast_dev_run
 from kd_lightning.generation.batch_generator import BatchGenerator, summary
 from kd_lightning.generation.pass_generator import PassGenerator
 from kd_lightning.generation.response_file import Response
@@ -173,7 +173,7 @@ class Regeneration(L.Callback):
         start = time.perf_counter()
         if self.side == "teacher" and (teacher := student_and_teacher(module).teacher) is not None:
             teacher.to(module.device)
-        with _folder(trainer) as folder, trainer.precision_plugin.forward_context():
+        with _folder(trainer) as folder, forward_context(trainer):
             responses = self._generator(trainer, module).responses(trainer, rows, folder, number)
         seconds = time.perf_counter() - start
         self.seconds += seconds

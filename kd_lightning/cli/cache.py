@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.cli.prepared_run import PreparedFit
 from kd_lightning.cli.program import run
+from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.folder_lock import folder_lock, remove_leftovers
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import fill_cache
@@ -51,7 +52,7 @@ def main(args: Sequence[str]) -> int:
     fit = PreparedFit(run(["fit", *fit_args], start=False), "cache")
     student, teacher = load_models(fit)
     start = time.perf_counter()
-    with folder_lock(given.output, print), fit.trainer.precision_plugin.forward_context():
+    with folder_lock(given.output, print), forward_context(fit.trainer):
         remove_leftovers([given.output])
         cached = fill_cache(
             given.output,

@@ -15,7 +15,8 @@ import torch
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.prompt import parse_question
 from kd_lightning.data.sources import read_rows
-from kd_lightning.data.tokenization import TextTokenizer, load_tokenizer, with_template
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import load_tokenizer, with_template
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.generation.batch_generator import (
     BatchGenerator,

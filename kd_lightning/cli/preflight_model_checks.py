@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd_lightning.cli.preflight_checks import Check
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
+from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.functional import entropy, forward_kl, log_softmax
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.rollout.base import RolloutContext
@@ -108,8 +109,7 @@ def check_objective(fit: PreparedFit) -> Findings:
 
 def check_steps(fit: PreparedFit) -> Findings:
     """A few steps on one batch stay finite and lower the loss; reports memory and time."""
-    batch, model = fit.batches[0], fit.trainer.precision_plugin.convert_module(copy.deepcopy(fit.model))
-    assert isinstance(model, StudentWithLoss)
+    batch, model = fit.batches[0], copy.deepcopy(fit.model)
     begin = time.perf_counter()
     if fit.module.responses is not None:
         batch = copy.deepcopy(fit.module.responses)(batch, RolloutContext(model, fit.module.teacher))
@@ -152,7 +152,7 @@ def _train(
     norm, seconds = 0.0, 0.0
     for _ in range(STEPS + 1):
         begin = time.perf_counter()
-        with fit.trainer.precision_plugin.forward_context():
+        with forward_context(fit.trainer):
             parts = model(batch, teacher)
         loss = parts.loss / parts.divisor.clamp_min(1)
         losses.append(float(loss.detach()))

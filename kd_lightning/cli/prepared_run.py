@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.trainer_cli import TrainerCLI
 from kd_lightning.data.base import DistillationDataModule
+from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.functional import log_softmax
 from kd_lightning.models.backbone import logits
 from kd_lightning.module import DistillationModule
-from kd_lightning.training.evaluation import sums_and_counts
+from kd_lightning.training.evaluation import evaluated_batches, sums_and_counts
 from kd_lightning.training.student import StudentWithLoss
 
 Level = Literal["error", "warning", "note"]  # the run would be wasted; it may be; for information
@@ -85,12 +86,14 @@ class PreparedFit:
 
     @cached_property
     def model(self) -> StudentWithLoss:
-        """Student with its loss, loaded, on the run's device."""
+        """Student with its loss, loaded, on the run's device and in its precision."""
         self.module.configure_model()
         if self.module.teacher is not None:
             self.module.teacher.to(self.device)
         assert self.module.model is not None
-        return self.module.model.to(self.device)
+        model = self.trainer.precision_plugin.convert_module(self.module.model.to(self.device))
+        assert isinstance(model, StudentWithLoss)
+        return model
 
     @property
     def student(self) -> PreTrainedModel:
@@ -127,8 +130,8 @@ class PreparedFit:
     def means(self) -> dict[str, float]:
         """Token means of the evaluation's values on `held_out`."""
         assert self.model is not None  # loads it
-        with self.trainer.precision_plugin.forward_context():
-            sums = sums_and_counts(self.module.evaluate_batch(batch).values for batch in self.held_out)
+        batches = evaluated_batches(self.trainer, self.module, self.held_out, range(len(self.held_out)))
+        sums = sums_and_counts(batches)
         return {name: float(total[0] / total[1]) for name, total in sums.items()}
 
     @cached_property
@@ -136,7 +139,7 @@ class PreparedFit:
         """The student's log-probabilities on labeled tokens of the first batch, [N, V]."""
         model = self.model.student
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), forward_context(self.trainer):
             found = logits(model, self.batches[0]["input_ids"], self.batches[0]["attention_mask"])
         model.train()
         return self._labeled(found)
@@ -147,7 +150,7 @@ class PreparedFit:
         if self.module.teacher is None:
             return None
         assert self.model is not None  # loads both
-        with torch.no_grad():
+        with torch.no_grad(), forward_context(self.trainer):
             found = self.module.teacher.logits(self.batches[0])
         return self._labeled(found) if isinstance(found, Tensor) else None
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.conversation import Conversation
-from kd_lightning.data.tokenization import TextTokenizer
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 SAMPLE = 1000  # texts of a split that enter its digest; all lengths do
 

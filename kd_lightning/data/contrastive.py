@@ -18,7 +18,8 @@ from kd_lightning.data.row_report import extra_counts, extra_notes
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.saved_responses import SavedResponses
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.tokenization import TextTokenizer, gather, json_digest, tokenize_rows
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import gather, json_digest, tokenize_rows
 
 REASONS = {
     "side_missing": "dropped with one response missing",

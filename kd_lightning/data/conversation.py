@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from kd_lightning.data.text.json_text import parse_json
+
 Message = dict[str, Any]
 FORMS = "'instruction' (with an optional 'input') and 'output'; 'prompt' and 'completion'; or 'messages'"
 TURNS = ("conversations", "conversation")
@@ -209,9 +211,9 @@ def _call_with_object(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, str):
         return call
     try:
-        found = without_nulls(json.loads(arguments or "{}"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the arguments of the call of {call.get('name')!r} are broken JSON: {error}") from None
+        found = without_nulls(parse_json(arguments or "{}"))
+    except ValueError as error:
+        raise ValueError(f"the arguments of the call of {call.get('name')!r} are {error}") from None
     if not isinstance(found, dict):
         raise ValueError(
             f"the arguments of the call of {call.get('name')!r} must be a JSON object, got {type(found).__name__}"
@@ -261,9 +263,9 @@ def _content(content: Any, where: str) -> str | list[dict[str, str]]:
 def _tools(value: Any, location: str) -> list[Any] | None:
     if isinstance(value, str):
         try:
-            value = without_nulls(json.loads(value))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{location}: field 'tools' is broken JSON: {error}") from None
+            value = without_nulls(parse_json(value))
+        except ValueError as error:
+            raise ValueError(f"{location}: field 'tools' is {error}") from None
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
         raise ValueError(f"{location}: field 'tools' must be a list of objects, got {type(value).__name__}")
     return value or None

@@ -17,7 +17,8 @@ from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.tokenization import Reader, TextTokenizer, load_tokenizer, prepare, with_template
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import Reader, load_tokenizer, prepare, with_template
 from kd_lightning.distributed.trainer import (
     completed_epochs,
     data_parallel_rank,

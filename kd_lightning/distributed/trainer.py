@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -16,6 +17,15 @@ def data_parallel_rank(trainer: Trainer | None) -> tuple[int, int]:
     """
     kwargs = None if trainer is None else trainer.distributed_sampler_kwargs
     return (0, 1) if kwargs is None else (int(kwargs["rank"]), int(kwargs["num_replicas"]))
+
+
+def forward_context(trainer: Trainer | None) -> AbstractContextManager[None]:
+    """The precision in which the run's validation computes; that of the tensors without a Trainer.
+
+    Lightning enters it around its own steps only. Whatever runs a model in other hooks enters it here: baselines, the
+    results table, generation. Sharded layers that are gathered in bfloat16 cannot be run outside of it.
+    """
+    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:

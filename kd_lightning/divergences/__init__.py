@@ -7,6 +7,7 @@ from kd_lightning.divergences.base import (
     WeightedTokens,
     check_divergence,
     check_one_per_token,
+    described,
     evaluate,
     first_not_f_divergence,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "WeightedTokens",
     "check_divergence",
     "check_one_per_token",
+    "described",
     "evaluate",
     "first_not_f_divergence",
 ]

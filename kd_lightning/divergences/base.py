@@ -18,6 +18,8 @@ from torch import Size, Tensor, nn
 
 from kd_lightning.schedules import numbers
 
+LONGEST_VALUE = 120  # characters of a value in an error message
+
 
 class Divergence(nn.Module, ABC):
     """Divergence of the student q from the teacher p: at least 0, and 0 if and only if they agree."""
@@ -161,8 +163,13 @@ def check_one_per_token(part: nn.Module, values: Tensor, shape: Size) -> Tensor:
     """The values, checked to be one per token.
 
     Raises:
-        ValueError: the shape differs, for example because `forward` does not sum over the vocabulary.
+        ValueError: they are no tensor, or the shape differs, for example because `forward` does not sum over the
+            vocabulary.
     """
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"{type(part).__name__} must return a tensor with one value per token, got {described(values)}"
+        )
     if values.shape != shape:
         raise ValueError(
             f"{type(part).__name__} must return one value per token, shape {list(shape)}, got {list(values.shape)}: "
@@ -179,4 +186,12 @@ def first_not_f_divergence(parts: Iterable[Divergence]) -> str | None:
 def check_divergence(name: str, divergence: object) -> None:
     """Raise a ValueError with the argument's name and value unless it is a `Divergence`."""
     if not isinstance(divergence, Divergence):
-        raise ValueError(f"{name} must be a Divergence, got {divergence!r}")
+        raise ValueError(f"{name} must be a Divergence, got {described(divergence)}")
+
+
+def described(value: object) -> str:
+    """A value that is refused, on one line of bounded length: a class by its name, anything else by its repr."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} (pass an instance of it, {value.__name__}(...))"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

@@ -133,7 +133,7 @@ class AdaptiveKL(Divergence):
     def __init__(self, mu: float = 0.5, head_rule: str = "covering") -> None:
         super().__init__()
         check_number("mu", mu, 0, 1, "(]")
-        if head_rule not in ("covering", "official"):
+        if not isinstance(head_rule, str) or head_rule not in ("covering", "official"):
             raise ValueError(f"head_rule must be 'covering' or 'official', got {head_rule!r}")
         self.mu = mu
         self.head_rule = head_rule

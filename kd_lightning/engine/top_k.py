@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.divergences import Divergence
-from kd_lightning.engine.head import Transform, apply_transform
+from kd_lightning.divergences import Divergence, described
+from kd_lightning.engine.head import FLOATS, Transform, apply_transform
+from kd_lightning.engine.label_mask import INTEGERS
 from kd_lightning.engine.logit_source import LogitSource
 
 
@@ -34,12 +35,28 @@ class TopK:
         log_probs: their log-probabilities, [..., k].
         log_tail: logarithm of the total mass of all other tokens, [...].
         vocabulary: size of the teacher's vocabulary.
+
+    Raises:
+        ValueError: an argument is of another type or shape.
     """
 
     ids: Tensor
     log_probs: Tensor
     log_tail: Tensor
     vocabulary: int
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("ids", self.ids), ("log_probs", self.log_probs), ("log_tail", self.log_tail)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} of a TopK must be a torch.Tensor, got {described(tensor)}")
+            if (tensor.dtype in INTEGERS) != (name == "ids") or (name != "ids" and tensor.dtype not in FLOATS):
+                kind = "integers" if name == "ids" else "floating point"
+                raise ValueError(f"{name} of a TopK must be {kind}, got {tensor.dtype}")
+        if self.ids.shape != self.log_probs.shape or self.ids.shape[:-1] != self.log_tail.shape or not self.ids.ndim:
+            given = ", ".join(str(list(x.shape)) for x in (self.ids, self.log_probs, self.log_tail))
+            raise ValueError(f"a TopK must have ids [..., k], log_probs [..., k] and log_tail [...], got {given}")
+        if not isinstance(self.vocabulary, int) or isinstance(self.vocabulary, bool) or self.vocabulary < 1:
+            raise ValueError(f"vocabulary of a TopK must be an integer ≥ 1, got {described(self.vocabulary)}")
 
     @property
     def shape(self) -> torch.Size:

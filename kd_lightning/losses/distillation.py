@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.divergences import Divergence, check_divergence
+from kd_lightning.divergences import Divergence
 from kd_lightning.engine.chunked import ChunkedPass
 from kd_lightning.engine.compile import opaque_to_compile
 from kd_lightning.engine.head import Head
@@ -25,11 +25,9 @@ from kd_lightning.engine.token_loss import TokenLoss, score_name
 from kd_lightning.engine.top_k import TopK, TopKLogits
 from kd_lightning.engine.validation import check_columns, check_devices, check_head, check_tokens, check_top_k
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
+from kd_lightning.losses.arguments import check_loss_arguments, check_monitors
 from kd_lightning.losses.loss_parts import LossParts
-from kd_lightning.schedules import Schedule, Weight, check_weight
-
-REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
-RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap", "label_gradient")
+from kd_lightning.schedules import Schedule, Weight, check_flag
 
 
 class DistillationLoss(nn.Module):
@@ -42,7 +40,7 @@ class DistillationLoss(nn.Module):
     Args:
         objective: D, any `Divergence`, also your own; its parameters get no gradient.
         ce_weight: c, the share of the label loss, in [0, 1], or a schedule.
-        temperature: T > 0 divides both models' logits in D.
+        temperature: T in [0.001, 1000] divides both models' logits in D.
         reduction: "token_mean", "sequence_mean" (the mean over responses of their token means), "sum", or "none"
             (losses of tokens; backward computes everything again, with the schedules' values at that time).
         label_loss: L, evaluated at its own temperature; None: `CrossEntropy()`.
@@ -72,19 +70,10 @@ class DistillationLoss(nn.Module):
         compile: bool | None = None,
     ) -> None:
         super().__init__()
-        monitors = {} if monitors is None else monitors
-        for name, part in {"objective": objective, **{f"monitors[{k!r}]": v for k, v in monitors.items()}}.items():
-            check_divergence(name, part)
-        check_names(monitors)
-        check_weight("ce_weight", ce_weight)
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        if label_loss is not None and not isinstance(label_loss, LabelLoss):
-            raise ValueError(f"label_loss must be a LabelLoss or None, got {label_loss!r}")
-        if chunk is not None and chunk <= 0:
-            raise ValueError(f"chunk must be a number of tokens > 0 or None, got {chunk}")
+        check_loss_arguments(
+            objective, ce_weight, temperature, reduction, label_loss, square_temperature, chunk, compile
+        )
+        check_flag("diagnostics", diagnostics)
         self.reduction = reduction
         self.chunk = chunk
         self.token_loss = TokenLoss(
@@ -93,7 +82,7 @@ class DistillationLoss(nn.Module):
             ce_weight,
             temperature,
             square_temperature,
-            monitors,
+            check_monitors(monitors),
             diagnostics,
             compile,
         )
@@ -153,6 +142,7 @@ class DistillationLoss(nn.Module):
         if isinstance(teacher_logits, TopK):
             teacher = TopKLogits(teacher_logits.select(mask.index))
         elif teacher_logits is not None:
+            # `detach` shares its version counter with the user's tensor, by which a recomputation notices a change
             teacher = GivenLogits(_flat(teacher_logits.detach()), mask.index, vocabulary)
         return self._compute(student, teacher, mask, rows)
 
@@ -211,7 +201,7 @@ class DistillationLoss(nn.Module):
         check_devices(student=student.inputs, teacher=teacher.inputs if teacher else (), labels=(mask.index,))
         inputs = [x for model in (student, teacher) if model for x in model.inputs if x is not None]
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
-        columns = self._columns(student, teacher, mask, rows or {}, dtype)
+        columns = self._columns(student, teacher, mask, check_columns(rows), dtype)
         chunked = ChunkedPass(self.token_loss, student, teacher, columns | {"labels": mask.labels}, self.chunk)
         weights, divisor = self._weights(mask, dtype)
         if self.reduction == "none":
@@ -244,7 +234,6 @@ class DistillationLoss(nn.Module):
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
         """Extra inputs of the tokens with a label, [N] each, with those that the loss computes for its schedules."""
-        check_columns(rows)
         columns = {name: mask.column(name, values, dtype) for name, values in rows.items()}
         if teacher is not None:
             arguments = (self.token_loss, student, teacher, mask, columns, dtype, self.chunk)
@@ -258,17 +247,6 @@ class DistillationLoss(nn.Module):
             return ones / mask.lengths[mask.response], (mask.lengths > 0).sum().to(dtype)
         divisor = mask.lengths.sum().to(dtype) if self.reduction == "token_mean" else ones.new_ones(())
         return ones, divisor
-
-
-def check_names(monitors: Mapping[str, Divergence]) -> None:
-    """Raise a ValueError unless every monitor has a name that no other value of the loss has."""
-    for name in monitors:
-        if name in RESERVED:
-            raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {name!r}")
-        if not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(
-                f"monitors must have names that are not empty, without a dot and no ModuleDict attribute, got {name!r}"
-            )
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kd_lightning.constants import SOURCES
 from kd_lightning.divergences import Composite, Divergence, check_divergence, evaluate, first_not_f_divergence
 from kd_lightning.objectives.objective import SkewKL, SkewReverseKL
-from kd_lightning.schedules import Weight, check_weight, column, value
+from kd_lightning.schedules import Weight, check_flag, check_weight, column, value
 
 
 class Contrastive(Composite):
@@ -89,6 +89,8 @@ class OnSource(Composite):
 
     def __init__(self, divergence: Divergence, student: bool) -> None:
         super().__init__()
+        check_divergence("divergence", divergence)
+        check_flag("student", student)
         self.divergence = divergence
         self.student = student
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kd_lightning.assistants import AlphaMixture, ArithmeticMixture, Assistant, GeometricMixture
-from kd_lightning.divergences import Composite, Divergence, ForwardKL, check_divergence, evaluate
-from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_weight
+from kd_lightning.divergences import Composite, Divergence, ForwardKL, check_divergence, described, evaluate
+from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_flag, check_weight
 
 ROLES = ("teacher", "student", "assistant")
 
@@ -38,10 +38,12 @@ class Objective(Composite):
         super().__init__()
         check_divergence("divergence", divergence)
         if assistant is not None and not isinstance(assistant, Assistant):
-            raise ValueError(f"assistant must be an Assistant or None, got {assistant!r}")
-        pair = tuple(pair)  # type: ignore[assignment]
-        if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= set(ROLES):
-            raise ValueError(f"pair must be two different names of {', '.join(ROLES)}, got {pair!r}")
+            raise ValueError(f"assistant must be an Assistant or None, got {described(assistant)}")
+        check_flag("detach_assistant", detach_assistant)
+        named = isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] != pair[1]
+        if not named or any(name not in ROLES for name in pair):
+            raise ValueError(f"pair must be two different names of {', '.join(ROLES)}, got {described(pair)}")
+        pair = tuple(pair)  # type: ignore[assignment]  # a list in a config
         if ("assistant" in pair) != (assistant is not None):
             given = "no assistant" if assistant is None else f"the assistant {type(assistant).__name__}"
             raise ValueError(f"pair must contain 'assistant' if and only if one is given, got {pair!r} and {given}")

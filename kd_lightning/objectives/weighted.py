@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.divergences import Divergence, WeightedTokens, check_divergence, check_one_per_token, evaluate
-from kd_lightning.schedules import StepState
+from kd_lightning.schedules import StepState, check_flag
 from kd_lightning.token_weights import TokenWeight, check_token_weight, histogram, label_rows
 
 
@@ -36,8 +36,7 @@ class Weighted(WeightedTokens):
         super().__init__()
         check_divergence("divergence", divergence)
         check_token_weight("weight", weight)
-        if not isinstance(normalize, bool):
-            raise ValueError(f"normalize must be True or False, got {normalize!r}")
+        check_flag("normalize", normalize)
         self.divergence = divergence
         self.weight = weight
         self.normalize = normalize

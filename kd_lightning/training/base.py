@@ -60,4 +60,4 @@ class StudentTeacherModule(L.LightningModule, ABC):
 
     @abstractmethod
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
-        """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
+        """Loss, monitors and diagnostics of one batch, without gradient, in eval mode and in the run's precision."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
-from kd_lightning.losses import DistillationLoss, LossParts, check_names
+from kd_lightning.losses import DistillationLoss, LossParts, check_monitors
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.schedules import Schedule
 from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
@@ -40,8 +40,7 @@ class EvaluationReporter:
 
     def __init__(self, loss: DistillationLoss, has_teacher: bool, monitors: Mapping[str, Divergence] | None) -> None:
         default = monitors is None and has_teacher
-        measured = _default_monitors() if default else dict(monitors or {})
-        check_names(measured)
+        measured = _default_monitors() if default else check_monitors(monitors)
         self.has_teacher = has_teacher
         self.divergences = measured
         self.monitors = nn.ModuleDict(measured)

@@ -10,6 +10,7 @@ import torch
 from kd_lightning.console import progress_bar_enabled
 from kd_lightning.data.base import datamodule_of
 from kd_lightning.distributed.collectives import sum_over_ranks
+from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import Ranks, cache_teacher
 
@@ -33,5 +34,5 @@ def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int
         datamodule.setup("test")
     folder = Path(trainer.default_root_dir) / "teacher_cache"
     ranks, bar = Ranks(trainer.global_rank, sum_over_ranks(trainer)), progress_bar_enabled(trainer)
-    with trainer.precision_plugin.forward_context():
+    with forward_context(trainer):
         return cache_teacher(folder, teacher, datamodule, student_vocabulary, device, ranks, bar)
