@@ -252,8 +252,9 @@ class DistillationModule(PredictingModule, AccumulatingModule):
 
     @property
     def objective_moves(self) -> bool:
-        """Whether a schedule changes the objective, so that its values at two steps are not comparable."""
-        return any(moves_objective(name) for name in self.schedules())
+        """Whether the objective changes during training, so that its values at two steps are not comparable."""
+        weights_move = any(part.moves for part in self.weighted().values())
+        return weights_move or any(moves_objective(name) for name in self.schedules())
 
     @property
     def measured(self) -> tuple[str, ...]:

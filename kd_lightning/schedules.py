@@ -1,7 +1,6 @@
 r"""Schedules: weights that change during training. Every weight that is a number can also be a schedule.
 
-State is kept in 0-d fp32 buffers: it moves with the device and is saved in checkpoints, keeps its dtype, and a compiled
-loss reads new values without recompilation. Only `update` changes it, called once per optimizer step.
+State is saved in checkpoints, and a compiled loss reads it without recompilation. Only `update` changes it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class StepState(nn.Module):
 
 
 class Schedule(StepState, ABC):
-    """A weight that changes in `update`; `forward` returns its current value.
+    """A weight that changes in `update`, called once per optimizer step; `forward` returns its current value.
 
     `columns`: entries of `rows` that it reads; the loss computes them. `side`: the responses that it applies to,
     "teacher" (those of the dataset too) or "student"; None: all.
@@ -75,10 +74,7 @@ def value(weight: Weight, rows: Mapping[str, Tensor] | None = None) -> float | T
 def check_number(
     name: str, number: object, low: float = -math.inf, high: float = math.inf, ends: str = "[]", hint: str = ""
 ) -> None:
-    """Raise a ValueError with argument, range and value unless it is a finite number in the interval.
-
-    `ends`: "[" and "]" include an end, "(" and ")" exclude it.
-    """
+    """Raise a ValueError unless it is a finite number in the interval; of `ends`, "[" and "]" include an end."""
     if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max:
         above = low <= number if ends[0] == "[" else low < number
         below = number <= high if ends[1] == "]" else number < high

@@ -86,7 +86,7 @@ class TokenWeight(StepState, ABC):
 class TeacherEntropyGate(TokenWeight):
     r"""\(1[H(p) > \tau]\): the tokens of which the teacher is unsure; with `above=False` \(1[H(p) \le \tau]\).
 
-    EOPD adds forward KL on the tokens with high teacher entropy: `Weighted(ForwardKL(), TeacherEntropyGate(0.8))`.
+    EOPD trains forward KL on the tokens with high teacher entropy: `Weighted(ForwardKL(), TeacherEntropyGate(1.0))`.
     Reduces to 1 as τ falls below every entropy.
 
     Args:

@@ -85,7 +85,9 @@ def test_zero_with_zero_gradient_where_the_models_agree(leaf: Leaf) -> None:
         assert gradient.abs().max() <= tolerance
 
 
-@every
+@pytest.mark.parametrize(
+    "leaf", [x for x in ALL.values() if not x.partial], ids=[name for name, x in ALL.items() if not x.partial]
+)
 def test_positive_where_they_differ(leaf: Leaf) -> None:
     teacher, _ = logits(4, 50)
     student = teacher + 0.1 * torch.randn_like(teacher)
@@ -122,7 +124,7 @@ def test_fp32_keeps_what_fp32_can(leaf: Leaf) -> None:
         exact, exact_gradient = value_and_gradient(leaf, teacher, student)
         values, gradient = value_and_gradient(leaf, teacher.float(), student.float())
         assert (values - exact).abs().max() < tolerance * exact.abs().max() + 5e-7
-        assert (gradient - exact_gradient).norm() / exact_gradient.norm() < tolerance
+        assert (gradient - exact_gradient).norm() <= tolerance * exact_gradient.norm()
 
 
 @every

@@ -118,6 +118,11 @@ class Composite(Divergence):
 class WeightedTokens(Composite):
     """A divergence that weights its tokens, with a state that follows the weights of each optimizer step."""
 
+    @property
+    @abstractmethod
+    def moves(self) -> bool:
+        """Whether `update` changes the weights, so that values at two steps are not comparable."""
+
     @abstractmethod
     def weight_sums(self, scores: Tensor) -> Tensor:
         """Sums over tokens that can be added over batches and ranks: [3 + bins].

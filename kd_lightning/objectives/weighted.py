@@ -74,6 +74,11 @@ class Weighted(WeightedTokens):
         score = self.weight.score(log_p.detach(), log_q.detach(), label_rows(rows)).detach()
         return {"": score, **super().token_scores(log_p, log_q, rows)}
 
+    @property
+    def moves(self) -> bool:
+        """Whether weights are normalized, or follow a quantile."""
+        return self.normalize or self.weight.bins > 0
+
     @torch.no_grad()
     def weight_sums(self, scores: Tensor) -> Tensor:
         """Sum of the weights (not normalized), tokens kept, tokens, and the histogram of the scores if needed."""

@@ -24,27 +24,26 @@ def check_sampled_tokens(label_loss: LabelLoss | None, temperature: float, respo
     if label_loss is None or not label_loss.sampled:
         return
     name, source = type(label_loss).__name__, type(responses).__name__
+    if responses is not None:
+        sampling, wanted = responses.sampling, label_loss.temperature or temperature
+        if sampling is not None and sampling.temperature != wanted:
+            raise ValueError(
+                f"the sampling temperature and the loss's temperature must be equal for {name}, got "
+                f"{sampling.temperature:g} in {source} and {wanted:g}"
+            )
+        if sampling is not None and sampling.top_p != 1:
+            raise ValueError(f"top_p must be 1 for {name}, got {sampling.top_p:g} in {source}")
+        weights = {"importance", "old_log_prob"} & set(responses.columns or ())
+        if responses.replays and not weights:
+            raise ValueError(
+                f"{source} trains on responses again that an earlier student generated, and gives no importance "
+                f"weights, which {name} needs: pass responses=OnPolicy(share=1) or MiniLLM"
+            )
     if responses is None or responses.uses_data:
         given = "none" if responses is None else source
         rank_zero_warn(
             f"{name} is correct for tokens sampled from the student, and this run also trains on the responses of the "
             f"data (responses: {given}): pass responses=OnPolicy(share=1)"
-        )
-    if responses is None:
-        return
-    sampling, wanted = responses.sampling, label_loss.temperature or temperature
-    if sampling is not None and sampling.temperature != wanted:
-        raise ValueError(
-            f"the sampling temperature and the loss's temperature must be equal for {name}, got "
-            f"{sampling.temperature:g} in {source} and {wanted:g}"
-        )
-    if sampling is not None and sampling.top_p != 1:
-        raise ValueError(f"top_p must be 1 for {name}, got {sampling.top_p:g} in {source}")
-    weights = {"importance", "old_log_prob"} & set(responses.columns or ())
-    if responses.replays and not weights:
-        raise ValueError(
-            f"{source} trains on responses again that an earlier student generated, and gives no importance weights, "
-            f"which {name} needs: pass responses=OnPolicy(share=1) or MiniLLM"
         )
 
 
