@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import processes
 import runs
@@ -19,6 +20,7 @@ from architectures import VOCABULARY, tiny
 from kd_lightning import (
     AdaptiveReplay,
     Contrastive,
+    DistillationLoss,
     DistillationModule,
     ForwardKL,
     GapGate,
@@ -35,6 +37,7 @@ from kd_lightning import (
     Weighted,
     WeightedSum,
 )
+from kd_lightning.assets import resolve
 from kd_lightning.cli.program import main
 from tiny_fits import STILL, Run, assert_same_student, bundled, fit, rows, split, weights
 
@@ -115,6 +118,7 @@ TOP += ["--model.objective.weight", "TopShare", "--model.objective.weight.weight
 TOP += ["--model.objective.weight.share", "0.4"]
 
 
+@pytest.mark.slow
 def test_resumed_equals_untouched(tmp_path: Path) -> None:
     data = runs.little_data(tmp_path, rows=29)
     common = ["--data.train", str(data), "--data.batch_size", "4", "--checkpoint.every_n_train_steps", "3", *TOP]
@@ -175,6 +179,45 @@ def test_fresh_and_replayed_tokens_have_the_weights_of_their_ratio() -> None:
     assert second["train/loss"] == pytest.approx(first["train/loss"], rel=1e-4)
 
 
+def test_the_baseline_lowers_the_variance_on_the_tokens_of_the_bundled_pair(tmp_path: Path) -> None:
+    data = InstructionDataModule(str(runs.little_data(tmp_path)), tokenizer="asset:student", batch_size=48)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(resolve(f"asset:{name}")).eval() for name in ("student", "teacher")
+    )
+    labels = batch["labels"][:, 1:]
+    with torch.no_grad():
+        log_q, log_p = (
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
+            for model in (student, teacher)
+        )
+    counted = labels != -100
+    log_q, log_p = (torch.log_softmax(x[counted], -1) for x in (log_q, log_p))
+    q, k = log_q.exp(), log_q - log_p
+    baseline = (q * k).sum(-1, keepdim=True)
+    mean = (q * (k - baseline)).square().sum(-1)  # squared norm of the gradient of reverse KL
+    lengths = 1 - 2 * q + q.square().sum(-1, keepdim=True)  # squared norm of the gradient of log q(y)
+    plain, lower = ((q * (k - b) ** 2 * lengths).sum(-1) - mean for b in (0, baseline))
+    assert counted.sum() > 200 and (lower > 0).all()
+    assert lower.mean() < 0.5 * plain.mean()
+    assert (lower < plain).double().mean() > 0.98
+
+    # the same through the loss, on tokens that are sampled from the student: the sampled second moments
+    sampled = torch.multinomial(q, 64, replacement=True, generator=torch.Generator().manual_seed(0))
+    found = []
+    for with_baseline in (False, True):
+        x = log_q.unsqueeze(1).expand(-1, 64, -1).reshape(1, -1, q.shape[-1])[:, :1920].clone().requires_grad_()
+        y = log_p.unsqueeze(1).expand(-1, 64, -1).reshape(1, -1, q.shape[-1])[:, :1920]
+        estimate = SampledReverseKL("k1_reward", with_baseline)
+        loss = DistillationLoss(ForwardKL(), 1.0, reduction="sum", label_loss=estimate, compile=False)
+        (gradient,) = torch.autograd.grad(loss.from_logits(x, y, sampled.reshape(1, -1)[:, :1920]).loss, x)
+        found.append(float(gradient.square().sum(-1).mean()))
+    expected = [float((second + mean)[:30].mean()) for second in (plain, lower)]
+    assert found == pytest.approx(expected, rel=0.2)
+    assert found[1] < 0.6 * found[0]
+
+
 class Everything(ResponseSource):
     """A custom source that declares nothing."""
 
@@ -221,8 +264,8 @@ def test_responses_of_the_data_are_warned_of(responses: ResponseSource | None) -
         DistillationModule(tiny("llama"), tiny("llama"), label_loss=SampledReverseKL(), responses=responses)
 
 
-def test_without_a_teacher_it_is_refused_before_the_first_step() -> None:
-    data = InstructionDataModule("asset:train", tokenizer="asset:student", batch_size=2)
+def test_without_a_teacher_it_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    data = InstructionDataModule(str(runs.little_data(tmp_path)), tokenizer="asset:student", batch_size=2)
     for loss, responses, message in (
         (SampledReverseKL(), OnPolicy(1.0), "SampledReverseKL reads teacher_log_prob of the teacher: pass teacher="),
         (SampledReverseKL(baseline=True), MiniLLM(0.0), "reads teacher_log_prob and reverse_kl of the teacher"),
