@@ -70,15 +70,16 @@ class AccumulationWindow:
         stacked = [self._tokens[name] for name in tokens] + [self._sums[name] for name in names]
         stacked += [x for name in averaged for x in self._means[name]]
         self._sums, self._means, self._tokens, self._vectors = {}, {}, {}, {}
-        joined = sum_over_ranks(torch.cat([torch.stack(stacked), *vectors])).split([len(stacked), *map(len, vectors)])
-        totals = joined[0].unbind()
+        joined = sum_over_ranks(torch.cat([torch.stack(stacked), *vectors]))
+        parts = torch.split_with_sizes(joined, [len(stacked), *map(len, vectors)])
+        totals = parts[0].unbind()
         total = dict(zip(tokens, totals, strict=False))
         divisor = torch.ones_like(total["divisor"]) if self.reduction == "sum" else total["divisor"].clamp_min(1)
         totals = totals[len(tokens) :]
         means = {name: value / divisor for name, value in zip(names, totals, strict=False)}
         pairs = totals[len(names) :]
         means |= {name: s / n for name, s, n in zip(averaged, pairs[::2], pairs[1::2], strict=True)}
-        for path, sums in zip(paths, joined[1:], strict=True):
+        for path, sums in zip(paths, parts[1:], strict=True):
             suffix = f"/{path}" if len(paths) > 1 else ""
             means[f"weight_sums/{path}"] = sums
             means[f"token_weight{suffix}"], means[f"tokens_kept{suffix}"] = sums[0] / sums[2], sums[1] / sums[2]
