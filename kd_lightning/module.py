@@ -15,7 +15,7 @@ from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run
-from kd_lightning.divergences import Divergence, ForwardKL, WeightedTokens
+from kd_lightning.divergences import Divergence, ForwardKL, WeightedTokens, described
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.compatibility import check_model_fits_data
@@ -24,11 +24,11 @@ from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.rollout.sampled_tokens import check_label_columns, check_sampled_tokens
-from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.schedules import Schedule, Weight, check_flag
 from kd_lightning.seeding import derive_seed, run_seed
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
-from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache
+from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache, check_types
 from kd_lightning.training.evaluation import evaluate_batch, validation_ce
 from kd_lightning.training.gradients import check_restored_optimizer
 from kd_lightning.training.optimization import AccumulatingModule
@@ -62,6 +62,8 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
         teacher_kwargs: the same for the teacher.
         lora: train adapters instead of the student's parameters; None: all parameters are trained.
+        gradient_checkpointing: recompute the student's layers in backward instead of keeping their activations: less
+            memory, one more forward pass, the same gradient.
         teacher_cache: cache the teacher's outputs for every row of the data in `ROOT/teacher_cache` before the first
             step, unload the teacher, and read the cache from then on.
 
@@ -87,18 +89,32 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         student_kwargs: dict[str, Any] | None = None,
         teacher_kwargs: dict[str, Any] | None = None,
         lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
         teacher_cache: bool = False,
     ) -> None:
         super().__init__(reduction, optimizer, lr_scheduler)
+        check_types(
+            student=student,
+            teacher=teacher,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            student_kwargs=student_kwargs,
+            teacher_kwargs=teacher_kwargs,
+            lora=lora,
+        )
         check_reduction(reduction)
+        check_flag("gradient_checkpointing", gradient_checkpointing)
+        check_flag("teacher_cache", teacher_cache)
+        if responses is not None and not isinstance(responses, ResponseSource):
+            raise ValueError(f"responses must be a ResponseSource or None, got {described(responses)}")
         check_models(student, teacher, student_init, teacher_kwargs, ce_weight)
-        check_sampled_tokens(label_loss, temperature, responses)
         if teacher_cache:
             check_teacher_cache(teacher, responses)
         loss = DistillationLoss(
             objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
         )
-        self.student_source = StudentSource(student, student_init, student_kwargs, lora)
+        check_sampled_tokens(label_loss, temperature, responses)
+        self.student_source = StudentSource(student, student_init, student_kwargs, lora, gradient_checkpointing)
         self.teacher = as_teacher(teacher, teacher_kwargs)
         self.teacher_cache = teacher_cache
         self.reporter = EvaluationReporter(loss, self.teacher is not None, monitors)

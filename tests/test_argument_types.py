@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ from kd_lightning.divergences import Divergence, ForwardKL, ReverseKL
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.label_losses import ClippedPolicyGradient, CrossEntropy, SampledReverseKL
+from kd_lightning.models.lora import LoRA
 from kd_lightning.objectives import OnSource
+from kd_lightning.rollout.on_policy import OnPolicy
 from kd_lightning.schedules import Complement, Linear
+from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.training.loss_components import PartialKL
 
 CLASSES = sorted(
@@ -203,6 +207,36 @@ def test_monitors(monitors: Any) -> None:
     for make in (DistillationLoss, lambda **kwargs: DistillationModule("asset:student", "asset:teacher", **kwargs)):
         with pytest.raises(ValueError, match="monitors"):
             make(objective=ForwardKL(), monitors=monitors)
+
+
+MODULE: dict[str, list[Any]] = {
+    "student": [None, 3, torch.nn.Linear, ["asset:student"], Path("folder"), {"path": "asset:student"}],
+    "teacher": [3, HFTeacher, ["asset:teacher"], Path("folder"), True],
+    "objective": [ForwardKL, "kl", None],
+    "ce_weight": ["0.5", [0.5], None],
+    "temperature": ["2", 1e30, None],
+    "reduction": ["none", None, ["sum"]],
+    "responses": ["on_policy", OnPolicy, 0.5],
+    "label_loss": [CrossEntropy, "ce"],
+    "optimizer": [None, 1e-3, "adamw"],
+    "lr_scheduler": [0.1, "cosine"],
+    "student_init": [None, True, ["random"]],
+    "student_kwargs": [["dtype"], "float32", 3],
+    "teacher_kwargs": [["dtype"], "float32", 3],
+    "lora": [8, {"r": 8}, LoRA],
+    "teacher_cache": ["yes", 1, None],
+    "gradient_checkpointing": ["yes", 1, None],
+}
+
+
+@pytest.mark.parametrize("name", MODULE)
+def test_the_module(name: str) -> None:
+    known = set(inspect.signature(DistillationModule).parameters)
+    assert known - {"monitors"} == set(MODULE)
+    for value in MODULE[name]:
+        with pytest.raises(ValueError, match=rf"{name} must (not )?be") as refusal:
+            DistillationModule(**{"student": "asset:student", "teacher": "asset:teacher", name: value})
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_r
 from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import max_positions
-from kd_lightning.reporting.figures import markdown_table
+from kd_lightning.reporting.markdown import markdown_table
 
 SHOWN = 8
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -77,6 +78,7 @@ class Regeneration(L.Callback):
         self.keep_unfinished = keep_unfinished
         self.seconds = 0.0  # spent on generation in this run
         self._start = 0.0
+        self._before_pass: Callable[[int], None] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the teacher before any model is loaded."""
@@ -119,7 +121,23 @@ class Regeneration(L.Callback):
         model = self._model(pl_module)
         BatchGenerator(model, datamodule.tokenizer, self.sampling)
         self.sampling.max_prompt_tokens(model, datamodule.max_length)
-        datamodule.add_before_pass(lambda number: self.generate_pass(trainer, pl_module, number))
+        self._remove(trainer)
+        self._before_pass = functools.partial(self.generate_pass, trainer, pl_module)
+        datamodule.add_before_pass(self._before_pass)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the data module as it was, for another run."""
+        self._remove(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the data module as it was, for another run."""
+        self._remove(trainer)
+
+    def _remove(self, trainer: L.Trainer) -> None:
+        datamodule = datamodule_of(trainer)
+        if self._before_pass is not None and datamodule is not None:
+            datamodule.remove_before_pass(self._before_pass)
+        self._before_pass = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         """Log the share of the run's time that was spent on generation, by all these callbacks together."""

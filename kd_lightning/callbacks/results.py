@@ -10,10 +10,12 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from kd_lightning.atomic_io import atomic_file
 from kd_lightning.callbacks.base import on_training_device, student_and_teacher, student_of, teacher_model
+from kd_lightning.console import printable
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.generation.exact_match import exact_match, greedy_responses
@@ -158,7 +160,8 @@ class ResultsTable(L.Callback):
         return exact_match(trainer, rows, responses)
 
     def _print(self) -> None:
-        table = Table(title="test rows" if self.task is None else f"test rows (exact match: {self.task})")
+        task = "" if self.task is None else f" (exact match: {self.task})"
+        table = Table(title=Text(printable(f"test rows{task}"), "table.title"))
         table.add_column("")
         for heading in HEADINGS.values():
             table.add_column(heading, justify="right")

@@ -13,6 +13,7 @@ from kd_lightning.atomic_io import atomic_file, first_unused_path
 from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import check_ranks_agree
 from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.reporting.redaction import redact_value
 
 
 class RunConfig(L.Callback):
@@ -75,4 +76,8 @@ def split_digests(datamodule: DistillationDataModule | None) -> dict[str, str]:
     if datamodule is None:
         return {}
     later = datamodule.accepts_responses
-    return {name: text for name, text in datamodule.description().items() if not (later and name == "train rows")}
+    return {
+        name: redact_value(text)
+        for name, text in datamodule.description().items()
+        if not (later and name == "train rows")
+    }

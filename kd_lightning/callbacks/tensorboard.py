@@ -16,6 +16,7 @@ from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.metrics.bucketed import response_positions
 from kd_lightning.reporting import figures
+from kd_lightning.reporting.markdown import code_block
 from kd_lightning.reporting.run_dir import flatten_config
 from kd_lightning.reporting.run_report import SETUP
 
@@ -52,7 +53,7 @@ class Dashboard(L.Callback):
         for writer in summary_writers(trainer):
             charts = {title: ["Multiline", [_exactly(tag) for tag in tags]] for title, tags in CHARTS.items()}
             writer.add_custom_scalars({"distillation": charts})
-            writer.add_text("config", "```yaml\n" + self.text + "\n```")
+            writer.add_text("config", code_block(self.text, "yaml"))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the sums of the figures."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd_lightning.cli.error_messages import did_you_mean
 from kd_lightning.paths import expand_path
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # takes a second to import
 
 CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # folders of the shipped configs that an option names
 PATHS = ("default_root_dir", "ckpt_path", "baseline", "dirpath", "save_dir")  # arguments that our classes do not read
+_FOLDER_ARGUMENTS = "--trainer.default_root_dir (or --checkpoint.dirpath)"
 PARSER_MODE = "kd_lightning"  # jsonargparse's name of the loader registered below
 
 
@@ -67,12 +68,18 @@ def register_config_loader() -> str:
     Returns:
         The parser mode that uses the loader.
     """
-    from jsonargparse import get_loader, set_loader
+    from jsonargparse import set_loader
     from yaml import YAMLError
 
-    read_yaml = get_loader("yaml")
-    set_loader(PARSER_MODE, lambda text: update_class_paths(read_yaml(text)), exceptions=(YAMLError,))
+    set_loader(PARSER_MODE, read_config, exceptions=(YAMLError,))
     return PARSER_MODE
+
+
+def read_config(text: str) -> Any:
+    """The values of a configuration in YAML."""
+    from jsonargparse import get_loader
+
+    return update_class_paths(get_loader("yaml")(text))
 
 
 def expand_paths(config: Namespace) -> None:
@@ -96,12 +103,12 @@ def _expanded(key: str, path: str) -> str:
         raise ValueError(f"--{key} {error}") from None
 
 
-def checkpoint_path(name: str, root: str | Path, resume: bool = True) -> str:
-    """The file of `--ckpt_path`: a path, or for `last` the newest complete checkpoint under ROOT.
+def checkpoint_path(name: str, folder: Path, resume: bool = True) -> str:
+    """The file of `--ckpt_path`: a path, or for `last` the newest complete checkpoint of the run.
 
     Args:
         name: a path or `last`.
-        root: the run's folder.
+        folder: of the run's checkpoints.
         resume: training is resumed from it, which needs more than weights.
 
     Raises:
@@ -117,8 +124,7 @@ def checkpoint_path(name: str, root: str | Path, resume: bool = True) -> str:
         if resume:
             check_resumable(Path(name))
         return name
-    folder = Path(root) / "checkpoints"
     found = newest_checkpoint(folder, resume)
     if found is None:
-        raise ValueError(f"--ckpt_path last: {folder} has no *.ckpt to resume from: check --trainer.default_root_dir")
+        raise ValueError(f"--ckpt_path last: {folder} has no *.ckpt to resume from: check {_FOLDER_ARGUMENTS}")
     return str(found)

@@ -10,6 +10,8 @@ import re
 from argparse import ArgumentParser
 from collections.abc import Iterable
 
+from kd_lightning.atomic_io import LIMITS
+
 # jsonargparse's exceptions carry one text and no attributes: which argument, which class path and why are only in the
 # text. These patterns match the texts of version 4.53; a text that none of them matches is shown unchanged. Each
 # error that a pattern serves is a case of tests/cli/test_bad_input.py, so a change of a text fails there.
@@ -41,6 +43,8 @@ def explain(error: BaseException) -> str:
         return _not_built(*found.groups())
     if found := UNKNOWN_CLASS.search(text):
         return _unknown_class(text, *found.groups())
+    if isinstance(error, OSError) and error.filename is None and error.errno in LIMITS:
+        return f"{text}: free some space or raise the limit (`ulimit -f`) where the run is written and rows are cached"
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,19 +18,22 @@ from kd_lightning.data.sources import read_rows
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
 from kd_lightning.data.tokenization import load_tokenizer, with_template
 from kd_lightning.distributed.dtensor import tensor_digest
+from kd_lightning.distributed.signals import StopRequest, Terminated, exit_status, finish_on_signal, stop
 from kd_lightning.generation.batch_generator import (
     BatchGenerator,
+    NumberedResponses,
     batches_of_rank,
     length_batches,
     summary,
     write_responses,
 )
-from kd_lightning.generation.response_file import Response, ResponseFile
+from kd_lightning.generation.response_file import ResponseFile, check_output
 from kd_lightning.generation.server_generator import ServerGenerator
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.openai_client import OpenAIClient
 from kd_lightning.paths import expand_path
+from kd_lightning.reporting.redaction import print_message
 
 
 def main(args: Sequence[str]) -> int:
@@ -40,7 +43,7 @@ def main(args: Sequence[str]) -> int:
         args: arguments after the command.
 
     Returns:
-        0; 130 if interrupted from the keyboard.
+        0; 130 after Ctrl-C and 143 after SIGTERM, which finish the batch, or the requests that are sent.
 
     Raises:
         ValueError: see `generate`.
@@ -55,9 +58,9 @@ def main(args: Sequence[str]) -> int:
     given = parser.parse_args(list(args)).as_dict()
     try:
         generate(**given)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as end:
         _log(f"interrupted: run the same command again to resume {given['output']}")
-        return 130
+        return exit_status(end)
     return 0
 
 
@@ -114,12 +117,12 @@ def generate(
     if server is not None:
         served = ServerGenerator(OpenAIClient(server, patience), model, sampling, seed)
         with ResponseFile(output, rows, f"{served.model} (server)", settings) as file:
-            _write(file, served.generate(questions, file.done, batch_size), progress)
+            _write(file, lambda request: served.generate(questions, file.done, batch_size, request), progress)
         return
     local = LocalModel(str(model), sampling, seed, max_length, dtype, device)
     prompts = local.prompts(questions)
     with ResponseFile(output, rows, local.fingerprint(), {**settings, "batch_size": batch_size}) as file:
-        _write(file, local.responses(prompts, file.done, batch_size), progress)
+        _write(file, lambda request: local.responses(prompts, file.done, batch_size, request), progress)
 
 
 def _check_arguments(output: str, generator: str | None, **numbers: float | None) -> None:
@@ -130,6 +133,7 @@ def _check_arguments(output: str, generator: str | None, **numbers: float | None
             raise ValueError(f"{name} must be at least {least[name]}, got {value}")
     if Path(output).suffix not in (".jsonl", ".ndjson"):
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
+    check_output(Path(output))
     if generator is None:
         raise ValueError("model must be a folder, hub name or asset: name (or pass server), got None")
 
@@ -181,10 +185,12 @@ class LocalModel:
             raise ValueError(f"row {empty[0]} has an empty prompt")
         return prompts
 
-    def responses(self, prompts: Sequence[list[int]], done: int, batch_size: int) -> Iterable[tuple[int, Response]]:
-        """Responses with the numbers of their rows, without the first `done` rows."""
+    def responses(
+        self, prompts: Sequence[list[int]], done: int, batch_size: int, request: StopRequest
+    ) -> NumberedResponses:
+        """Responses with the numbers of their rows, without the first `done` rows, up to a request to stop."""
         plan = length_batches([len(prompt) for prompt in prompts], batch_size)
-        return self.generator.generate(prompts, batches_of_rank(plan, done))
+        return self.generator.generate(prompts, request.until_requested(batches_of_rank(plan, done)))
 
 
 def _device(name: str) -> torch.device:
@@ -201,15 +207,23 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _write(file: ResponseFile, responses: Iterable[tuple[int, Response]], progress: bool) -> None:
-    """Write the responses that are missing, and log a summary."""
+def _write(file: ResponseFile, responses: Callable[[StopRequest], NumberedResponses], progress: bool) -> None:
+    """Write the responses that are missing, and log a summary.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed and the file is incomplete.
+        Terminated: the same after SIGTERM.
+    """
     if file.done == len(file.rows):
         _log(f"{file.path} is complete already: {summary(file.responses)}")
         return
     if file.done:
         _log(f"{file.path}: resuming after {file.done} of {len(file.rows)} responses")
-    _log(f"{file.path}: {write_responses(file, responses, progress)}")
+    with finish_on_signal(f"interrupted: finishing what is being generated, then closing {file.path}") as request:
+        _log(f"{file.path}: {write_responses(file, responses(request), progress)}")
+    if request.signal and file.done < len(file.rows):
+        raise stop(request.signal)
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr)
+    print_message(text, sys.stderr)

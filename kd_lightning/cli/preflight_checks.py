@@ -37,8 +37,10 @@ def check_output(fit: PreparedFit) -> Findings:
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield "error", f"trainer.default_root_dir {root} cannot be written to: {there} is not a writable folder"
         return
-    if problem := lock_problem(root):
-        yield "error", problem
+    checkpoints = fit.config.checkpoint.dirpath
+    for folder in (root, *([] if checkpoints is None else [Path(checkpoints)])):
+        if problem := lock_problem(folder):
+            yield "error", problem
     resumed = fit.config.ckpt_path
     if there == root:
         fit.config.export.check(root, resuming=bool(resumed))

@@ -15,6 +15,8 @@ from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.functional import entropy, forward_kl, log_softmax
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.rollout.base import RolloutContext
+from kd_lightning.training.evaluation import evaluated_batches
+from kd_lightning.training.finite_check import OTHER_DTYPE, TEACHER
 from kd_lightning.training.student import StudentWithLoss
 
 STEPS = 24  # at most, on one batch: Adam's first steps have the size of the learning rate and may raise a good loss
@@ -24,6 +26,17 @@ NEARLY_UNIFORM = 0.98  # entropy of the softened teacher, as a share of log V
 # shipped configs: 0.93 to 1.65 from a supervised student; from random weights 1.0 to 1.8 with forward KL, TAID, AMiD
 # and 0.06 to 0.13 with the skewed, JSD, reverse KL, α and α-β, whose gradient needs mass where the teacher has it.
 LITTLE_GRADIENT = 0.25
+
+
+def check_finite_loss(fit: PreparedFit) -> Findings:
+    """The loss of a batch is finite; otherwise, which of its terms is not."""
+    batch = fit.batches[0]
+    values = next(evaluated_batches(fit.trainer, fit.module, [batch], range(1)))
+    if not torch.isfinite(values["loss"]).all():
+        with forward_context(fit.trainer):
+            terms = fit.module.non_finite_terms(batch, values)
+        what = OTHER_DTYPE if terms.startswith(TEACHER) else "check the models' weights and these rows"
+        yield "error", f"the loss of a batch is not finite: {terms}: {what}"
 
 
 def check_vocabulary(fit: PreparedFit) -> Findings:
@@ -189,6 +202,7 @@ def _duration(fit: PreparedFit, seconds: float) -> str:
 
 
 MODEL_CHECKS: dict[str, Check] = {
+    "loss": check_finite_loss,
     "vocabulary": check_vocabulary,
     "teacher": check_teacher,
     "temperature": check_temperature,

@@ -40,16 +40,25 @@ from kd_lightning.callbacks.run_config import RunConfig
 from kd_lightning.callbacks.samples import Samples
 from kd_lightning.callbacks.tensorboard import Dashboard
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
-from kd_lightning.cli.configs import checkpoint_path, expand_paths, register_config_loader
+from kd_lightning.cli.configs import checkpoint_path, expand_paths, read_config, register_config_loader
 from kd_lightning.cli.error_messages import explain, unknown_argument
 from kd_lightning.data import InstructionDataModule
 from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.folder_lock import folder_lock, remove_leftovers
 from kd_lightning.module import DistillationModule
+from kd_lightning.reporting.redaction import masked_names, redact_yaml
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callback)
+
+
+class MaskingParser(LightningArgumentParser):
+    """A parser whose saved and printed configurations (`--print_config`) have secrets masked."""
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The configuration as text."""
+        return redact_yaml(super().dump(*args, **kwargs), read_config)
 
 
 class TrainerCLI(LightningCLI):
@@ -75,6 +84,7 @@ class TrainerCLI(LightningCLI):
             DistillationModule,
             InstructionDataModule,
             subclass_mode_data=True,  # `--data ContrastiveDataModule`; InstructionDataModule by default
+            parser_class=MaskingParser,
             save_config_callback=None,  # `RunConfig` saves it
             seed_everything_default=42,
             trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1, "enable_model_summary": False},
@@ -130,12 +140,18 @@ class TrainerCLI(LightningCLI):
 
     # -------------------------------------------------------------------------------------------------------- objects
     def before_instantiate_classes(self) -> None:
-        """Apply `change`, expand paths, refuse Lightning's FSDP, and resolve `--ckpt_path last`.
+        """Refuse masked secrets and Lightning's FSDP, apply `change`, expand paths, and resolve `--ckpt_path last`.
 
         Raises:
-            ValueError: the strategy cannot hold two models, or there is no such checkpoint.
+            ValueError: an argument is a masked secret, the strategy cannot hold two models, or there is no such
+                checkpoint.
         """
         config = self.parsed
+        if masked := next(masked_names(config.as_dict()), None):
+            raise ValueError(
+                f"{masked.replace('init_args.', '')} holds a secret that was masked when this configuration was saved: "
+                "pass its value again, or remove it and set the environment variable of that service (such as HF_TOKEN)"
+            )
         if self._change is not None:
             self._change(config)
         expand_paths(config)
@@ -147,12 +163,24 @@ class TrainerCLI(LightningCLI):
                 "to the student: use fsdp2"
             )
         if config.ckpt_path:
-            config.ckpt_path = checkpoint_path(config.ckpt_path, self.root, resume=self.subcommand == "fit")
+            config.ckpt_path = checkpoint_path(config.ckpt_path, self.checkpoints, resume=self.subcommand == "fit")
 
     @property
     def root(self) -> str:
         """The run's folder."""
         return self.parsed.trainer.default_root_dir or os.getcwd()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return Path(self.parsed.checkpoint.dirpath or Path(self.root) / "checkpoints")
+
+    @property
+    def locked_folders(self) -> list[Path]:
+        """The folders that one run at a time may write to: ROOT, and that of the checkpoints if it is elsewhere."""
+        root, checkpoints = Path(self.root).resolve(), self.checkpoints
+        outside = "://" not in str(checkpoints) and not checkpoints.resolve().is_relative_to(root)
+        return [root, checkpoints] if outside else [root]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, with the program's logger, checkpoint IO and callbacks."""
@@ -195,9 +223,10 @@ class TrainerCLI(LightningCLI):
         resuming = bool(self.parsed.ckpt_path)
         export.check(self.trainer.default_root_dir, resuming)
         if self.trainer.is_global_zero:
+            for folder in self.locked_folders:
+                self._lock.enter_context(folder_lock(folder, rank_zero_info))
             root = Path(self.trainer.default_root_dir)
-            self._lock.enter_context(folder_lock(root, rank_zero_info))
-            remove_leftovers([root, *(root / name for name in ("checkpoints", "responses", "teacher_cache"))])
+            remove_leftovers({root, root / "checkpoints", root / "responses", self.checkpoints})
         if not resuming:
             for run_config in self.callbacks_of(RunConfig):
                 run_config.find_earlier_files(self.trainer.default_root_dir)

@@ -168,6 +168,11 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """
         self._before_pass.append(callback)
 
+    def remove_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Remove a callback of `add_before_pass`, at the end of its run: the data module may be used by another one."""
+        if callback in self._before_pass:
+            self._before_pass.remove(callback)
+
     def run_before_pass(self, number: int) -> None:
         """Call the callbacks of `add_before_pass`; a data module that accepts responses does so before each pass."""
         for callback in self._before_pass:

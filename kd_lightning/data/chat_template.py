@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import AbstractContextManager
 from os.path import commonprefix
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -15,6 +15,7 @@ from kd_lightning.data.conversation import Conversation, Message
 from kd_lightning.data.text.control_tokens import ControlTokens, Marked
 from kd_lightning.data.text.left_out import unread_fields, words_left_out
 from kd_lightning.data.text.message_forms import MessageForms, with_argument_texts
+from kd_lightning.data.text.rendering import EndlessTemplateError, refusals
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -23,17 +24,6 @@ PLAIN_TEMPLATE = (
 )
 """For tokenizers without a template: `User: … Assistant: …`; each answer ends with the end-of-sequence token."""
 
-# a template is a program: it can fail with any error of Python's arithmetic and memory
-REFUSALS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-)
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "qzStandInzq"
 
@@ -167,6 +157,8 @@ class ChatTemplate:
         messages = self._forms(messages)
         try:
             return self._apply(conversation, messages, ask)
+        except EndlessTemplateError:
+            raise
         except ValueError as error:
             if not any(message.get("tool_calls") for message in messages):
                 raise
@@ -176,7 +168,7 @@ class ChatTemplate:
                 raise error from None
 
     def _apply(self, conversation: Conversation, messages: list[Message], ask: bool) -> str:
-        try:
+        with self._limits(conversation, messages):
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
@@ -187,8 +179,9 @@ class ChatTemplate:
                     **self._variables(conversation),
                 )
             )
-        except REFUSALS as error:
-            raise refusal(error) from None
+
+    def _limits(self, conversation: Conversation, messages: list[Message]) -> AbstractContextManager[None]:
+        return refusals([messages, conversation.tools, self._variables(conversation)])
 
     def _render_probe(self, messages: list[Message]) -> str:
         return self._apply(Conversation(messages=messages), messages, ask=False)
@@ -206,6 +199,8 @@ class ChatTemplate:
     def _try(self, conversation: Conversation, messages: list[Message], ask: bool = False) -> str | None:
         try:
             return self._render(conversation, messages, ask) if messages else ""
+        except EndlessTemplateError:
+            raise
         except ValueError:  # a template may refuse a part of a conversation that it accepts in full
             return None
 
@@ -271,16 +266,15 @@ class ChatTemplate:
         if not _GENERATION_TAG.search(template):
             return None
         variables = {**self.tokenizer.special_tokens_map, **self._variables(conversation)}
-        try:
+        messages = self._forms(conversation.messages)
+        with self._limits(conversation, messages):
             rendered: Any = render_jinja_template(
-                conversations=[self._forms(conversation.messages)],
+                conversations=[messages],
                 tools=conversation.tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 **variables,
             )
-        except REFUSALS as error:
-            raise refusal(error) from None
         text, marked = str(rendered[0][0]), rendered[1]
         spans = [(int(start), int(end)) for start, end in marked[0] if text[int(start) : int(end)].strip()]
         turns = conversation.answer_turns
@@ -297,24 +291,3 @@ class ChatTemplate:
             closed.append((start, end))
         is_open = bool(closed) and self._is_open(text, closed[-1])
         return Located(text, closed, unlocated=max(0, len(turns) - len(closed)), open=is_open)
-
-
-def refusal(error: BaseException) -> ValueError:
-    """The message of a template that refuses a row."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return ValueError(f"the chat template refuses this row: {text}")
-
-
-def read_template(template: str | None) -> str | None:
-    """A chat template from a file; a Jinja template is returned as it is.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if template is None or "{" in template:
-        return template
-    try:
-        with open(template, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"chat_template must be a Jinja template or a file that holds one, got {template!r}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,11 @@ class ContrastiveDataModule(InstructionDataModule):
             self._order = loader.sampler
             loader.call_before_pass(self._announce)
         return loader
+
+    def remove_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Remove a callback; a later run calls its own from its first pass on."""
+        super().remove_before_pass(callback)
+        self._announced = -1
 
     def _announce(self, number: int) -> None:
         """Call the callbacks once before each pass."""

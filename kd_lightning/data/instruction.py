@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, NamesTokenizer, describe_rows
-from kd_lightning.data.chat_template import read_template
 from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.sources import as_list
+from kd_lightning.data.text.rendering import read_template
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
 from kd_lightning.data.tokenization import Reader, load_tokenizer, prepare, with_template
 from kd_lightning.distributed.trainer import (

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kd_lightning.console import terminal_bar
 from kd_lightning.data.collate import left_pad
 from kd_lightning.generation.response_file import Response, ResponseFile
 from kd_lightning.models.generate import Sampling, generate, require_eos_token_ids
@@ -112,7 +113,8 @@ def write_responses(
         A summary of all responses in the file, and the speed.
     """
     start, tokens = time.perf_counter(), 0
-    with tqdm(total=len(file.rows), initial=file.done, desc=title, disable=not bar) as shown:
+    style = {"total": len(file.rows), "initial": file.done, "desc": title, "disable": not bar, "leave": False}
+    with tqdm(**style, **terminal_bar()) as shown:
         for number, response in responses:
             if number < file.done:
                 continue

@@ -17,12 +17,14 @@ from kd_lightning.models.hf_adapter import (
     base_model,
     config_numbers,
     decoder,
+    enable_activation_checkpointing,
     output_embeddings,
     text_config,
     weight_and_bias,
 )
 from kd_lightning.models.loading import causal_lm_from_config
 from kd_lightning.models.lora import add_adapters
+from kd_lightning.models.model_checks import freeze_unreached
 from kd_lightning.module import DistillationModule
 from kd_lightning.teachers.hf import CausalLMTeacher
 
@@ -161,6 +163,9 @@ def set_fake_student(module: DistillationModule, precision: str, fake: FakeTenso
         if source.lora is not None:
             student = add_adapters(student, source.lora)
     _to_fake(student, fake)
+    freeze_unreached(student)
+    if source.gradient_checkpointing:
+        enable_activation_checkpointing(base_model(student), "gradient_checkpointing")
     module.loss.token_loss.run_blocks_with(OneBlockPerSize(module.loss.token_loss.block))
     module.model.set_student(student.train(), split_by_shapes)
 

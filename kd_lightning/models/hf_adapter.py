@@ -6,11 +6,14 @@ and PEFT's models wrap the model that has them. Each function below asks for one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # importing transformers takes seconds
+    from jinja2 import Environment, Template
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -79,16 +82,18 @@ def eos_token_ids(model: PreTrainedModel) -> list[int]:
     return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
 
 
-def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+def enable_activation_checkpointing(model: PreTrainedModel, argument: str = "activation_checkpointing") -> None:
     """Activation checkpointing: recompute the layers in backward.
+
+    Args:
+        model: the model.
+        argument: that the user has set, for the message.
 
     Raises:
         ValueError: the model does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):  # a custom `nn.Module` declares nothing
-        raise ValueError(
-            f"activation_checkpointing is not supported by {type(model).__name__}: set activation_checkpointing=False"
-        )
+        raise ValueError(f"{argument} is not supported by {type(model).__name__}: set {argument}=False")
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
@@ -120,3 +125,28 @@ def backend_state(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Everything that decides the tokens, as text; None for a tokenizer that is written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else str(backend.to_str())
+
+
+# ------------------------------------------------------------------------------------------------------ chat templates
+def chat_template_environment() -> Environment:
+    """The Jinja environment in which transformers compiles chat templates: a private function builds it."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template("").environment  # type: ignore[no-any-return]
+
+
+@contextmanager
+def replace_template_compiler(compile_template: Callable[[str], Template]) -> Iterator[None]:
+    """While it is entered, transformers compiles chat templates with this function.
+
+    `apply_chat_template` takes no environment: the limits on a template could only be had with a copy of all it does.
+    """
+    from transformers.utils import chat_template_utils
+
+    private: Any = chat_template_utils
+    original = private._compile_jinja_template
+    private._compile_jinja_template = compile_template
+    try:
+        yield
+    finally:
+        private._compile_jinja_template = original

@@ -18,7 +18,8 @@ from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.backbone import head_settings, hidden_states, with_current_weights
 from kd_lightning.models.backbone import logits as logits
 from kd_lightning.models.hf_adapter import name_or_path
-from kd_lightning.models.loading import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
+from kd_lightning.models.loading import ModelNotFoundError, checked_kwargs, load_causal_lm
+from kd_lightning.models.model_checks import check_finite
 from kd_lightning.subclasses import concrete_subclasses
 from kd_lightning.teachers.base import ConfigSource, Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher

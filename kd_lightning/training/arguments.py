@@ -1,11 +1,39 @@
-"""Checks of arguments of `DistillationModule` that belong together."""
+"""Checks of the arguments of `DistillationModule`: their types, and what belongs together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
+from kd_lightning.divergences import described
+from kd_lightning.models.lora import LoRA
 from kd_lightning.schedules import Weight
 from kd_lightning.teachers.base import Teacher
+
+MODEL = "a folder, a hub name, an `asset:` name or a loaded model"
+TYPES: dict[str, tuple[tuple[Any, ...], str]] = {  # what an argument may be, in types and in words
+    "student": ((str, nn.Module), MODEL),
+    "teacher": ((Teacher, str, nn.Module, type(None)), f"a Teacher, {MODEL}, or None"),
+    "student_kwargs": ((Mapping, type(None)), "a mapping of arguments of from_pretrained or None"),
+    "teacher_kwargs": ((Mapping, type(None)), "a mapping of arguments of from_pretrained or None"),
+    "optimizer": ((Callable,), "a function of the parameters, such as torch.optim.AdamW"),
+    "lr_scheduler": ((Callable, type(None)), "a function of the optimizer or None"),
+    "lora": ((LoRA, type(None)), "a LoRA(r=...) or None"),
+}
+
+
+def check_types(**arguments: object) -> None:
+    """Check arguments that would otherwise fail when the run has started.
+
+    Raises:
+        ValueError: one is of another type than `TYPES` allows; also a class instead of an instance.
+    """
+    for name, value in arguments.items():
+        types, words = TYPES[name]
+        if not isinstance(value, types) or (isinstance(value, type) and Callable not in types):
+            raise ValueError(f"{name} must be {words}, got {described(value)}")
 
 
 def check_reduction(reduction: str) -> None:

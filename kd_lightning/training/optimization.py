@@ -11,14 +11,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from kd_lightning.distributed.grad_norm import gradient_norm
-from kd_lightning.distributed.trainer import data_parallel_rank, log_every_n_steps
+from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, log_every_n_steps
 from kd_lightning.divergences import WeightedTokens
 from kd_lightning.engine.sequence_stats import Mean
-from kd_lightning.losses import LossParts
+from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.schedules import Schedule
 from kd_lightning.training.accumulation import AccumulationWindow
 from kd_lightning.training.base import StudentTeacherModule
-from kd_lightning.training.finite_check import NonFiniteLossCheck
+from kd_lightning.training.finite_check import NonFiniteLossCheck, non_finite_terms
 from kd_lightning.training.gradients import clip_sharded_gradients, parameters_of, scale_gradients
 
 
@@ -43,6 +43,11 @@ class AccumulatingModule(StudentTeacherModule):
         self._window = AccumulationWindow(reduction)
         self._means: dict[str, Tensor] = {}
         self._finite_check = NonFiniteLossCheck()
+
+    @property
+    @abstractmethod
+    def loss(self) -> DistillationLoss:
+        """The training loss."""
 
     @abstractmethod
     def schedules(self) -> dict[str, Schedule]:
@@ -81,7 +86,7 @@ class AccumulatingModule(StudentTeacherModule):
             notes: other values to log, each as a sum and a count.
         """
         self._window.add(batch, parts, notes)
-        self._finite_check.remember(self.trainer.global_step, batch.get("row_ids"), parts.loss)
+        self._finite_check.remember(self.trainer.global_step, batch, parts)
 
     def take_means(self) -> dict[str, Tensor]:
         """The means of the window that has just stepped, once; empty within a window."""
@@ -144,7 +149,17 @@ class AccumulatingModule(StudentTeacherModule):
         Raises:
             ValueError: it is NaN or infinite.
         """
-        self._finite_check.check(self.row_locations)
+        self._finite_check.check(self.row_locations, self.non_finite_terms)
+
+    def non_finite_terms(self, batch: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> str:
+        """Which of teacher logits, student logits, divergence and label loss are not finite.
+
+        Args:
+            batch: that was trained on.
+            values: the two terms of the loss, per token with a label.
+        """
+        with forward_context(self._trainer):
+            return non_finite_terms(self.loss, None if self.labels_only else self.teacher, batch, values)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the loss of the previous step."""

@@ -17,9 +17,16 @@ from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.backbone import body_and_head, head_settings, hidden_states, logits, with_current_weights
-from kd_lightning.models.hf_adapter import name_or_path, output_embeddings, weight_and_bias
-from kd_lightning.models.loading import check_causal, check_finite, load_causal_lm
+from kd_lightning.models.hf_adapter import (
+    base_model,
+    enable_activation_checkpointing,
+    name_or_path,
+    output_embeddings,
+    weight_and_bias,
+)
+from kd_lightning.models.loading import checked_kwargs, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
+from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.training.loss_components import component_sums
 
@@ -37,12 +44,20 @@ class StudentSource:
         init: `pretrained` or `random`.
         kwargs: arguments of `from_pretrained`.
         lora: adapters to add; None: all parameters are trained.
+        gradient_checkpointing: whether activations are recomputed in backward.
+
+    Raises:
+        ValueError: an argument in `kwargs` is refused.
     """
 
     model: Any
     init: str = "pretrained"
     kwargs: dict[str, Any] | None = None
     lora: LoRA | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        checked_kwargs(self.kwargs, "student")
 
     @property
     def name(self) -> str | None:
@@ -53,8 +68,8 @@ class StudentSource:
         """Load the student.
 
         Returns:
-            The model in train mode, and the digest of its base weights if a checkpoint can leave them out: with
-            adapters on weights that can be loaded again. None otherwise.
+            The model in train mode, without a gradient for what text does not reach; and the digest of its base weights
+            if a checkpoint can leave them out: with adapters on weights that can be loaded again. None otherwise.
         """
         student, base_digest = self.model, None
         if isinstance(student, str):
@@ -66,6 +81,10 @@ class StudentSource:
             if isinstance(self.model, str) and self.init == "pretrained":
                 base_digest = tensor_digest(student.named_parameters())
             student = add_adapters(student, self.lora)
+        if frozen := freeze_unreached(student):
+            rank_zero_info(f"student: {frozen}")
+        if self.gradient_checkpointing:
+            enable_activation_checkpointing(base_model(student), "gradient_checkpointing")
         return student.train(), base_digest
 
 

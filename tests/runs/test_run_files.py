@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,56 @@ def test_a_second_run_is_refused_and_leftovers_of_killed_runs_are_removed(
     assert main(words) == 0
     assert not any(path.exists() for path in leftovers) and lock_problem(root) is None
     assert not (root / ".lock").exists()
+
+
+def test_a_folder_for_checkpoints_elsewhere_is_resumed_from_locked_and_cleaned(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    words = [*runs.little(root, steps=3), "--data.train", str(runs.little_data(tmp_path))]
+    words += ["--checkpoint.dirpath", str(elsewhere), "--checkpoint.every_n_train_steps", "1"]
+    assert main([*words, "--trainer.max_steps", "2"]) == 0
+    assert (elsewhere / "last.ckpt.sha256").is_file() and not list((root / "checkpoints").glob("*.ckpt"))
+    (elsewhere / "last.ckpt").unlink()  # as a kill between two files leaves it
+    leftovers = [elsewhere / ".last.ckpt.17.part", elsewhere / ".last.ckpt.part", root / ".student.part"]
+    leftovers[0].touch()
+    for path in leftovers[1:]:
+        path.mkdir()
+    with folder_lock(elsewhere):
+        for command in (words, ["preflight", *words[1:]]):
+            assert main([*command, "--ckpt_path", "last"]) == 1
+            assert f"{elsewhere} is in use by process" in "".join(capfd.readouterr())
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    assert not any(path.exists() for path in leftovers) and not (elsewhere / ".lock").exists()
+    last = elsewhere / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-9] + bytes(9))
+    capfd.readouterr()
+    assert main([*words, "--trainer.max_steps", "4", "--ckpt_path", "last"]) == 1
+    assert "last.ckpt is" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 30])
+def test_a_limit_that_the_curves_reach_is_one_line(steps: int, tmp_path: Path) -> None:
+    words = [*runs.little(tmp_path / "root", steps=steps), "--data.train", str(runs.little_data(tmp_path))]
+    words += ["--trainer.log_every_n_steps", "1"]
+    limit = (4000, 4000)  # more than config.yaml has
+    code, _, err = runs.finish(words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert code == 1 and "Traceback" not in err and "Exception" not in err
+    lines = [line for line in err.splitlines() if "File too large" in line]
+    assert len(lines) == 1 and str(tmp_path / "root") in lines[0]
+
+
+def test_a_folder_that_is_given_twice_in_another_spelling_is_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("alpha", "beta"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"data: {{}}\nseed_everything: {name}\nmodel: {{x: {name}}}\n")
+    (tmp_path / "link").symlink_to("alpha")
+    assert main(["compare", "~/alpha", str(tmp_path / "alpha"), "$RUNS/alpha", "link", "./alpha/", "beta"]) == 0
+    out = capsys.readouterr().out
+    assert "Left out" not in out and out.count("alpha") == 1
