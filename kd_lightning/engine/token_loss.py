@@ -70,10 +70,7 @@ class TokenLoss(nn.Module):
         self.factor = temperature**2 if square_temperature else 1.0
         self.monitors = nn.ModuleDict(monitors)
         self.diagnostics = diagnostics
-        self._reads = (
-            label_columns_of((objective,)),
-            label_columns_of(monitors.values()),
-        )  # of the label's log-probabilities
+        self._reads = label_columns_of((objective,)), label_columns_of(monitors.values())
         self.compiled = Compiled(self.block, compile)
         # 1, 0, or −1 before the choice: a resumed run keeps the choice of the interrupted one.
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written to later
