@@ -66,16 +66,16 @@ class HFExport(L.Callback):
         """Check that a run can export into a folder.
 
         Args:
-            root: folder of the run; created if it does not exist.
+            root: folder of the run; it need not exist yet.
             resuming: the run continues the one in this folder.
 
         Raises:
             ValueError: the folder holds an exported student, or is not writable.
         """
         root = Path(root)
+        there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            probe = root / f".writable.{os.getpid()}"  # its own name on each rank
+            probe = there / f".writable.{os.getpid()}"  # its own name on each rank
             probe.touch()
             probe.unlink()
         except OSError as error:

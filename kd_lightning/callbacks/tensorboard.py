@@ -1,4 +1,4 @@
-"""The TensorBoard dashboard: charts, the configuration as text, figures of every validation, hyperparameters."""
+"""The TensorBoard logger and dashboard: charts, the configuration as text, figures of every validation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import yaml
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from kd_lightning.console import printable
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.metrics.bucketed import response_positions
@@ -102,7 +104,8 @@ class Dashboard(L.Callback):
         from torch.utils.tensorboard.summary import hparams
 
         arguments = {k: v for k, v in flatten_config(yaml.safe_load(self.text)).items() if k.startswith(SETUP)}
-        plain = {k: v for k, v in arguments.items() if isinstance(v, (bool, int, float, str))}
+        values = {k: printable(v) if isinstance(v, str) else v for k, v in arguments.items()}
+        plain = {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if not metrics:
             return
@@ -118,6 +121,31 @@ def summary_writers(trainer: L.Trainer) -> list[Any]:
     if not trainer.is_global_zero or is_fast_dev_run(trainer):
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+class RunLogger(TensorBoardLogger):
+    """Lightning's logger, which writes nothing before `open`, or before the first metric.
+
+    Lightning creates the files of its loggers before it sets up data and models: a run that is refused there would
+    leave them behind.
+    """
+
+    _opened = False
+
+    def open(self) -> None:
+        """Create the file of events at its next use."""
+        self._opened = True
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The SummaryWriter; before `open` an object that ignores every call."""
+        return super().experiment if self._opened else _DummyExperiment()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics: the run has begun."""
+        self.open()
+        super().log_metrics(metrics, step)
 
 
 def _exactly(tag: str) -> str:

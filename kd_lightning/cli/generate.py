@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import torch
@@ -15,6 +17,8 @@ import torch
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.prompt import parse_question
 from kd_lightning.data.sources import read_rows
+from kd_lightning.data.text.prompt_notice import prompt_notice
+from kd_lightning.data.text.rendering import date_of, today
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
 from kd_lightning.data.tokenization import load_tokenizer, with_template
 from kd_lightning.distributed.dtensor import tensor_digest
@@ -79,6 +83,7 @@ def generate(
     server: str | None = None,
     patience: float = 180.0,
     progress: bool = True,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Write a response to every row of the data, in its order, with all fields of the row.
 
@@ -98,11 +103,12 @@ def generate(
         seed: seed of the samples.
         max_length: longest prompt and response together, in tokens; a longer prompt keeps its last tokens. None: the
             model's number of positions.
-        dtype: of the weights, such as float32 or bfloat16; auto: as saved.
+        dtype: of the weights, such as float32; auto: as saved.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         server: address of an OpenAI-compatible server that generates instead of a local model.
         patience: seconds during which requests to a server that does not answer are retried.
         progress: show a progress bar.
+        chat_template_kwargs: variables for the chat template of a local model, such as those of the training data.
 
     Raises:
         ValueError: an argument is out of its range; data or model cannot be read; the output holds something else; the
@@ -119,10 +125,22 @@ def generate(
         with ResponseFile(output, rows, f"{served.model} (server)", settings) as file:
             _write(file, lambda request: served.generate(questions, file.done, batch_size, request), progress)
         return
-    local = LocalModel(str(model), sampling, seed, max_length, dtype, device)
+    date = _date_of_output(output)
+    local = LocalModel(str(model), sampling, seed, max_length, dtype, device, chat_template_kwargs, date)
+    _generate(local, questions, output, rows, {**settings, "batch_size": batch_size}, progress)
+
+
+def _generate(
+    local: LocalModel,
+    questions: Sequence[Conversation],
+    output: str,
+    rows: Sequence[Mapping[str, Any]],
+    settings: dict[str, Any],
+    progress: bool,
+) -> None:
     prompts = local.prompts(questions)
-    with ResponseFile(output, rows, local.fingerprint(), {**settings, "batch_size": batch_size}) as file:
-        _write(file, lambda request: local.responses(prompts, file.done, batch_size, request), progress)
+    with ResponseFile(output, rows, local.fingerprint(), {**settings, **local.dated()}) as file:
+        _write(file, lambda request: local.responses(prompts, file.done, settings["batch_size"], request), progress)
 
 
 def _check_arguments(output: str, generator: str | None, **numbers: float | None) -> None:
@@ -148,13 +166,23 @@ class LocalModel:
         max_length: longest prompt and response together, in tokens; None: the model's number of positions.
         dtype: of the weights; auto: as saved.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
+        template_kwargs: variables for the chat template.
+        date: YYYY-MM-DD, for templates that write the date; None: today's.
 
     Raises:
         ValueError: an argument is out of its range, or the model cannot be read.
     """
 
     def __init__(
-        self, name: str, sampling: Sampling, seed: int, max_length: int | None, dtype: str, device: str
+        self,
+        name: str,
+        sampling: Sampling,
+        seed: int,
+        max_length: int | None,
+        dtype: str,
+        device: str,
+        template_kwargs: dict[str, Any] | None = None,
+        date: str | None = None,
     ) -> None:
         target = _device(device)
         self.model = load_causal_lm(name, kwargs={"dtype": dtype}, role="model")
@@ -162,7 +190,8 @@ class LocalModel:
         with_template(tokenizer, None, _log)
         self.model.to(target)  # type: ignore[arg-type]  # transformers wraps the method without its types
         self.generator = BatchGenerator(self.model, tokenizer, sampling, seed)
-        self.text = TextTokenizer(tokenizer, max_length=sampling.max_prompt_tokens(self.model, max_length))
+        longest = sampling.max_prompt_tokens(self.model, max_length)
+        self.text = TextTokenizer(tokenizer, None, template_kwargs, longest, date=date or today())
 
     def fingerprint(self) -> str:
         """A hash that changes with any weight, with the end-of-sequence tokens, and with how prompts are tokenized."""
@@ -171,6 +200,11 @@ class LocalModel:
         parts = [weights, str(model.generation_config.eos_token_id), self.text.fingerprint()]
         return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
 
+    def dated(self) -> dict[str, str]:
+        """The date of the prompts as a setting, if the chat template writes one."""
+        date = self.text.written_date
+        return {} if date is None else {"date": date}
+
     def prompts(self, questions: Sequence[Conversation]) -> list[list[int]]:
         """Token ids of the prompts; logs how many are truncated.
 
@@ -178,6 +212,8 @@ class LocalModel:
             ValueError: a prompt is empty.
         """
         prompts = [self.text.prompt(question)[1] for question in questions]
+        if notice := prompt_notice(self.text, questions):
+            _log(notice)
         longest = self.text.max_length
         if full := sum(len(prompt) == longest for prompt in prompts):
             _log(f"{full} prompts have {longest} tokens or more: only the last {longest} tokens are kept")
@@ -191,6 +227,17 @@ class LocalModel:
         """Responses with the numbers of their rows, without the first `done` rows, up to a request to stop."""
         plan = length_batches([len(prompt) for prompt in prompts], batch_size)
         return self.generator.generate(prompts, request.until_requested(batches_of_rank(plan, done)))
+
+
+def _date_of_output(output: str) -> str | None:
+    """The date in the first line of an output that is resumed; None if there is none."""
+    path = Path(output)
+    try:
+        with path.open("rb") as file:
+            date = json.loads(file.readline())["sampling"]["date"]
+        return f"{date_of(date):%Y-%m-%d}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a new output, or one that is refused later
+        return None
 
 
 def _device(name: str) -> torch.device:

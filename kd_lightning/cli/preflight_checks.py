@@ -15,6 +15,7 @@ from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.data.row_report import extra_notes
+from kd_lightning.data.text.prompt_notice import prompt_notice
 from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
 from kd_lightning.folder_lock import lock_problem
@@ -81,7 +82,8 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
             yield level, f"{name} is {one!r} for the teacher and {other!r} for the student: use the same token for both"
     data = fit.datamodule
     chats = [chat for chat in data.conversations("train", COMPARED) if chat.messages] if theirs.chat_template else []
-    own, used = ChatTemplate(theirs, None, data.chat_template_kwargs), data.text_tokenizer.chat
+    used = data.text_tokenizer.chat
+    own = ChatTemplate(theirs, None, data.chat_template_kwargs, now=used.now)
     if any(own.full_text(chat) != used.full_text(chat) for chat in chats):
         yield (
             "error",
@@ -109,6 +111,12 @@ def check_callbacks(fit: PreparedFit) -> Findings:
         if isinstance(callback, ChecksBeforeStart):
             callback.check_before_start(fit)
     return iter(())
+
+
+def check_optimizer(fit: PreparedFit) -> Findings:
+    """Optimizer and scheduler accept their arguments."""
+    fit.module.check_optimizer()
+    return iter(())  # a refusal is the finding
 
 
 def check_positions(fit: PreparedFit) -> Findings:
@@ -161,6 +169,13 @@ def _hashes(rows: list[GenerationRow]) -> list[bytes]:
     return [hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).digest() for row in rows]
 
 
+def check_prompts(fit: PreparedFit) -> Findings:
+    """The generation prompt is what stands before the answers in training."""
+    data = fit.datamodule
+    if notice := prompt_notice(data.text_tokenizer, data.conversations("train", COMPARED)):
+        yield "warning", notice
+
+
 def check_labels(fit: PreparedFit) -> Findings:
     """Each label is the token at its position and inside the vocabulary, and answers end."""
     data = fit.datamodule
@@ -199,7 +214,9 @@ DATA_CHECKS: dict[str, Check] = {
     "tokenizers": check_teacher_tokenizer,
     "words": check_responses,
     "callbacks": check_callbacks,
+    "optimizer": check_optimizer,
     "rows": check_rows,
+    "prompts": check_prompts,
     "places": check_positions,
     "labels": check_labels,
 }

@@ -5,6 +5,7 @@ Importing this module takes seconds, as it imports Lightning and transformers: `
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,6 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 import kd_lightning.assistants
@@ -38,9 +38,19 @@ from kd_lightning.callbacks.report import Report
 from kd_lightning.callbacks.results import ResultsTable
 from kd_lightning.callbacks.run_config import RunConfig
 from kd_lightning.callbacks.samples import Samples
-from kd_lightning.callbacks.tensorboard import Dashboard
+from kd_lightning.callbacks.tensorboard import Dashboard, RunLogger
+from kd_lightning.cli.checks.arguments import check_arguments, check_sections
+from kd_lightning.cli.checks.changed_classes import changed_class_notices
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
-from kd_lightning.cli.configs import checkpoint_path, expand_paths, read_config, register_config_loader
+from kd_lightning.cli.configs import (
+    FILES_READ,
+    checkpoint_path,
+    expand_paths,
+    fill_save_dir,
+    hide_contents,
+    read_config,
+    register_config_loader,
+)
 from kd_lightning.cli.error_messages import explain, unknown_argument
 from kd_lightning.data import InstructionDataModule
 from kd_lightning.distributed.checkpoint_io import AtomicCheckpointIO
@@ -78,7 +88,7 @@ class TrainerCLI(LightningCLI):
     def __init__(
         self, args: Sequence[str], *, start: bool = True, change: Callable[[Namespace], None] | None = None
     ) -> None:
-        self._start, self._change = start, change
+        self._words, self._start, self._change = list(args), start, change
         self._lock = ExitStack()  # of the folder that is written to
         super().__init__(
             DistillationModule,
@@ -118,10 +128,18 @@ class TrainerCLI(LightningCLI):
         Raises:
             ValueError: an argument is unknown or invalid.
         """
+        FILES_READ.clear()
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise ValueError(unknown_argument(explain(error), self._parser("fit"))) from None
+            text = hide_contents(str(error), self._words)
+            raise ValueError(unknown_argument(explain(ValueError(text)), self._known_arguments())) from None
+
+    def _known_arguments(self) -> list[str]:
+        """Dotted names of the arguments of `fit`, those of the default data module included."""
+        options = self._parser("fit")._option_string_actions  # argparse has no public list of a parser's options
+        names = [option.lstrip("-") for option in options if not option.endswith(".help")]
+        return [*names, *(f"data.{name}" for name in inspect.signature(InstructionDataModule).parameters)]
 
     def _parse_ckpt_path(self) -> None:
         """Skip Lightning's step: checkpoints hold no hyperparameters, and a resumed run uses the given arguments."""
@@ -140,13 +158,14 @@ class TrainerCLI(LightningCLI):
 
     # -------------------------------------------------------------------------------------------------------- objects
     def before_instantiate_classes(self) -> None:
-        """Refuse masked secrets and Lightning's FSDP, apply `change`, expand paths, and resolve `--ckpt_path last`.
+        """Check the arguments, apply `change`, expand paths, and resolve `--ckpt_path last`.
 
         Raises:
-            ValueError: an argument is a masked secret, the strategy cannot hold two models, or there is no such
-                checkpoint.
+            ValueError: an argument is out of its range or a masked secret, the strategy cannot hold two models, or
+                there is no such checkpoint.
         """
         config = self.parsed
+        check_sections(config)
         if masked := next(masked_names(config.as_dict()), None):
             raise ValueError(
                 f"{masked.replace('init_args.', '')} holds a secret that was masked when this configuration was saved: "
@@ -154,6 +173,10 @@ class TrainerCLI(LightningCLI):
             )
         if self._change is not None:
             self._change(config)
+        check_arguments(config, started=self._start)
+        for line in changed_class_notices(self._words, config):
+            rank_zero_info(line)
+        fill_save_dir(config.trainer, self.root)
         expand_paths(config)
         strategy = config.trainer.strategy
         name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
@@ -186,10 +209,13 @@ class TrainerCLI(LightningCLI):
         """Build the Trainer, with the program's logger, checkpoint IO and callbacks."""
         config = self.built.trainer
         if config.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(self.root, name="", version="tensorboard")
+            kwargs["logger"] = RunLogger(self.root, name="", version="tensorboard")
         kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
         kwargs["callbacks"] = self._callbacks(config)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        # `RunConfig` is the first to write: after the others have checked the run
+        trainer.callbacks.sort(key=lambda one: isinstance(one, RunConfig))  # type: ignore[attr-defined]
+        return trainer
 
     def _callbacks(self, config: Namespace) -> list[Callback]:
         """The user's callbacks and those of the program that have no group of arguments."""
@@ -217,6 +243,7 @@ class TrainerCLI(LightningCLI):
         """
         for regeneration in self.callbacks_of(Regeneration):
             regeneration.check(self.model)
+        self.model.check_optimizer()
         if is_fast_dev_run(self.trainer):
             return
         export: HFExport = self.built.export

@@ -92,6 +92,20 @@ class DistillationDataModule(L.LightningDataModule, ABC):
             model: folder, hub name or `asset:` name; None changes nothing.
         """
 
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+    def state_dict(self) -> dict[str, Any]:
+        """The date that the chat template writes, if it does: a resumed run trains on the same rows."""
+        date = self.text_tokenizer.written_date if self.splits else None
+        return {} if date is None else {"date": date}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the date."""
+        if "date" in state_dict:
+            self.use_date(state_dict["date"])
+
+    def use_date(self, date: str) -> None:
+        """Render the rows with this date, YYYY-MM-DD; a data module without such rows changes nothing."""
+
     # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from contextlib import AbstractContextManager
+from datetime import datetime
 from os.path import commonprefix
 from typing import Any
 
@@ -38,6 +39,7 @@ class Located:
         unlocated: number of answers whose position is not certain.
         open: whether the text ends directly after an answer, without any end of turn.
         plain: (start, end) of the control tokens that stand in the data: words, not tokens.
+        last: whether the last span is that of the last answer.
         left_out: number of located answers that say something which the text does not contain.
         unread: names of the fields that do not change the text, once for each turn that has them.
     """
@@ -47,6 +49,7 @@ class Located:
     unlocated: int = 0
     open: bool = False
     plain: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    last: bool = False
     left_out: int = 0
     unread: list[str] = dataclasses.field(default_factory=list)
 
@@ -65,6 +68,7 @@ class ChatTemplate:
         template: a Jinja chat template.
         template_kwargs: variables for the template, the same for every row.
         allow_special_tokens: control tokens inside the rows are tokens; False: they are words.
+        now: the date that the template writes; None: today's.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class ChatTemplate:
         template: str | None = None,
         template_kwargs: dict[str, Any] | None = None,
         allow_special_tokens: bool = False,
+        now: datetime | None = None,
     ) -> None:
+        self.now = now
         self.tokenizer = tokenizer
         self.template = template
         self.template_kwargs = template_kwargs or {}
@@ -133,8 +139,10 @@ class ChatTemplate:
         else:
             located = by_tags
             answers = dict(zip(conversation.answer_turns, located.spans, strict=False))
+        spans_of_turns = list(answers.values())
         return dataclasses.replace(
             located,
+            last=len(answers) == len(conversation.answer_turns) and spans_of_turns[-1:] == located.spans[-1:] != [],
             unread=unread_fields(conversation, self._render_all),
             left_out=sum(
                 words_left_out(conversation, turn, located.text[slice(*span)], self._render_all)
@@ -181,7 +189,7 @@ class ChatTemplate:
             )
 
     def _limits(self, conversation: Conversation, messages: list[Message]) -> AbstractContextManager[None]:
-        return refusals([messages, conversation.tools, self._variables(conversation)])
+        return refusals([messages, conversation.tools, self._variables(conversation)], self.now)
 
     def _render_probe(self, messages: list[Message]) -> str:
         return self._apply(Conversation(messages=messages), messages, ask=False)

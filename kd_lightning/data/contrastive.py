@@ -97,7 +97,8 @@ class ContrastiveDataModule(InstructionDataModule):
             return super().load_split(split)
         late = self.responses == "generate"
         files = {"sources": self.sources["train"], "student": as_list(self.student_responses)}
-        rows = gather(read_pairs, split, files, ("row", "conversation", "student", "location", "dropped"), late=late)
+        texts = ("row", "conversation", "student", "location", "dropped")
+        rows = gather(read_pairs, split, files, texts, self.text_tokenizer.own_roles, late=late)
         other = rows.select_columns(["student", "location", "row_id"]).rename_column("student", "conversation")
         self._halves = {
             "teacher": tokenize_rows(rows.remove_columns("student"), split, self.text_tokenizer),
@@ -259,7 +260,7 @@ class ContrastiveDataModule(InstructionDataModule):
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
         """The files that hold the replaced responses, and the last pass before which the callbacks were called."""
-        return {**self._saved.state_dict(), "announced": self._announced}
+        return {**super().state_dict(), **self._saved.state_dict(), "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the replaced responses.
@@ -269,6 +270,7 @@ class ContrastiveDataModule(InstructionDataModule):
         """
         self._saved.load_state_dict(state_dict)
         self._announced = state_dict["announced"]
+        super().load_state_dict(state_dict)
         if "train" in self._rows:
             self._read_saved()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -16,9 +15,11 @@ from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.text.rendering import read_template
+from kd_lightning.data.text.generation_rows import generation_rows_of
+from kd_lightning.data.text.prompt_notice import COMPARED, prompt_notice
+from kd_lightning.data.text.rendering import date_of, read_template, today
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
-from kd_lightning.data.tokenization import Reader, load_tokenizer, prepare, with_template
+from kd_lightning.data.tokenization import Reader, load_tokenizer, masked_id, prepare, with_template
 from kd_lightning.distributed.trainer import (
     completed_epochs,
     data_parallel_rank,
@@ -64,6 +65,7 @@ class InstructionDataModule(DistillationDataModule):
         pin_memory: copy batches to page-locked memory, for a GPU.
         allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
             they are words, and only those of the chat template are tokens.
+        date: YYYY-MM-DD, for templates that write the date; None: that of the start, which a resumed run keeps.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -92,6 +94,7 @@ class InstructionDataModule(DistillationDataModule):
         seed: int | None = None,
         pin_memory: bool = False,
         allow_special_tokens: bool = False,
+        date: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -115,6 +118,7 @@ class InstructionDataModule(DistillationDataModule):
         self.seed = seed
         self.pin_memory = pin_memory
         self.allow_special_tokens = allow_special_tokens
+        self.date = today() if date is None else f"{date_of(date):%Y-%m-%d}"
         self._rows: dict[str, Any] = {}
 
     # ---------------------------------------------------------------------------------------------------- preparation
@@ -138,13 +142,15 @@ class InstructionDataModule(DistillationDataModule):
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
+                self._notice_prompts(split)
+
+    def _notice_prompts(self, split: str) -> None:
+        rows = self.conversations(split, COMPARED) if split == "train" else []
+        if notice := prompt_notice(self.text_tokenizer, rows):
+            rank_zero_info(notice)
 
     def use_tokenizer_of(self, model: str | None) -> None:
-        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer.
-
-        Args:
-            model: folder, hub name or `asset:` name; None changes nothing.
-        """
+        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer."""
         if self.tokenizer_source is None:
             self.tokenizer_source = model
 
@@ -163,8 +169,19 @@ class InstructionDataModule(DistillationDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """How rows become token ids: tokenizer, chat template and maximum length."""
         return TextTokenizer(
-            self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length, self.allow_special_tokens
+            self.tokenizer,
+            self.chat_template,
+            self.chat_template_kwargs,
+            self.max_length,
+            self.allow_special_tokens,
+            self.date,
         )
+
+    def use_date(self, date: str) -> None:
+        """Tokenize the loaded splits again if the chat template writes another date."""
+        if date != self.date:
+            self.date = date
+            self._rows = {split: self.load_split(split) for split in self._rows}
 
     def load_split(self, split: str) -> Any:
         """Read and tokenize a split, and fill `report[split]`; a subclass with other rows overrides it.
@@ -265,10 +282,7 @@ class InstructionDataModule(DistillationDataModule):
     @property
     def pad_id(self) -> int:
         """The token id of padding; the attention mask, not the id, marks what is padding."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        if pad is None or pad >= self.tokenizer.vocab_size:  # an added token may have no row in the embeddings
-            return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
-        return int(pad)
+        return masked_id(self.tokenizer)
 
     # ------------------------------------------------------------------------------------------------------- the rows
     @property
@@ -291,22 +305,8 @@ class InstructionDataModule(DistillationDataModule):
         return max((max(ids, default=0) for rows in tokenized for ids in rows["input_ids"]), default=0)
 
     def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split.
-
-        Args:
-            split: `train`, `val` or `test`; loaded.
-            first: only the first rows, at most this many; None: all rows.
-        """
-        tokenizer, rows = self.text_tokenizer, self._rows[split].select_columns(["row", "conversation", "row_id"])
-        found: list[GenerationRow] = []
-        for row in rows if first is None else rows.select(range(min(first, len(rows)))):
-            conversation = Conversation.load(row["conversation"])
-            text, ids = tokenizer.prompt(conversation)
-            fields = json.loads(row["row"])
-            found.append(
-                GenerationRow(prompt_ids=ids, prompt=text, answer=conversation.answer, row=fields, index=row["row_id"])
-            )
-        return found
+        """Prompt and reference answer of the rows of a split."""
+        return generation_rows_of(self._rows[split], self.text_tokenizer, first)
 
     def conversations(self, split: str, first: int) -> list[Conversation]:
         """The first rows of a split as conversations."""

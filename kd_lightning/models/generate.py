@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kd_lightning.engine.validation import TEMPERATURES, check_count
-from kd_lightning.models.hf_adapter import eos_token_ids, max_positions
+from kd_lightning.models.hf_adapter import eos_token_ids, max_positions, padding_id
 from kd_lightning.schedules import check_number
 
 
@@ -99,9 +99,7 @@ def generate(
     Returns:
         Response tokens, [B, up to max_new_tokens]; padding after the end of a response.
     """
-    config = model.generation_config
-    eos = config.eos_token_id
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
+    pad = padding_id(model, model.generation_config.pad_token_id)
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}

@@ -82,6 +82,16 @@ def eos_token_ids(model: PreTrainedModel) -> list[int]:
     return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
 
 
+def padding_id(model: PreTrainedModel, pad: int | None) -> int:
+    """The token id of padding: `pad` if the model has an embedding for it, else the end of sequence or 0.
+
+    Padding is masked, but it is looked up: a padding token that was added to the tokenizer may have no embedding.
+    """
+    known = hasattr(model, "get_input_embeddings")  # not declared by a custom `nn.Module`
+    rows = (num_embeddings(input_embeddings(model)) if known else None) or 1 << 62
+    return next(token for token in (pad, *eos_token_ids(model), 0) if token is not None and 0 <= token < rows)
+
+
 def enable_activation_checkpointing(model: PreTrainedModel, argument: str = "activation_checkpointing") -> None:
     """Activation checkpointing: recompute the layers in backward.
 

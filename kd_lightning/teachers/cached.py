@@ -186,6 +186,7 @@ def tokenizer_digests(data: TokenizedData) -> dict[str, Any]:
     """Tokenizer, chat template and length of the data, as fields of a `CacheManifest`."""
     text = data.text_tokenizer
     template = [text.chat_template or text.tokenizer.chat_template, text.template_kwargs]
+    template += [text.written_date] if text.written_date is not None else []
     tokenizer = dataclasses.replace(text, chat_template="-", template_kwargs=None, max_length=0)
     return {
         "tokenizer": tokenizer.fingerprint(),

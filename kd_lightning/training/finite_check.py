@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.label_losses import CrossEntropy
@@ -79,7 +78,11 @@ class NonFiniteLossCheck:
 
 
 def non_finite_terms(
-    loss: DistillationLoss, teacher: Teacher | None, batch: Batch, values: Mapping[str, Tensor]
+    loss: DistillationLoss,
+    teacher: Teacher | None,
+    batch: Batch,
+    values: Mapping[str, Tensor],
+    run_teacher: bool = True,
 ) -> str:
     """Which of teacher logits, student logits, divergence and label loss are not finite.
 
@@ -91,6 +94,7 @@ def non_finite_terms(
         teacher: None: the loss does not use it.
         batch: that it was computed on.
         values: per token, [N]: "ce" (the label loss), and with a teacher "kd" (the divergence).
+        run_teacher: False where this process cannot run the teacher alone, because models are sharded over ranks.
 
     Returns:
         Their names; the weighted sum, if each of them is finite.
@@ -98,7 +102,9 @@ def non_finite_terms(
     ce_bad = ~torch.isfinite(values["ce"])
     kd = values.get("kd")
     kd_bad = ce_bad if kd is None else ~torch.isfinite(kd)
-    teacher_finite = True if teacher is None or kd is None else _finite_logits(teacher, batch)
+    teacher_finite: bool | None = True
+    if teacher is not None and kd is not None:
+        teacher_finite = _finite_logits(teacher, batch) if run_teacher else None
     terms = []
     if teacher_finite is False:
         terms.append(TEACHER)
@@ -113,13 +119,11 @@ def non_finite_terms(
 
 
 @torch.no_grad()
-def _finite_logits(teacher: Teacher, batch: Batch) -> bool | None:
-    """Whether the teacher's logits at the labels are finite; None if it is sharded: all ranks would have to run it.
+def _finite_logits(teacher: Teacher, batch: Batch) -> bool:
+    """Whether the teacher's logits at the labels are finite.
 
     Logits of −inf are finite in this sense, because they exclude a token; at least one must be larger.
     """
-    if teacher.model is not None and any(is_sharded(parameter) for parameter in teacher.model.parameters()):
-        return None
     labeled, head = next_token_mask(batch["labels"]), teacher.head
     if head is not None:
         hidden = teacher.hidden(batch)[:, :-1][labeled]

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.distributed.grad_norm import gradient_norm
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, log_every_n_steps
 from kd_lightning.divergences import WeightedTokens
@@ -17,6 +18,7 @@ from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.schedules import Schedule
 from kd_lightning.training.accumulation import AccumulationWindow
+from kd_lightning.training.arguments import check_optimizer
 from kd_lightning.training.base import StudentTeacherModule
 from kd_lightning.training.finite_check import NonFiniteLossCheck, non_finite_terms
 from kd_lightning.training.gradients import clip_sharded_gradients, parameters_of, scale_gradients
@@ -75,6 +77,14 @@ class AccumulatingModule(StudentTeacherModule):
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler_callable(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def check_optimizer(self) -> None:
+        """Check the arguments of optimizer and scheduler, before the student is loaded.
+
+        Raises:
+            ValueError: they refuse an argument, or a learning rate would not be a finite number of at least 0.
+        """
+        check_optimizer(self.optimizer_callable, self.lr_scheduler_callable)
 
     # ---------------------------------------------------------------------------------------------------- the window
     def accumulate(self, batch: dict[str, Tensor], parts: LossParts, notes: Mapping[str, Mean]) -> None:
@@ -158,8 +168,10 @@ class AccumulatingModule(StudentTeacherModule):
             batch: that was trained on.
             values: the two terms of the loss, per token with a label.
         """
+        teacher = None if self.labels_only else self.teacher
+        sharded = any(is_sharded(parameter) for parameter in self.parameters())
         with forward_context(self._trainer):
-            return non_finite_terms(self.loss, None if self.labels_only else self.teacher, batch, values)
+            return non_finite_terms(self.loss, teacher, batch, values, run_teacher=not sharded)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the loss of the previous step."""

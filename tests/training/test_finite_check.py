@@ -18,6 +18,7 @@ from kd_lightning.cli.preflight_model_checks import check_finite_loss
 from kd_lightning.cli.prepared_run import PreparedFit
 from kd_lightning.cli.program import run
 from kd_lightning.teachers.hf import HFTeacher
+from kd_lightning.training.finite_check import non_finite_terms
 from tiny_fits import STILL, Run, bundled, fit, rows, split
 
 BATCHES = split(rows(8, vocabulary=1000), 3, 5)
@@ -110,6 +111,18 @@ def test_a_student_that_broke_in_the_run() -> None:
     module = Poisoned(student=model("student"), teacher=model("teacher"), optimizer=STILL)
     with pytest.raises(ValueError, match=r"at step 1, on rows .*: not finite: the student's logits; .*learning rate"):
         fit(module, BATCHES + BATCHES)
+
+
+def test_a_teacher_that_is_sharded_is_not_run_by_one_rank_alone() -> None:
+    nan, fine = torch.tensor([1.0, math.nan]), torch.ones(2)
+    module = bundled()  # its teacher is not loaded: running it would fail
+    for values, terms in (
+        ({"kd": nan, "ce": fine}, "the teacher's logits or the divergence"),
+        ({"kd": nan, "ce": nan}, "the student's logits"),
+        ({"kd": fine, "ce": nan}, "the label loss"),
+        ({"kd": fine, "ce": fine}, "the weighted sum of the terms"),
+    ):
+        assert non_finite_terms(module.loss, module.teacher, BATCHES[0], values, run_teacher=False) == terms
 
 
 def test_nothing_is_computed_for_a_loss_that_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:

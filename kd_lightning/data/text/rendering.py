@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from kd_lightning.data.text.limited_environment import limited_rendering
 from kd_lightning.data.text.template_limits import LONGEST_TEMPLATE, TemplateLimitError
 
+DATE = "%Y-%m-%d"
 # a template is a program: it can fail with any error of Python's arithmetic, memory and compiler
 REFUSALS = (
     TemplateError,
@@ -25,6 +26,23 @@ REFUSALS = (
     MemoryError,
     SyntaxError,
 )
+
+
+def today() -> str:
+    """The date as YYYY-MM-DD."""
+    return datetime.now().strftime(DATE)
+
+
+def date_of(text: str) -> datetime:
+    """The date of a text YYYY-MM-DD.
+
+    Raises:
+        ValueError: it is another text.
+    """
+    try:
+        return datetime.strptime(text, DATE)
+    except (ValueError, TypeError):
+        raise ValueError(f"date must be a date such as 2026-01-31, got {text!r}") from None
 
 
 class EndlessTemplateError(ValueError):

@@ -5,21 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.chat_template import ChatTemplate, Located
-from kd_lightning.data.conversation import Conversation
-from kd_lightning.data.text.encode import encode_end, encode_part, encode_start
-from kd_lightning.data.text.long_rows import MANY_TURNS, beginning
+from kd_lightning.data.conversation import ROLES, Conversation
+from kd_lightning.data.text.encode import MARGIN, encode, encode_end, encode_part, encode_start
+from kd_lightning.data.text.long_rows import MANY_TURNS, beginning, first_size
+from kd_lightning.data.text.rendering import date_of, today
 from kd_lightning.models.hf_adapter import backend_state
 
 VERSION = "2"
 """Changes when the same settings give other token ids or labels."""
 COUNTS = ("unlocated", "excluded", "left_out", "control_tokens")
 """Columns of a tokenized row that are summed up in the report."""
+_WORD = re.compile(r"""["']([A-Za-z][\w-]{0,39})["']""")
+_FIELDS = frozenset(
+    "role content text type name function arguments parameters tools tool_calls reasoning_content".split()
+)
 Tokens = list[tuple[int, bool]]
 
 
@@ -34,6 +41,7 @@ class TextTokenizer:
         max_length: longest sequence in tokens; longer ones are truncated on the right.
         allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
             they are words, and only those of the chat template are tokens.
+        date: YYYY-MM-DD, for templates that write the date; None: today's.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,11 +49,25 @@ class TextTokenizer:
     template_kwargs: dict[str, Any] | None = None
     max_length: int = 512
     allow_special_tokens: bool = False
+    date: str | None = None
 
     @functools.cached_property
     def chat(self) -> ChatTemplate:
         """The chat template these texts are rendered with."""
-        return ChatTemplate(self.tokenizer, self.chat_template, self.template_kwargs, self.allow_special_tokens)
+        now = None if self.date is None else date_of(self.date)
+        return ChatTemplate(self.tokenizer, self.chat_template, self.template_kwargs, self.allow_special_tokens, now)
+
+    @property
+    def own_roles(self) -> tuple[str, ...]:
+        """Words that the chat template has as strings, apart from usual roles and fields: roles that it may know."""
+        words = set(_WORD.findall(str(self.chat_template or self.tokenizer.chat_template)))
+        return tuple(sorted(words - ROLES.keys() - _FIELDS))
+
+    @property
+    def written_date(self) -> str | None:
+        """The date that the chat template writes; None if it writes none."""
+        writes = "strftime_now" in str(self.chat_template or self.tokenizer.chat_template)
+        return (self.date or today()) if writes else None
 
     @property
     def first_ids(self) -> list[int]:
@@ -127,16 +149,52 @@ class TextTokenizer:
         return Located(text, spans, open=is_open, plain=plain if is_open or not plain else plain[:-1])
 
     def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
-        """The text before the last answer, and its token ids; of a longer one the last `max_length`."""
+        """The text before the last answer, and its token ids; of a longer one the last `max_length`.
+
+        It ends with the generation prompt, or with what stands before the answer in training if that is another text.
+        """
         if conversation.messages:
             first: list[int] = []
             text, plain = self.chat.prompt(conversation)
+            if (trained := self.trained_prompt(conversation, text)) is not None:
+                return trained
+        elif conversation.prompt[-1:].isspace() and not conversation.empty:  # the blank belongs to the first word
+            text, located = conversation.prompt, self._plain(conversation)
+            ids = self.first_ids + self._ids_before(len(text), located)
+            return text, ids[-self.max_length :]
         else:
             text, first = conversation.prompt, self.first_ids
             control = self.chat.control_tokens
             plain = control.ranges(text) if control else []
         ids = first + encode_end(self.tokenizer, text, plain, self.max_length)
         return text, ids[-self.max_length :]
+
+    def trained_prompt(self, conversation: Conversation, asked: str) -> tuple[str, list[int]] | None:
+        """What stands before the last answer in training, as text and token ids; of a longer one the last `max_length`.
+
+        Args:
+            conversation: turns.
+            asked: their text with the generation prompt instead of the last answer.
+
+        Returns:
+            None if it is the same as `asked`, and if it is not known: there is no answer, or it is not located.
+        """
+        if conversation.empty:
+            return None
+        last_turn = conversation.answer_turns[-1]
+        located = self.chat.locate(dataclasses.replace(conversation, first=last_turn))
+        if not located.last or located.text[: located.spans[-1][0]].rstrip() == asked.rstrip():
+            return None
+        start = located.spans[-1][0]
+        return located.text[:start], self._ids_before(start, located)[-self.max_length :]
+
+    def _ids_before(self, start: int, located: Located) -> list[int]:
+        """Token ids before the answer that starts at this character, as they are in the whole text."""
+        cut = max(0, start - first_size(self.max_length))
+        end = min(len(located.text), start + MARGIN)  # a token may have the end of the prompt and the first word
+        plain = [(a - cut, b - cut) for a, b in located.plain if a >= cut and b <= end]
+        tokens = encode(self.tokenizer, located.text[cut:end], [(start - cut, end - cut)], plain)
+        return [token for token, _ in itertools.takewhile(lambda pair: not pair[1], tokens)]
 
     def fingerprint(self) -> str:
         """A digest of everything that the token ids depend on."""
@@ -150,5 +208,6 @@ class TextTokenizer:
             self.template_kwargs,
             self.max_length,
             *(["special tokens"] if self.allow_special_tokens else []),
+            *([] if self.written_date is None else [self.written_date]),
         ]
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
