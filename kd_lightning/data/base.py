@@ -156,12 +156,8 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """The first rows of a split as conversations."""
 
     def row_fields(self, split: str, field: str) -> dict[int, Any]:
-        """A field of every row of a split by `row_ids`; None: the row does not have it.
-
-        Raises:
-            ValueError: this data module does not keep the fields of its rows.
-        """
-        raise ValueError(f"{type(self).__name__} does not keep the field {field!r} of its rows: override row_fields")
+        """A field of every row of a split by `row_ids`; None: the row does not have it."""
+        return {row["index"]: row["row"].get(field) for row in self.generation_rows(split)}
 
     def add_index_column(self, name: str, field: str, values: Sequence[str], default: str | None = None) -> None:
         """Give every batch from now on a column [B]: the index of each row's field among these values.

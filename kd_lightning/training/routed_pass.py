@@ -57,6 +57,7 @@ class RoutedPass:
             {name: torch.cat([part.values[name] for part in parts])[order] for name in names},
             _merged([part.by_response for part in parts]),
             _merged([part.components for part in parts]),
+            {path: _sum([part.token_weights[path] for part in parts]) for path in parts[0].token_weights},
         )
 
     def _order(self) -> Tensor:
