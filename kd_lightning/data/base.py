@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.conversation import Conversation
-from kd_lightning.data.text.index_column import IndexColumn
+from kd_lightning.data.row_report import IndexColumn
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 SAMPLE = 1000  # texts of a split that enter its digest; all lengths do
