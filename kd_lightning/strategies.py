@@ -153,8 +153,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             if self.activation_checkpointing:
                 enable_activation_checkpointing(student)
             shard_student(model, **self.sharding_options())
-        teacher = module.teacher
-        if teacher is not None:
+        for teacher in () if module.teacher is None else module.teacher.members.values():
             teacher.shard(functools.partial(self._shard_teacher, teacher))
 
     def _shard_teacher(self, teacher: ShardableTeacher, model: Any) -> nn.Module:

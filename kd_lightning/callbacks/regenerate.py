@@ -22,8 +22,9 @@ from kd_lightning.distributed.trainer import forward_context, is_fast_dev_run
 from kd_lightning.generation.batch_generator import BatchGenerator, summary
 from kd_lightning.generation.pass_generator import PassGenerator
 from kd_lightning.generation.response_file import Response
-from kd_lightning.models.compatibility import check_model_fits_data
+from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.generate import Sampling
+from kd_lightning.teachers.base import models_by_role
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.training.base import StudentTeacherModule
 
@@ -97,7 +98,8 @@ class Regeneration(L.Callback):
             raise ValueError(
                 "teacher_cache must be false with Regeneration: its responses are not known before the run"
             )
-        if isinstance(module.teacher, CachedTeacher):
+        members = () if module.teacher is None else module.teacher.members.values()
+        if any(isinstance(member, CachedTeacher) for member in members):
             raise ValueError(
                 "a CachedTeacher has no outputs for the responses of Regeneration: use another teacher, or remove "
                 "Regeneration from trainer.callbacks"
@@ -178,7 +180,7 @@ class Regeneration(L.Callback):
             )
         datamodule.replace_responses(texts, self.side)
         teacher = student_and_teacher(module).teacher
-        for text in check_model_fits_data(student_of(module), None if teacher is None else teacher.model, datamodule):
+        for text in check_models_fit_data(models_by_role(student_of(module), teacher), datamodule):
             rank_zero_warn(text)
         if not is_fast_dev_run(trainer):
             folder = Path(trainer.default_root_dir) / "responses"

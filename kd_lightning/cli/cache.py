@@ -92,6 +92,7 @@ def load_models(fit: PreparedFit) -> tuple[StudentWithLoss, Teacher]:
         raise ValueError("cache: model.teacher is null: pass --model.teacher")
     if isinstance(teacher, CachedTeacher):
         raise ValueError(f"cache: model.teacher is already a cache ({teacher.path}): pass the teacher itself")
+    teacher.check_cacheable()
     generators = [fit.module.responses, *fit.regenerations]
     if names := [type(generator).__name__ for generator in generators if generator is not None]:
         raise ValueError(

@@ -18,7 +18,7 @@ from kd_lightning.console import progress_bar
 from kd_lightning.reporting.redaction import print_message, redact_text
 
 CHECKS = {**DATA_CHECKS, **MODEL_CHECKS}
-LAST = ("places",)  # if one of these is refused, the checks after it cannot run
+LAST = ("routing", "places")  # if one of these is refused, the checks after it cannot run
 
 
 def main(args: Sequence[str]) -> int:

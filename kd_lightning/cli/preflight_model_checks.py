@@ -54,21 +54,36 @@ def check_vocabulary(fit: PreparedFit) -> Findings:
 
 def check_teacher(fit: PreparedFit) -> Findings:
     """The teacher is better on this data than the student, and than chance."""
-    if fit.module.teacher is None:
+    teacher = fit.module.teacher
+    if teacher is None:
         return
-    theirs, ours = fit.means["teacher_nll"], fit.means["student_nll"]
+    for name, means in fit.means_by_teacher.items():
+        same_input = teacher.members[name].starts_as_student and not fit.datamodule.teacher_has_own_input
+        yield from _compare_models(fit, f"teacher {name!r}: " if name else "", means, same_input)
+
+
+def _compare_models(fit: PreparedFit, prefix: str, means: dict[str, float], same_input: bool) -> Findings:
+    """Findings on a teacher with these means; `same_input`: it starts as the student and reads the same."""
+    theirs, ours = means["teacher_nll"], means["student_nll"]
     level: Level = "error" if fit.trains_on_teacher else "warning"
     chance = math.log(len(fit.datamodule.tokenizer))
-    if theirs >= 0.9 * chance:
+    if same_input:
+        if fit.module.loss.ce_weight == 0 and means.get("forward_kl", math.inf) < SAME:
+            yield (
+                level,
+                f"{prefix}it starts as the student and reads the same input, so the divergence and its gradient are "
+                "zero: set data.teacher_prompt or data.teacher_chat_template, or model.ce_weight above 0",
+            )
+    elif theirs >= 0.9 * chance:
         yield (
             level,
-            f"its NLL on the held-out rows is {theirs:.2f}, about chance ({chance:.2f}): use a teacher that was "
-            "trained on such data",
+            f"{prefix}its NLL on the held-out rows is {theirs:.2f}, about chance ({chance:.2f}): use a teacher that "
+            "was trained on such data",
         )
-    elif fit.means.get("forward_kl", math.inf) < SAME:
-        yield level, "student and teacher give the same probabilities: there is nothing to learn from it"
+    elif means.get("forward_kl", math.inf) < SAME:
+        yield level, f"{prefix}student and teacher give the same probabilities: there is nothing to learn from it"
     elif theirs >= ours:
-        yield level, f"its NLL on the held-out rows is {theirs:.2f}, no better than the student's {ours:.2f}"
+        yield level, f"{prefix}its NLL on the held-out rows is {theirs:.2f}, no better than the student's {ours:.2f}"
 
 
 def check_temperature(fit: PreparedFit) -> Findings:

@@ -23,6 +23,7 @@ from kd_lightning.models.backbone import logits
 from kd_lightning.module import DistillationModule
 from kd_lightning.training.evaluation import evaluated_batches, sums_and_counts
 from kd_lightning.training.student import StudentWithLoss
+from kd_lightning.training.teacher_setup import member_names, tokens_by_member
 
 Level = Literal["error", "warning", "note"]  # the run would be wasted; it may be; for information
 Findings = Iterator[tuple[Level, str]]
@@ -135,6 +136,28 @@ class PreparedFit:
         return {name: float(total[0] / total[1]) for name, total in sums.items()}
 
     @cached_property
+    def means_by_teacher(self) -> dict[str, dict[str, float]]:
+        """The same for each teacher, by its name, over the rows that it teaches; all rows for a single teacher.
+
+        Teachers without a token in these rows are left out.
+        """
+        teacher, names = self.module.teacher, member_names(self.module.teacher)
+        if not names:
+            return {"": self.means}
+        assert self.model is not None  # loads it
+        own: dict[str, list[dict[str, Tensor]]] = {name: [] for name in names}
+        batches = evaluated_batches(self.trainer, self.module, self.held_out, range(len(self.held_out)))
+        for batch, values in zip(self.held_out, batches, strict=True):
+            for name, tokens in zip(names, tokens_by_member(teacher, batch), strict=True):
+                own[name].append({key: value[tokens] for key, value in values.items()})
+        sums = {name: sums_and_counts(batches) for name, batches in own.items()}
+        return {
+            name: {key: float(total[0] / total[1]) for key, total in found.items()}
+            for name, found in sums.items()
+            if all(total[1] for total in found.values())
+        }
+
+    @cached_property
     def student_log_probs(self) -> Tensor:
         """The student's log-probabilities on labeled tokens of the first batch, [N, V]."""
         model = self.model.student
@@ -147,7 +170,7 @@ class PreparedFit:
     @cached_property
     def teacher_log_probs(self) -> Tensor | None:
         """The teacher's, [N, V]; None without a teacher, and for one of which only the top k are known."""
-        if self.module.teacher is None:
+        if self.module.teacher is None or not self.module.teacher.knows_all_tokens:
             return None
         assert self.model is not None  # loads both
         with torch.no_grad(), forward_context(self.trainer):

@@ -302,14 +302,15 @@ class InstructionDataModule(TokenizedSplits):
             batch_size=None,
             sampler=order,
             num_workers=self.num_workers,
-            collate_fn=Collator(self.pad_id),
+            collate_fn=Collator(self.pad_id, self.index_columns(split)),
             pin_memory=self.pin_memory,
         )
         return loader
 
     def _plain_loader(self, split: str) -> ResumableLoader:
         rows, _ = self.token_rows(split)
-        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=Collator(self.pad_id))
+        collate = Collator(self.pad_id, self.index_columns(split))
+        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=collate)
         return loader
 
     @property

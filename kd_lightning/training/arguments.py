@@ -78,11 +78,16 @@ def check_teacher_cache(teacher: Any, responses: object | None) -> None:
     """Check that the teacher's outputs can be cached before the run.
 
     Raises:
-        ValueError: there is no teacher, or responses are generated during the run.
+        ValueError: there is no teacher, it cannot be cached, or responses are generated during the run.
     """
     if teacher is None or responses is not None:
         reason = "there is no teacher" if teacher is None else f"{type(responses).__name__} generates new ones"
         raise ValueError(f"teacher_cache must be false where no responses can be known beforehand: {reason}")
+    if isinstance(teacher, Teacher):
+        try:
+            teacher.check_cacheable()
+        except ValueError as error:
+            raise ValueError(f"teacher_cache must be false: {error}") from None
 
 
 REFUSALS = (ValueError, TypeError, ArithmeticError)  # what a class raises at an argument

@@ -17,6 +17,7 @@ from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.distributed.grad_norm import gradient_norm
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run, log_every_n_steps
+from kd_lightning.divergences import WeightedTokens
 from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.schedules import Schedule
@@ -75,6 +76,10 @@ class AccumulatingModule(StudentTeacherModule):
     @abstractmethod
     def schedules(self) -> dict[str, Schedule]:
         """Every schedule of the run by its dotted path."""
+
+    @abstractmethod
+    def weighted(self) -> dict[str, WeightedTokens]:
+        """Every divergence of the training objective that weights its tokens, by its dotted path."""
 
     @abstractmethod
     def row_locations(self, row_ids: list[int]) -> str:
@@ -235,8 +240,10 @@ class AccumulatingModule(StudentTeacherModule):
         return summed * data_parallel_rank(self.trainer)[1] / self.trainer.world_size
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then update the schedules: at the end of the batch, checkpoints are already written."""
+        """Step, then let the teacher follow and update the schedules; at the end of the batch would be after saving."""
         super().optimizer_step(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher.after_step()
         total = self.trainer.estimated_stepping_batches
         progress = (self.trainer.global_step + 1) / total if total and total != float("inf") else 0.0
         # Lightning's epoch skips a number at a resume; num_training_batches is infinite for endless data
@@ -244,6 +251,9 @@ class AccumulatingModule(StudentTeacherModule):
         stats = {**self._means, "epoch": torch.tensor(passes)}
         for schedule in self.schedules().values():
             schedule.update(min(progress, 1.0), stats)
+        for path, part in self.weighted().items():
+            if (sums := self._means.get(f"weight_sums/{path}")) is not None:  # None: the teacher was not run
+                part.update(sums)
 
     # ----------------------------------------------------------------------------------- checks of states and losses
     def check_finite(self) -> None:
