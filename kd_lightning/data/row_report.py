@@ -77,7 +77,10 @@ def no_usable_rows(sources: Sequence[str], rows: Any, max_length: int) -> ValueE
     """The error for a split without any row that can be trained on."""
     names, empty, first = ", ".join(sources), rows["empty"][:], rows["first_label"][:]
     if all(empty):
-        return ValueError(f"{names}: {_why_empty(rows)}: training needs at least one row with an answer")
+        return ValueError(
+            f"{names}: {_why_empty(rows)}: training needs at least one row with an answer; `kd-lightning generate "
+            "--data FILE --output OUT.jsonl` generates responses to prompts without answers"
+        )
     needed = min((f + 1 for e, f in zip(empty, first, strict=True) if not e and f >= 0), default=0)
     if needed > max_length:
         return ValueError(f"{names}: no answer begins within max_length={max_length}: it must be at least {needed}")
