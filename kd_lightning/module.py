@@ -15,7 +15,7 @@ from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run
-from kd_lightning.divergences import Divergence, ForwardKL, described
+from kd_lightning.divergences import Divergence, ForwardKL, WeightedTokens, described
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.compatibility import check_model_fits_data
@@ -23,6 +23,7 @@ from kd_lightning.models.loading import check_tokenizers
 from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
+from kd_lightning.rollout.sampled_tokens import check_label_columns, check_sampled_tokens
 from kd_lightning.schedules import Schedule, Weight, check_flag
 from kd_lightning.seeding import derive_seed, run_seed
 from kd_lightning.teachers.base import RunContext, Teacher
@@ -112,6 +113,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         loss = DistillationLoss(
             objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
         )
+        check_sampled_tokens(label_loss, temperature, responses)
         self.student_source = StudentSource(student, student_init, student_kwargs, lora, gradient_checkpointing)
         self.teacher = as_teacher(teacher, teacher_kwargs)
         self.teacher_cache = teacher_cache
@@ -153,6 +155,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         datamodule, tokenizer = datamodule_of(self.trainer), tokenizer_of(self.trainer)
         if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
             check_tokenizers(self.teacher.name, tokenizer)
+        check_label_columns(self.loss.token_loss.label_loss, self.teacher, self.responses, datamodule is not None)
         if stage == "fit" and self.trainer.world_size > 1:
             rows = {} if datamodule is None else datamodule.description()
             check_ranks_agree({"loss": repr(self.reporter.loss), **rows})
@@ -238,13 +241,12 @@ class DistillationModule(PredictingModule, AccumulatingModule):
 
     def schedules(self) -> dict[str, Schedule]:
         """Every schedule of the run by its dotted path in the objective (or `ce_weight`, or under `responses`)."""
-        found = {name: part for name, part in self.loss.objective.named_modules() if isinstance(part, Schedule)}
-        if isinstance(self.loss.ce_weight, Schedule):
-            found["ce_weight"] = self.loss.ce_weight
-        for name, part in () if self.responses is None else self.responses.named_modules():
-            if isinstance(part, Schedule):
-                found[f"responses.{name}"] = part
-        return found
+        inside = () if self.responses is None else self.responses.named_modules()
+        return self.loss.schedules() | {f"responses.{name}": x for name, x in inside if isinstance(x, Schedule)}
+
+    def weighted(self) -> dict[str, WeightedTokens]:
+        """Every divergence of the training objective that weights its tokens, by its dotted path."""
+        return self.loss.objective.weighted()
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the means of the window after its step."""
@@ -261,13 +263,14 @@ class DistillationModule(PredictingModule, AccumulatingModule):
     # ----------------------------------------------------------------------------------------- what others may ask
     @property
     def labels_only(self) -> bool:
-        """Whether the loss is the label loss alone (`ce_weight` is the number 1), so that no step runs the teacher."""
-        return not isinstance(self.loss.ce_weight, Schedule) and self.loss.ce_weight == 1
+        """Whether the loss reads nothing of a teacher (`ce_weight` is the number 1), so that no step runs it."""
+        return self.teacher is None or not self.loss.reads_teacher
 
     @property
     def objective_moves(self) -> bool:
-        """Whether a schedule changes the objective, so that its values at two steps are not comparable."""
-        return any(moves_objective(name) for name in self.schedules())
+        """Whether the objective changes during training, so that its values at two steps are not comparable."""
+        weights_move = any(part.moves for part in self.weighted().values())
+        return weights_move or any(moves_objective(name) for name in self.schedules())
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 r"""Schedules: weights that change during training. Every weight that is a number can also be a schedule.
 
-State is kept in 0-d fp32 buffers: it moves with the device and is saved in checkpoints, keeps its dtype, and a compiled
-loss reads new values without recompilation. Only `update` changes it, called once per optimizer step.
+State is saved in checkpoints, and a compiled loss reads it without recompilation. Only `update` changes it.
 """
 
 from __future__ import annotations
@@ -16,8 +15,30 @@ import torch
 from torch import Tensor, nn
 
 
-class Schedule(nn.Module, ABC):
-    """A weight that changes in `update`; `forward` returns its current value.
+class StepState(nn.Module):
+    """Numbers that change once per optimizer step, in 0-d fp32 buffers."""
+
+    def state(self, name: str, number: float) -> None:
+        """Register a number as a buffer."""
+        self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        """Constructor arguments."""
+        return numbers(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the device only: casting the model must not round the state."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Schedule(StepState, ABC):
+    """A weight that changes in `update`, called once per optimizer step; `forward` returns its current value.
 
     `columns`: entries of `rows` that it reads; the loss computes them. `side`: the responses that it applies to,
     "teacher" (those of the dataset too) or "student"; None: all.
@@ -41,24 +62,6 @@ class Schedule(nn.Module, ABC):
                 "student_gap".
         """
 
-    def state(self, name: str, number: float) -> None:
-        """Register a number as a buffer."""
-        self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return numbers(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the device only: casting the model must not round the state."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
-
 
 Weight = float | Schedule
 
@@ -71,10 +74,7 @@ def value(weight: Weight, rows: Mapping[str, Tensor] | None = None) -> float | T
 def check_number(
     name: str, number: object, low: float = -math.inf, high: float = math.inf, ends: str = "[]", hint: str = ""
 ) -> None:
-    """Raise a ValueError with argument, range and value unless it is a finite number in the interval.
-
-    `ends`: "[" and "]" include an end, "(" and ")" exclude it.
-    """
+    """Raise a ValueError unless it is a finite number in the interval; of `ends`, "[" and "]" include an end."""
     if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max:
         above = low <= number if ends[0] == "[" else low < number
         below = number <= high if ends[1] == "]" else number < high

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from kd_lightning.console import printable
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.metrics.bucketed import response_positions
@@ -103,7 +104,8 @@ class Dashboard(L.Callback):
         from torch.utils.tensorboard.summary import hparams
 
         arguments = {k: v for k, v in flatten_config(yaml.safe_load(self.text)).items() if k.startswith(SETUP)}
-        plain = {k: v for k, v in arguments.items() if isinstance(v, (bool, int, float, str))}
+        values = {k: printable(v) if isinstance(v, str) else v for k, v in arguments.items()}
+        plain = {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if not metrics:
             return

@@ -125,11 +125,13 @@ def _base_class(key: str) -> type:
     from kd_lightning.label_losses import LabelLoss
     from kd_lightning.rollout.base import ResponseSource
     from kd_lightning.schedules import Schedule
+    from kd_lightning.token_weights import TokenWeight
 
     bases: dict[str, type] = {"assistant": Assistant, "label_loss": LabelLoss, "responses": ResponseSource}
-    bases["data"] = LightningDataModule
+    bases |= {"data": LightningDataModule, "weight": TokenWeight}
     last = key.split(".")[-1]
-    return Schedule if last.endswith(("weight", "alpha", "share")) else bases.get(last, Divergence)
+    number = last.endswith(("weight", "alpha", "share", "threshold"))
+    return bases.get(last, Schedule if number else Divergence)
 
 
 def _class_names(base: type) -> list[str]:

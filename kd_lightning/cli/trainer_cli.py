@@ -25,7 +25,8 @@ import kd_lightning.objectives
 import kd_lightning.rollout
 import kd_lightning.schedules
 import kd_lightning.strategies
-import kd_lightning.teachers  # noqa: F401 - imported so that configs can use short class names
+import kd_lightning.teachers
+import kd_lightning.token_weights  # noqa: F401 - imported so that configs can use short class names
 from kd_lightning.callbacks.baselines import Baselines
 from kd_lightning.callbacks.checkpoint import RunCheckpoint
 from kd_lightning.callbacks.export import HFExport

@@ -97,7 +97,8 @@ class ContrastiveDataModule(InstructionDataModule):
             return super().load_split(split)
         late = self.responses == "generate"
         files = {"sources": self.sources["train"], "student": as_list(self.student_responses)}
-        rows = gather(read_pairs, split, files, ("row", "conversation", "student", "location", "dropped"), late=late)
+        texts = ("row", "conversation", "student", "location", "dropped")
+        rows = gather(read_pairs, split, files, texts, self.text_tokenizer.own_roles, late=late)
         other = rows.select_columns(["student", "location", "row_id"]).rename_column("student", "conversation")
         self._halves = {
             "teacher": tokenize_rows(rows.remove_columns("student"), split, self.text_tokenizer),

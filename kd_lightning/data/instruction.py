@@ -43,9 +43,9 @@ class InstructionDataModule(DistillationDataModule):
     nor do turns with `weight: 0`, `train: false`, `trainable: false` or `loss_mask: 0`; the end of an answer has one.
     Rows without an answer are dropped, longer ones are truncated on the right; both are reported.
 
-    Roles are read without regard to case, and `human`, `gpt` and `model` for `user` and `assistant`; others are
-    refused. Null and absent fields are the same. Content may be a list of text parts, and arguments of tool calls may
-    be JSON text: the template gets the form that it reads.
+    Roles are read without regard to case, as are `human`, `gpt`, `model`, `function_call` and `observation`; others are
+    refused unless the template names them. Null and absent fields are the same. Content may be a list of text parts,
+    and arguments of tool calls may be JSON text: the template gets the form that it reads.
 
     Args:
         train: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, a `datasets` name

@@ -6,19 +6,19 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.assets import resolve
 from kd_lightning.data.chat_template import PLAIN_TEMPLATE
-from kd_lightning.data.conversation import Conversation, parse_row
+from kd_lightning.data.conversation import Conversation, parse_row, template_roles
 from kd_lightning.data.sources import cache_folder, fingerprint, read_rows
 from kd_lightning.data.text.text_tokenizer import COUNTS, TextTokenizer
 from kd_lightning.models.pretrained import RemoteCodeError, from_pretrained
 
-CACHE_VERSION = "4"
+CACHE_VERSION = "5"
 """Changes when the columns of the cached data sets do, or when a row is read in another way."""
 PARALLEL_ROWS = 20_000
 """Data sets with more rows are tokenized by several processes."""
@@ -97,7 +97,8 @@ def prepare(sources: list[str], split: str, tokenizer: TextTokenizer, read: Read
     Raises:
         ValueError: a source or a row cannot be read, or the template refuses a row; the message has file and line.
     """
-    return tokenize_rows(gather(read or read_conversations, split, {"sources": sources}), split, tokenizer)
+    rows = gather(read or read_conversations, split, {"sources": sources}, roles=tokenizer.own_roles)
+    return tokenize_rows(rows, split, tokenizer)
 
 
 def gather(
@@ -105,6 +106,7 @@ def gather(
     split: str,
     files: dict[str, list[str]],
     texts: tuple[str, ...] = ("row", "conversation", "location"),
+    roles: Sequence[str] = (),
     **settings: Any,
 ) -> Any:
     """The rows that a function reads from files, cached on disk until the function, a file or a setting changes.
@@ -114,6 +116,7 @@ def gather(
         split: which split of a folder or hub name.
         files: sources by the argument name of `read`.
         texts: names of the text columns.
+        roles: roles of the chat template that rows may have, in addition to the usual ones.
         settings: other arguments of `read`.
 
     Raises:
@@ -122,18 +125,19 @@ def gather(
     import datasets  # type: ignore[import-untyped]
 
     stamps = {name: [fingerprint(source, split) for source in sources] for name, sources in files.items()}
-    stamp = json_digest([CACHE_VERSION, read.__name__, split, stamps, texts, settings])
+    stamp = json_digest([CACHE_VERSION, read.__name__, split, stamps, texts, settings, *([roles] if roles else [])])
     try:
-        return datasets.Dataset.from_generator(
-            read,
-            features=datasets.Features(
-                {**{name: datasets.Value("string") for name in texts}, "row_id": datasets.Value("int64")}
-            ),
-            gen_kwargs={"split": split, **{name: tuple(sources) for name, sources in files.items()}, **settings},
-            cache_dir=cache_folder(),
-            split=datasets.NamedSplit(split),
-            fingerprint=stamp,
-        )
+        with template_roles(roles):
+            return datasets.Dataset.from_generator(
+                read,
+                features=datasets.Features(
+                    {**{name: datasets.Value("string") for name in texts}, "row_id": datasets.Value("int64")}
+                ),
+                gen_kwargs={"split": split, **{name: tuple(sources) for name, sources in files.items()}, **settings},
+                cache_dir=cache_folder(),
+                split=datasets.NamedSplit(split),
+                fingerprint=stamp,
+            )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None

@@ -112,7 +112,7 @@ class ChunkedPass:
             for x, need in zip(student.inputs, needs, strict=bool(needs))
         ]
         transforms = (student.transform, (1.0, None) if teacher is None else teacher.transform)
-        values = {name: torch.empty_like(weights) for name in self.token_loss.names(teacher is not None)}
+        values = {name: torch.empty_like(weights) for name in self.token_loss.outputs(teacher is not None)}
         with torch.autocast(device.type, enabled=False):
             for a in range(0, n, chunk or 1):
                 b = min(a + chunk, n)

@@ -111,6 +111,16 @@ class TopKLogits(LogitSource):
         chunk += (self.known.log_tail[start:stop] - chunk.logsumexp(-1)).unsqueeze(-1)
         chunk.scatter_(-1, ids, self.known.log_probs[start:stop].to(chunk.dtype))
 
+    def without_label(self) -> TopKLogits:
+        """The top k − 1: the least probable known token is the k-th, or the label instead of it; it joins the rest."""
+        known = self.known
+        last = known.log_probs.argmin(-1, keepdim=True)
+        order = torch.arange(known.ids.shape[-1] - 1, device=last.device)
+        kept = order + (order >= last)  # all but the last
+        ids, log_probs = known.ids.gather(-1, kept), known.log_probs.gather(-1, kept)
+        log_tail = torch.logaddexp(known.log_tail, known.log_probs.gather(-1, last).squeeze(-1))
+        return TopKLogits(TopK(ids, log_probs, log_tail, known.vocabulary))
+
 
 def check_lower_bound(divergence: Divergence, monitors: Mapping[str, Divergence] | None = None) -> None:
     """Check that k + 1 outcomes give a lower bound of an objective and of every monitor.

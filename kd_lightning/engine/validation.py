@@ -11,8 +11,10 @@ from kd_lightning.divergences import described
 from kd_lightning.engine.head import FLOATS, Head
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.schedules import check_number
+from kd_lightning.token_weights import LABEL_COLUMNS, OF_TOKEN
 
-INTERNAL_COLUMNS = ("labels", "weights", "student_label", "teacher_label")  # names that the engine uses itself
+# Names that the engine uses itself.
+INTERNAL_COLUMNS = ("labels", "weights", "student_label", "teacher_label", *(OF_TOKEN + name for name in LABEL_COLUMNS))
 
 
 TEMPERATURES = (1e-3, 1e3)  # further out, fp32 loses the differences between the logits, or T² outgrows it

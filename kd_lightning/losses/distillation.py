@@ -14,14 +14,20 @@ from kd_lightning.engine.compile import opaque_to_compile
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import LabelMask
 from kd_lightning.engine.logit_source import DifferentiableLogits, GivenLogits, LogitSource, ProjectedLogits
-from kd_lightning.engine.sequence_stats import label_columns, response_gap, response_means
-from kd_lightning.engine.token_loss import TokenLoss
+from kd_lightning.engine.sequence_stats import (
+    baseline_columns,
+    given_columns,
+    label_columns,
+    response_gap,
+    response_means,
+)
+from kd_lightning.engine.token_loss import TokenLoss, score_name
 from kd_lightning.engine.top_k import TopK, TopKLogits
 from kd_lightning.engine.validation import check_columns, check_devices, check_head, check_tokens, check_top_k
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
 from kd_lightning.losses.arguments import check_loss_arguments, check_monitors
 from kd_lightning.losses.loss_parts import LossParts
-from kd_lightning.schedules import Weight, check_flag
+from kd_lightning.schedules import Schedule, Weight, check_flag
 
 
 class DistillationLoss(nn.Module):
@@ -90,6 +96,17 @@ class DistillationLoss(nn.Module):
     def ce_weight(self) -> Weight:
         """c, the share of the label loss: a number or a schedule."""
         return self.token_loss.ce_weight
+
+    def schedules(self) -> dict[str, Schedule]:
+        """Every schedule by its dotted path in the objective (or `ce_weight`)."""
+        found = {name: part for name, part in self.objective.named_modules() if isinstance(part, Schedule)}
+        return found | ({"ce_weight": self.ce_weight} if isinstance(self.ce_weight, Schedule) else {})
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss depends on the teacher: not at `ce_weight=1` with a label loss that reads nothing of it."""
+        labels_only = not isinstance(self.ce_weight, Schedule) and self.ce_weight == 1
+        return not labels_only or bool(self.token_loss.label_loss.columns)
 
     @opaque_to_compile
     def from_logits(
@@ -192,11 +209,13 @@ class DistillationLoss(nn.Module):
             loss = losses.new_zeros(mask.shape.numel()).index_copy(0, mask.index, losses).view(mask.shape)
         else:
             loss = chunked.loss(weights)
-        values = chunked.values
+        values = dict(chunked.values)
+        weighted = {} if teacher is None else self.objective.weighted()
+        token_weights = {path: x.weight_sums(values.pop(score_name(path))) for path, x in weighted.items()}
         if (gap := response_gap(columns)) is not None:
             values["gap"] = gap
         means = {} if teacher is None else response_means(self.token_loss, mask, columns)
-        return LossParts(loss, divisor, weights, values, means)
+        return LossParts(loss, divisor, weights, values, means, token_weights=token_weights)
 
     def _check_teacher(self, teacher: LogitSource | None) -> None:
         if teacher is not None:
@@ -217,7 +236,8 @@ class DistillationLoss(nn.Module):
         """Extra inputs of the tokens with a label, [N] each, with those that the loss computes for its schedules."""
         columns = {name: mask.column(name, values, dtype) for name, values in rows.items()}
         if teacher is not None:
-            columns |= label_columns(self.token_loss, student, teacher, mask, columns, dtype, self.chunk)
+            arguments = (self.token_loss, student, teacher, mask, columns, dtype, self.chunk)
+            columns |= given_columns(columns) | label_columns(*arguments) | baseline_columns(*arguments)
         return columns
 
     def _weights(self, mask: LabelMask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

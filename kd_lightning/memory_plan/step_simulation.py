@@ -26,7 +26,7 @@ from kd_lightning.models.hf_adapter import output_embeddings, weight_and_bias
 from kd_lightning.module import DistillationModule
 from kd_lightning.strategies import FSDP2Strategy
 
-COLUMNS = ("advantage", "old_log_prob", "importance", "teacher_token_log_prob")  # that response sources add
+COLUMNS = ("advantage", "old_log_prob", "importance")  # that response sources add
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes that DDP sends at a time
 
 

@@ -25,6 +25,8 @@ FIRST_PATIENCE = 10.0
 """Seconds of retries until the first answer of a server: its address may be misspelled."""
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 """HTTP status codes of errors that can pass."""
+QUICK_SECONDS = 60.0
+"""Seconds for an answer to a request that generates nothing, such as the list of models; less if `timeout` is."""
 LEAST_SECONDS = 10.0
 """Seconds, at least, for an answer to arrive in full after its first byte; more if `patience` is."""
 MAX_INVALID = 3
@@ -180,7 +182,8 @@ class OpenAIClient:
             seconds: for the answer to arrive in full after its first byte.
         """
         try:
-            content = HTTPExchange(self._request(path, body), self.timeout, seconds).content(self._closed)
+            timeout = min(self.timeout, QUICK_SECONDS) if body is None else self.timeout
+            content = HTTPExchange(self._request(path, body), timeout, seconds).content(self._closed)
         except StatusError as error:
             reason = _status_reason(error)
             if error.code not in RETRIED:

@@ -148,7 +148,10 @@ def redact_yaml(text: str, read: Callable[[str], Any]) -> str:
     """
     import yaml
 
-    config = read(text)
+    try:
+        config = read(text)
+    except yaml.YAMLError:  # such as half of a character, which YAML writes and does not read
+        return redact_text(text)
     redacted = redact_config(config)
     return text if redacted == config else str(yaml.safe_dump(redacted, sort_keys=False, allow_unicode=True))
 

@@ -52,6 +52,7 @@ class MiniLLM(ResponseSource):
     """
 
     sampling: Sampling
+    columns = ("advantage", "old_log_prob", "importance")
 
     def __init__(
         self,
@@ -87,6 +88,11 @@ class MiniLLM(ResponseSource):
         self.reward_scale, self.reward_clip = reward_scale, reward_clip
         self.sampling = Sampling(max_new_tokens, temperature)
         self.memory = ReplayBuffer(None)
+
+    @property
+    def replays(self) -> bool:
+        """Whether rollouts are trained on more than once."""
+        return self.inner_epochs > 1
 
     def check(self, student: nn.Module, teacher: Teacher | None, max_length: int | None) -> None:
         """Check the models before step 0."""

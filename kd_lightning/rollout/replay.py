@@ -119,6 +119,9 @@ class AdaptiveReplay(ResponseSource):
     """
 
     sampling: Sampling
+    columns = ()
+    uses_data = True
+    replays = True
     threshold: Tensor
     previous: Tensor
     heard: Tensor

@@ -13,6 +13,7 @@ from torch import Tensor
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.distributed.grad_norm import gradient_norm
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, log_every_n_steps
+from kd_lightning.divergences import WeightedTokens
 from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.schedules import Schedule
@@ -53,6 +54,10 @@ class AccumulatingModule(StudentTeacherModule):
     @abstractmethod
     def schedules(self) -> dict[str, Schedule]:
         """Every schedule of the run by its dotted path."""
+
+    @abstractmethod
+    def weighted(self) -> dict[str, WeightedTokens]:
+        """Every divergence of the training objective that weights its tokens, by its dotted path."""
 
     @abstractmethod
     def row_locations(self, row_ids: list[int]) -> str:
@@ -143,6 +148,9 @@ class AccumulatingModule(StudentTeacherModule):
         stats = {**self._means, "epoch": torch.tensor(passes)}
         for schedule in self.schedules().values():
             schedule.update(min(progress, 1.0), stats)
+        for path, part in self.weighted().items():
+            if (sums := self._means.get(f"weight_sums/{path}")) is not None:  # None: the teacher was not run
+                part.update(sums)
 
     # ----------------------------------------------------------------------------------- checks of states and losses
     def check_finite(self) -> None:

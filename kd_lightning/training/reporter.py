@@ -97,6 +97,7 @@ class EvaluationReporter:
         names = (*TRAINING, *sorted(notes))
         scalars = {f"train/{name}": means[name] for name in names if name in means}
         scalars |= {name: means[name] for name in means if name.startswith(PREFIX)}
+        scalars |= {f"train/{name}": means[name] for name in means if name.startswith(("token_weight", "tokens_kept"))}
         for path, schedule in schedules.items():
             value = means.get(f"schedule/{path}", schedule())
             if value.ndim == 0:

@@ -79,6 +79,29 @@ def test_a_server_that_sends_nothing_is_given_up() -> None:
     assert time.monotonic() - start < 6
 
 
+def test_a_list_of_models_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "QUICK_SECONDS", 0.5)
+    start = time.monotonic()
+    with raw_server(send(b"", pause=30)) as url:
+        for address in (url, url.replace("http:", "https:")):  # the second gets no TLS either
+            with pytest.raises(ValueError, match="does not answer: the list of models failed"):
+                client.OpenAIClient(address, 0.2).models()
+    assert time.monotonic() - start < 6
+
+
+def test_an_answer_without_tls() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def write() -> None:
+            with listening.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(answer(b"{}"))
+
+        threading.Thread(target=write, daemon=True).start()
+        text = failure(f"https://127.0.0.1:{listening.getsockname()[1]}", patience=0.0)
+    assert "does not answer" in text and "SSL" in text
+
+
 def test_a_slow_start_is_not_a_slow_answer() -> None:
     def write(connection: socket.socket, head: str) -> None:
         time.sleep(1.5)  # longer than an answer may trickle: the model generates

@@ -31,7 +31,7 @@ def raw_server(write: Write) -> Iterator[str]:
                 length = int(begin.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or 0)
                 while len(body) < length:  # closing a connection with unread bytes resets it
                     body += connection.recv(65536) or bytes(length)
-                write(connection, begin.decode())
+                write(connection, begin.decode("latin-1"))
 
         def accept() -> None:
             with contextlib.suppress(OSError):

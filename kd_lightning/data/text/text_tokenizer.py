@@ -7,12 +7,13 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.chat_template import ChatTemplate, Located
-from kd_lightning.data.conversation import Conversation
+from kd_lightning.data.conversation import ROLES, Conversation
 from kd_lightning.data.text.encode import MARGIN, encode, encode_end, encode_part, encode_start
 from kd_lightning.data.text.long_rows import MANY_TURNS, beginning, first_size
 from kd_lightning.data.text.rendering import date_of, today
@@ -22,6 +23,10 @@ VERSION = "2"
 """Changes when the same settings give other token ids or labels."""
 COUNTS = ("unlocated", "excluded", "left_out", "control_tokens")
 """Columns of a tokenized row that are summed up in the report."""
+_WORD = re.compile(r"""["']([A-Za-z][\w-]{0,39})["']""")
+_FIELDS = frozenset(
+    "role content text type name function arguments parameters tools tool_calls reasoning_content".split()
+)
 Tokens = list[tuple[int, bool]]
 
 
@@ -51,6 +56,12 @@ class TextTokenizer:
         """The chat template these texts are rendered with."""
         now = None if self.date is None else date_of(self.date)
         return ChatTemplate(self.tokenizer, self.chat_template, self.template_kwargs, self.allow_special_tokens, now)
+
+    @property
+    def own_roles(self) -> tuple[str, ...]:
+        """Words that the chat template has as strings, apart from usual roles and fields: roles that it may know."""
+        words = set(_WORD.findall(str(self.chat_template or self.tokenizer.chat_template)))
+        return tuple(sorted(words - ROLES.keys() - _FIELDS))
 
     @property
     def written_date(self) -> str | None:
