@@ -75,9 +75,9 @@ class MaskingParser(LightningArgumentParser):
 class FitParser(MaskingParser):
     """Lightning's parser, whose help opens with the arguments of most runs and lists those of the data."""
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text; that of the program as a whole lists the commands only."""
-        text: str = super().format_help()
+        text: str = super().format_help(*args, **kwargs)
         begin, found, rest = text.partition("\noptions:\n")
         if "--data.help" not in text and "--data " not in text:
             return text
