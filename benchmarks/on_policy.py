@@ -28,9 +28,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import responses
 import torch
 
+import responses
 from kd_lightning import DistillationModule, InstructionDataModule
 from kd_lightning.data.collate import Collator, left_pad
 from kd_lightning.models.generate import Sampling, generate

@@ -29,7 +29,6 @@ from kd_lightning.teachers.base import RunContext, Teacher, models_by_role
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
 from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache, check_types
 from kd_lightning.training.evaluation import evaluate_batch, validation_ce
-from kd_lightning.training.gradients import check_restored_optimizer
 from kd_lightning.training.optimization import AccumulatingModule
 from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
@@ -209,7 +208,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
 
     def on_train_start(self) -> None:
         """Check the restored optimizer, cache the teacher if asked, and catch up on a validation after a resume."""
-        check_restored_optimizer(self.trainer.optimizers[0], self._configured_lr)
+        super().on_train_start()
         if self.teacher_cache and self.teacher is not None and not is_fast_dev_run(self.trainer):
             self.teacher = cached_teacher(self.trainer, self.teacher, self.model.vocabulary, self.device)
         self.rollout.after_resume(self.trainer, lambda: validation_ce(self.trainer, self))
@@ -290,6 +289,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
     # -------------------------------------------------------------------------------------------------- evaluation
     def on_validation_epoch_end(self) -> None:
         """Give the validation loss to the response source."""
+        super().on_validation_epoch_end()
         self.rollout.after_validation(self.trainer, lambda: self.reporter.mean("val", "ce"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -162,7 +162,7 @@ class Regeneration(L.Callback):
         datamodule = self._datamodule(trainer)
         if self.when == "once" and number > 0:
             return
-        every_row = datamodule.generation_rows("train")
+        every_row = datamodule.generation_rows("train", role=self.side)
         missing = set(datamodule.missing_responses(self.side))
         rows = [row for row in every_row if row["index"] in missing] if self.when == "once" else every_row
         if not rows:

@@ -105,7 +105,8 @@ class ResultsTable(L.Callback):
         student = self._student_row(trainer, datamodule, pl_module, means, rows, "student before")
         teacher: ResultRow | None = None
         if module.teacher is not None:
-            match = self._exact_match(trainer, datamodule, teacher_model(module), rows, "teacher")
+            asked = self._for_teacher(datamodule, rows)
+            match = self._exact_match(trainer, datamodule, teacher_model(module), asked, "teacher")
             teacher = {"nll": means["teacher_nll"], "forward_kl": 0.0, "exact_match": match}
         self.rows = {"teacher": teacher, "student_before": student}
 
@@ -142,6 +143,14 @@ class ResultsTable(L.Callback):
         batches = limited_batches(loader, trainer.limit_test_batches)
         means = token_means(trainer, student_and_teacher(module), loader, batches)
         return means, self._rows_of_task(datamodule.generation_rows("test", batches * datamodule.batch_size))
+
+    @staticmethod
+    def _for_teacher(datamodule: DistillationDataModule, rows: list[GenerationRow]) -> list[GenerationRow]:
+        """The same rows with the teacher's own prompts, if it has any."""
+        if not datamodule.teacher_has_own_input:
+            return rows
+        indices = {row["index"] for row in rows}
+        return [row for row in datamodule.generation_rows("test", role="teacher") if row["index"] in indices]
 
     def _rows_of_task(self, rows: list[GenerationRow]) -> list[GenerationRow]:
         tasks = {row["row"].get("task") for row in rows}

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from kd_lightning.cli.error_messages import did_you_mean
 from kd_lightning.paths import expand_path
-from kd_lightning.reporting.moved_classes import update_class_paths
+from kd_lightning.reporting.moved_classes import named_schedule, update_class_paths
 
 if TYPE_CHECKING:  # takes a second to import
     from jsonargparse import Namespace
 
 CONFIGS = {"--config": "", "-c": "", "--trainer": "trainer"}  # folders of the shipped configs that an option names
+SCHEDULER = "--model.lr_scheduler"
 PATHS = ("default_root_dir", "ckpt_path", "baseline", "dirpath", "save_dir")  # arguments that our classes do not read
 _FOLDER_ARGUMENTS = "--trainer.default_root_dir (or --checkpoint.dirpath)"
 PARSER_MODE = "kd_lightning"  # jsonargparse's name of the loader registered below
@@ -61,6 +62,10 @@ def expand_configs(args: Sequence[str]) -> list[str]:
             word = f"{flag}={_checked(shipped_config(value, flag), flag)}"
         elif before in CONFIGS:
             word = _checked(shipped_config(word, before), before)
+        elif before == SCHEDULER or (flag == SCHEDULER and equals):
+            schedule = named_schedule(value if equals else word)
+            word = _updated(SCHEDULER, schedule) if isinstance(schedule, str) else json.dumps(schedule)
+            word = f"{flag}={word}" if equals else word
         elif equals:
             word = f"{flag}={_updated(flag, value)}"
         else:

@@ -16,6 +16,7 @@ import torch
 
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.prompt import parse_question
+from kd_lightning.data.rows.teacher_input import TeacherInput
 from kd_lightning.data.sources import read_rows
 from kd_lightning.data.text.prompt_notice import prompt_notice
 from kd_lightning.data.text.rendering import date_of, today
@@ -84,6 +85,7 @@ def generate(
     patience: float = 180.0,
     progress: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
+    teacher_prompt: str | None = None,
 ) -> None:
     """Write a response to every row of the data, in its order, with all fields of the row.
 
@@ -101,14 +103,14 @@ def generate(
         top_p: sample from the most probable tokens that together have this probability, in (0, 1].
         batch_size: rows per batch, at least 1; with `server`: concurrent requests.
         seed: seed of the samples.
-        max_length: longest prompt and response together, in tokens; a longer prompt keeps its last tokens. None: the
-            model's number of positions.
+        max_length: longest prompt and response, in tokens; a longer prompt keeps its last. None: what the model reads.
         dtype: of the weights, such as float32; auto: as saved.
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         server: address of an OpenAI-compatible server that generates instead of a local model.
         patience: seconds during which requests to a server that does not answer are retried.
         progress: show a progress bar.
         chat_template_kwargs: variables for the chat template of a local model, such as those of the training data.
+        teacher_prompt: what the model reads as the last user turn, as `data.teacher_prompt` of a run; None: that turn.
 
     Raises:
         ValueError: an argument is out of its range; data or model cannot be read; the output holds something else; the
@@ -117,9 +119,8 @@ def generate(
     output = expand_path(output)
     sampling = Sampling(max_new_tokens, temperature, top_p)
     _check_arguments(output, model or server, batch_size=batch_size, max_length=max_length, patience=patience)
-    found = list(read_rows(data, "train"))
-    rows, questions = [row for _, row in found], [parse_question(row, line) for line, row in found]
-    settings = {**asdict(sampling), "seed": seed}
+    rows, questions = _questions(data, TeacherInput(teacher_prompt))
+    settings = {**asdict(sampling), "seed": seed, **({} if teacher_prompt is None else {"prompt": teacher_prompt})}
     if server is not None:
         served = ServerGenerator(OpenAIClient(server, patience), model, sampling, seed)
         with ResponseFile(output, rows, f"{served.model} (server)", settings) as file:
@@ -128,6 +129,12 @@ def generate(
     date = _date_of_output(output)
     local = LocalModel(str(model), sampling, seed, max_length, dtype, device, chat_template_kwargs, date)
     _generate(local, questions, output, rows, {**settings, "batch_size": batch_size}, progress)
+
+
+def _questions(data: str, own: TeacherInput) -> tuple[list[dict[str, Any]], list[Conversation]]:
+    """The rows, and what a model is asked about each."""
+    found = list(read_rows(data, "train"))
+    return [row for _, row in found], [own.conversation(parse_question(row, at), row, at) for at, row in found]
 
 
 def _generate(

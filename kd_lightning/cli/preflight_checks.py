@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,13 +94,14 @@ def _compare_tokenizers(fit: PreparedFit, teacher: str) -> Findings:
             yield level, f"{name} is {one!r} for the teacher and {other!r} for the student: use the same token for both"
     data = fit.datamodule
     chats = [chat for chat in data.conversations("train", COMPARED) if chat.messages] if theirs.chat_template else []
-    used = data.text_tokenizer.chat
-    own = ChatTemplate(theirs, None, data.chat_template_kwargs, now=used.now)
+    text = data.teacher_text_tokenizer
+    used = text.chat
+    own = ChatTemplate(theirs, None, text.template_kwargs, now=used.now)
     if any(own.full_text(chat) != used.full_text(chat) for chat in chats):
         yield (
             "error",
             "the rows are rendered with another chat template than the teacher's: it reads an unknown format; set "
-            "data.chat_template to the teacher's template",
+            "data.chat_template (or data.teacher_chat_template) to the teacher's template",
         )
 
 
@@ -133,6 +137,12 @@ def check_routing(fit: PreparedFit) -> Findings:
     for number, name in enumerate(names):
         if number not in used:
             yield "warning", f"no row of train names teacher {name!r}: remove it from model.teacher.teachers"
+
+
+def check_schedule(fit: PreparedFit) -> Findings:
+    """Schedule and validation fit the run's length, and callbacks watch metrics that are logged."""
+    for text in fit.module.check_run(fit.trainer, fit.datamodule):
+        yield "warning", text
 
 
 def check_optimizer(fit: PreparedFit) -> Findings:
@@ -230,15 +240,42 @@ def check_labels(fit: PreparedFit) -> Findings:
         )
 
 
+def check_teacher_input(fit: PreparedFit) -> Findings:
+    """Both prompts of the first row whose prompts differ, if the teacher has an input of its own, and what differs."""
+    data = fit.datamodule
+    if not data.teacher_has_own_input:
+        return
+    if fit.module.teacher is None:
+        yield "error", "data.teacher_prompt and data.teacher_chat_template need a teacher, and model.teacher is null"
+        return
+    rows = zip(*(data.generation_rows("train", COMPARED, role) for role in ("student", "teacher")), strict=True)
+    pairs = [(student["prompt"], teacher["prompt"]) for student, teacher in rows]
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    if not differing:
+        yield "note", f"the teacher reads the same prompts as the student in the first {len(pairs)} rows"
+        return
+    words = [re.findall(r"\s*\S+", text) for text in differing[0]]
+    parts = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes()
+    changes = [(words[0][a:b], words[1][c:d]) for kind, a, b, c, d in parts if kind != "equal"]
+    only = ["".join(itertools.chain.from_iterable(one)) for one in zip(*changes, strict=True)]
+    yield (
+        "note",
+        f"the student reads {differing[0][0]!r}, the teacher {differing[0][1]!r}; only the student reads {only[0]!r}, "
+        f"only the teacher {only[1]!r}",
+    )
+
+
 DATA_CHECKS: dict[str, Check] = {
     "output": check_output,
     "tokenizers": check_teacher_tokenizer,
     "words": check_responses,
     "callbacks": check_callbacks,
     "optimizer": check_optimizer,
+    "schedule": check_schedule,
     "rows": check_rows,
     "routing": check_routing,
     "prompts": check_prompts,
     "places": check_positions,
     "labels": check_labels,
+    "teacher_input": check_teacher_input,
 }

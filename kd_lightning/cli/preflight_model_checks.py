@@ -17,6 +17,7 @@ from kd_lightning.losses import DistillationLoss
 from kd_lightning.rollout.base import RolloutContext
 from kd_lightning.training.evaluation import evaluated_batches
 from kd_lightning.training.finite_check import OTHER_DTYPE, TEACHER
+from kd_lightning.training.learning_rate.run_length import steps_of_run
 from kd_lightning.training.student import StudentWithLoss
 
 STEPS = 24  # at most, on one batch: Adam's first steps have the size of the learning rate and may raise a good loss
@@ -206,9 +207,9 @@ def _memory(model: StudentWithLoss, optimizer: torch.optim.Optimizer) -> str:
 
 
 def _duration(fit: PreparedFit, seconds: float) -> str:
-    """Time of the run's steps, and how many passes over the rows they are; empty if `max_steps` is not set."""
-    steps = fit.trainer.max_steps
-    if steps <= 0:
+    """Time of the run's steps, and how many passes over the rows they are; empty if their number is not known."""
+    steps = steps_of_run(fit.trainer, fit.datamodule)
+    if not steps:
         return ""
     rows = fit.datamodule.report["train"]["rows"]
     batches = math.ceil(rows / fit.datamodule.batch_size / fit.trainer.world_size)

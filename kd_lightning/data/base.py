@@ -83,9 +83,9 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """How rows become token ids: tokenizer, chat template and maximum length."""
 
     @property
-    def teacher_has_own_input(self) -> bool:
-        """Whether the teacher reads something else than the student (`teacher_input_ids` of a batch)."""
-        return False
+    def teacher_text_tokenizer(self) -> TextTokenizer:
+        """The same for the teacher, which may have a chat template of its own."""
+        return self.text_tokenizer
 
     @property
     @abstractmethod
@@ -125,13 +125,31 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """Sequences per batch on each rank."""
         return self.batch_size
 
+    def batches_per_pass(self, trainer: L.Trainer) -> int | None:
+        """Batches of a rank in one pass over the training data; None: not known before the rows are read.
+
+        Rows whose responses are generated in the run are counted as well, without generating them.
+
+        Args:
+            trainer: of the run; its `limit_train_batches` counts.
+        """
+        return None
+
     @abstractmethod
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
 
+    @property
+    def teacher_has_own_input(self) -> bool:
+        """Whether the teacher reads something else than the student (`teacher_input_ids` of a batch)."""
+        return False
+
     @abstractmethod
-    def longest(self) -> int:
-        """Number of tokens of the longest loaded row; prompts without a response are not included."""
+    def longest(self, role: str = "student") -> int:
+        """Number of tokens of the longest loaded row, as the "student" or the "teacher" reads it.
+
+        Prompts without a response are not included.
+        """
 
     @abstractmethod
     def largest_id(self) -> int:
@@ -143,12 +161,13 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """Every row of a split once over all ranks, with the same number of batches on each rank."""
 
     @abstractmethod
-    def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
+    def generation_rows(self, split: str, first: int | None = None, role: str = "student") -> list[GenerationRow]:
         """Prompt and reference answer of the rows of a split.
 
         Args:
             split: `train`, `val` or `test`; loaded.
             first: only the first rows, at most this many; None: all rows.
+            role: which model is asked, "student" or "teacher", whose prompts may be its own.
         """
 
     @abstractmethod

@@ -9,17 +9,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.data.base import DistillationDataModule, GenerationRow, NamesTokenizer, describe_rows
+from kd_lightning.data.base import NamesTokenizer
 from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
-from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
-from kd_lightning.data.sampler import BatchOrder, ResumableLoader
+from kd_lightning.data.rows.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
+from kd_lightning.data.rows.tokenized_splits import TokenizedSplits
+from kd_lightning.data.sampler import BatchOrder, ResumableLoader, limited
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.text.generation_rows import generation_rows_of
 from kd_lightning.data.text.prompt_notice import COMPARED, prompt_notice
 from kd_lightning.data.text.rendering import date_of, read_template, today
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
-from kd_lightning.data.tokenization import Reader, load_tokenizer, masked_id, prepare, with_template
+from kd_lightning.data.tokenization import (
+    Reader,
+    gather,
+    load_tokenizer,
+    masked_id,
+    read_conversations,
+    tokenize_rows,
+    with_template,
+)
 from kd_lightning.distributed.trainer import (
     completed_epochs,
     data_parallel_rank,
@@ -33,7 +41,7 @@ SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 SHORTEST = 8
 
 
-class InstructionDataModule(DistillationDataModule):
+class InstructionDataModule(TokenizedSplits):
     """Instructions and conversations, as batches in which only the assistant's answers have labels.
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
@@ -66,6 +74,10 @@ class InstructionDataModule(DistillationDataModule):
         allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
             they are words, and only those of the chat template are tokens.
         date: YYYY-MM-DD, for templates that write the date; None: that of the start, which a resumed run keeps.
+        teacher_prompt: what the teacher reads as the last user turn: a format text over the row's fields and `{prompt}`
+            (that turn), such as `"{prompt} Solution: {solution}"`; None: what the student reads.
+        teacher_chat_template: a Jinja template, or a file that holds one, for the teacher; None: the student's.
+        teacher_chat_template_kwargs: variables for the teacher's template, in addition to `chat_template_kwargs`.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -95,6 +107,9 @@ class InstructionDataModule(DistillationDataModule):
         pin_memory: bool = False,
         allow_special_tokens: bool = False,
         date: str | None = None,
+        teacher_prompt: str | None = None,
+        teacher_chat_template: str | None = None,
+        teacher_chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -119,7 +134,8 @@ class InstructionDataModule(DistillationDataModule):
         self.pin_memory = pin_memory
         self.allow_special_tokens = allow_special_tokens
         self.date = today() if date is None else f"{date_of(date):%Y-%m-%d}"
-        self._rows: dict[str, Any] = {}
+        template = read_template(teacher_chat_template, "teacher_chat_template")
+        self.teacher_input = TeacherInput(teacher_prompt, template, teacher_chat_template_kwargs)
 
     # ---------------------------------------------------------------------------------------------------- preparation
     def prepare_data(self) -> None:
@@ -187,9 +203,27 @@ class InstructionDataModule(DistillationDataModule):
         """Read and tokenize a split, and fill `report[split]`; a subclass with other rows overrides it.
 
         Returns:
-            a `datasets.Dataset` with the columns of `prepare`.
+            a `datasets.Dataset` with the columns of `tokenized`.
         """
-        return self.keep_usable(split, prepare(self.sources[split], split, self.text_tokenizer, self.read))
+        rows = gather(
+            self.read or read_conversations,
+            split,
+            {"sources": self.sources[split]},
+            roles=self.text_tokenizer.own_roles,
+        )
+        return self.keep_usable(split, self.tokenized(rows, split))
+
+    def tokenized(self, rows: Any, split: str) -> Any:
+        """Rows with a `conversation`, with the columns of their tokens, also in the teacher's own input."""
+        found = tokenize_rows(rows, split, self.text_tokenizer)
+        if not self.teacher_has_own_input:
+            return found
+        return with_teacher_input(found, split, self.teacher_input, self.text_tokenizer)
+
+    @property
+    def add_teacher_input(self) -> AddTeacherInput | None:
+        """Adds the teacher's own input to a tokenized row; None if it has none."""
+        return AddTeacherInput(self.teacher_input, self.text_tokenizer) if self.teacher_has_own_input else None
 
     def keep_usable(self, split: str, rows: Any) -> Any:
         """The rows that can be trained on; the others are counted in `report[split]`.
@@ -209,9 +243,8 @@ class InstructionDataModule(DistillationDataModule):
         if is_overfitting(self.trainer):  # Lightning expects a plain loader in file order then
             return self._plain_loader("train")
         loader = self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
-        limit = limit_batches(self.trainer, "train")
         loader.sampler.start_at(completed_epochs(self.trainer), 0)  # loaders may be rebuilt in every epoch
-        loader.sampler.limit_pass(int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader)))
+        loader.sampler.limit_pass(limited(len(loader), limit_batches(self.trainer, "train")))
         return loader
 
     def val_dataloader(self) -> ResumableLoader | list[dict[str, Tensor]]:
@@ -284,37 +317,3 @@ class InstructionDataModule(DistillationDataModule):
     def pad_id(self) -> int:
         """The token id of padding; the attention mask, not the id, marks what is padding."""
         return masked_id(self.tokenizer)
-
-    # ------------------------------------------------------------------------------------------------------- the rows
-    @property
-    def splits(self) -> list[str]:
-        """The splits that are loaded."""
-        return list(self._rows)
-
-    def description(self) -> dict[str, str]:
-        """One line per loaded split that changes when its rows change."""
-        return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
-
-    def longest(self) -> int:
-        """Number of tokens of the longest loaded row; prompts without a response are not included."""
-        tokenized = [rows for rows in self._rows.values() if "length" in rows.column_names]
-        return max((max(rows["length"][:], default=0) for rows in tokenized), default=0)
-
-    def largest_id(self) -> int:
-        """The largest token id in the loaded rows."""
-        tokenized = [rows for rows in self._rows.values() if "input_ids" in rows.column_names]
-        return max((max(ids, default=0) for rows in tokenized for ids in rows["input_ids"]), default=0)
-
-    def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split."""
-        return generation_rows_of(self._rows[split], self.text_tokenizer, first)
-
-    def conversations(self, split: str, first: int) -> list[Conversation]:
-        """The first rows of a split as conversations."""
-        rows = self._rows[split]
-        return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
-
-    def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
-        """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""
-        locations = dict(zip(self._rows[split]["row_id"][:], self._rows[split]["location"][:], strict=True))
-        return [locations[row_id] for row_id in row_ids if row_id in locations]

@@ -82,25 +82,6 @@ def with_template(
     return tokenizer
 
 
-def prepare(sources: list[str], split: str, tokenizer: TextTokenizer, read: Reader | None = None) -> Any:
-    """All rows of the sources, tokenized: a `datasets.Dataset` that is cached on disk by its fingerprint.
-
-    Its columns are those of `TextTokenizer.tokenize`, and `row` (the fields, as JSON), `conversation` (as JSON),
-    `location` (file and line) and `row_id` (the row's number among all rows).
-
-    Args:
-        sources: files, folders and names.
-        split: which split of a folder or hub name.
-        tokenizer: how rows become token ids.
-        read: called with `split` and `sources`, yields these four columns; None: instructions and conversations.
-
-    Raises:
-        ValueError: a source or a row cannot be read, or the template refuses a row; the message has file and line.
-    """
-    rows = gather(read or read_conversations, split, {"sources": sources}, roles=tokenizer.own_roles)
-    return tokenize_rows(rows, split, tokenizer)
-
-
 def gather(
     read: Reader,
     split: str,

@@ -115,35 +115,40 @@ class DistillationLoss(nn.Module):
         teacher_logits: Tensor | TopK | None,
         labels: Tensor,
         rows: Mapping[str, Tensor] | None = None,
+        teacher_labels: Tensor | None = None,
     ) -> LossParts:
         """Loss from logits.
 
         Args:
             student_logits: [B, T, V] (or [T, V]), before any temperature.
-            teacher_logits: [B, T, Vt]; if Vt differs from V (padding), both are cut to the shared vocabulary and
-                normalized again. `TopK`: top-k log-probabilities. None: no teacher, with `ce_weight=1`.
+            teacher_logits: [B, T, Vt] ([B, Tt, Vt] with `teacher_labels`); if Vt differs from V (padding), both are
+                cut to the shared vocabulary and normalized again. `TopK`: top-k log-probabilities. None: no teacher,
+                with `ce_weight=1`.
             labels: integers [B, T] (or [T]: one response), aligned with the logits; −100: no label.
             rows: extra inputs per token of the objective and the label loss, [B, T], or [B] for all tokens of a
                 response.
+            teacher_labels: labels [B, Tt] in the teacher's own input, as many in each response as in `labels`: the
+                k-th of a response is the same token on both sides. None: `labels`.
 
         Raises:
             ValueError: shapes, devices or labels do not match.
         """
         check_tokens("student_logits", student_logits, labels)
-        vocabulary = student_logits.shape[-1]
+        vocabulary, where = student_logits.shape[-1], labels if teacher_labels is None else teacher_labels
         if isinstance(teacher_logits, TopK):
-            vocabulary = check_top_k(teacher_logits, vocabulary, labels)
+            vocabulary = check_top_k(teacher_logits, vocabulary, where)
         elif teacher_logits is not None:
-            check_tokens("teacher_logits", teacher_logits, labels)
+            check_tokens("teacher_logits", teacher_logits, where)
             vocabulary = min(vocabulary, teacher_logits.shape[-1])
         mask = LabelMask(labels, vocabulary)
+        index = mask.index_in(teacher_labels)
         student = GivenLogits(_flat(student_logits), mask.index, vocabulary)
         teacher: LogitSource | None = None
         if isinstance(teacher_logits, TopK):
-            teacher = TopKLogits(teacher_logits.select(mask.index))
+            teacher = TopKLogits(teacher_logits.select(index))
         elif teacher_logits is not None:
             # `detach` shares its version counter with the user's tensor, by which a recomputation notices a change
-            teacher = GivenLogits(_flat(teacher_logits.detach()), mask.index, vocabulary)
+            teacher = GivenLogits(_flat(teacher_logits.detach()), index, vocabulary)
         return self._compute(student, teacher, mask, rows)
 
     @opaque_to_compile
@@ -155,6 +160,7 @@ class DistillationLoss(nn.Module):
         teacher_head: Head | Tensor | None,
         labels: Tensor,
         rows: Mapping[str, Tensor] | None = None,
+        teacher_labels: Tensor | None = None,
     ) -> LossParts:
         """Loss from hidden states, without materializing the logits of all tokens.
 
@@ -164,29 +170,32 @@ class DistillationLoss(nn.Module):
         Args:
             student_hidden: [B, T, H] (or [T, H]), after the last norm.
             student_head: a weight [V, H], or a `Head`.
-            teacher_hidden: [B, T, Ht]; `TopK`: top-k log-probabilities, without a head; None: no teacher, with
-                `ce_weight=1`.
+            teacher_hidden: [B, T, Ht] ([B, Tt, Ht] with `teacher_labels`); `TopK`: top-k log-probabilities, without a
+                head; None: no teacher, with `ce_weight=1`.
             teacher_head: a weight [Vt, Ht], or a `Head`.
             labels: as in `from_logits`.
             rows: as in `from_logits`.
+            teacher_labels: as in `from_logits`.
 
         Raises:
             ValueError: shapes, devices or labels do not match.
         """
         head = check_head("student", student_hidden, student_head, labels)
         vocabulary, other = head.vocabulary, None
+        where = labels if teacher_labels is None else teacher_labels
         if isinstance(teacher_hidden, TopK):
-            vocabulary = check_top_k(teacher_hidden, vocabulary, labels)
+            vocabulary = check_top_k(teacher_hidden, vocabulary, where)
         elif teacher_hidden is not None:
-            other = check_head("teacher", teacher_hidden, teacher_head, labels)
+            other = check_head("teacher", teacher_hidden, teacher_head, where)
             vocabulary = min(vocabulary, other.vocabulary)
         mask = LabelMask(labels, vocabulary)
+        index = mask.index_in(teacher_labels)
         student = ProjectedLogits(_flat(student_hidden), head, mask.index, vocabulary)
         teacher: LogitSource | None = None
         if isinstance(teacher_hidden, TopK):
-            teacher = TopKLogits(teacher_hidden.select(mask.index))
+            teacher = TopKLogits(teacher_hidden.select(index))
         elif teacher_hidden is not None and other is not None:
-            teacher = ProjectedLogits(_flat(teacher_hidden.detach()), other, mask.index, vocabulary)
+            teacher = ProjectedLogits(_flat(teacher_hidden.detach()), other, index, vocabulary)
         return self._compute(student, teacher, mask, rows)
 
     def _compute(

@@ -30,6 +30,7 @@ def distillation_loss(
     rows: Mapping[str, Tensor] | None = None,
     label_loss: LabelLoss | None = None,
     square_temperature: bool = True,
+    teacher_labels: Tensor | None = None,
 ) -> Tensor:
     r"""Distillation loss from the logits of both models; 0 without labels.
 
@@ -44,6 +45,8 @@ def distillation_loss(
         rows: extra inputs per token of the objective and the label loss, [B, T] or [B].
         label_loss: the loss on the label's log-probability; None: `CrossEntropy()`.
         square_temperature: whether the divergence is multiplied by T².
+        teacher_labels: labels [B, Tt] in the teacher's own input; the k-th of a row is the same token on both sides.
+            None: `labels`.
 
     Returns:
         The loss, 0-d; [B, T] with reduction "none".
@@ -53,7 +56,7 @@ def distillation_loss(
     """
     settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
     loss = _loss(*settings, chunk=None, compile=False)
-    return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows), reduction)
+    return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows, teacher_labels), reduction)
 
 
 @opaque_to_compile
@@ -73,6 +76,7 @@ def fused_distillation_loss(
     square_temperature: bool = True,
     chunk: int | None = None,
     compile: bool | None = None,
+    teacher_labels: Tensor | None = None,
 ) -> Tensor:
     r"""`distillation_loss` from hidden states and LM heads, without materializing the logits of all tokens.
 
@@ -94,6 +98,7 @@ def fused_distillation_loss(
         square_temperature: whether the divergence is multiplied by T².
         chunk: tokens whose logits are in memory at a time; None: within a budget of bytes.
         compile: as in `DistillationLoss`; all calls with the same `objective` object share one compilation.
+        teacher_labels: as in `distillation_loss`.
 
     Returns:
         The loss, 0-d; [B, T] with reduction "none".
@@ -103,7 +108,7 @@ def fused_distillation_loss(
     """
     settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
     loss = _loss(*settings, chunk=chunk, compile=compile)
-    parts = loss.from_hidden(student_hidden, student_head, teacher_hidden, teacher_head, labels, rows)
+    parts = loss.from_hidden(student_hidden, student_head, teacher_hidden, teacher_head, labels, rows, teacher_labels)
     return _reduced(parts, reduction)
 
 

@@ -166,24 +166,27 @@ class TeacherMixture(LogitsProcessor):
         model: the other model, a causal LM with the same tokens.
         share: a in [0, 1].
         temperature: of both distributions, > 0.
-        attention_mask: of the prompts, [B, T].
+        input_ids: the other model's prompts, padded on the left, [B, T].
+        attention_mask: of these prompts, [B, T].
     """
 
-    def __init__(self, model: PreTrainedModel, share: float, temperature: float, attention_mask: Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, share: float, temperature: float, input_ids: Tensor, attention_mask: Tensor
+    ) -> None:
         self.model = model
         self.share = share
         self.temperature = temperature
-        self.mask = attention_mask
+        self.prompt, self.mask = input_ids, attention_mask
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
         self._read = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits that the temperature of generation turns into the mixture."""
-        new = input_ids[:, self._read :]
-        grown = input_ids.shape[1] - self.mask.shape[1]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(new), grown)], 1)
-        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, self._read :]
+        new = self.prompt if self._cache is None else input_ids[:, self._read :]
+        if self._cache is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(new.shape)], 1)
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
         inputs: dict[str, Any] = {"input_ids": new, "attention_mask": self.mask, "use_cache": True}
         inputs["cache"] = self._cache
         if self._takes_positions:  # other models take them from the attention mask, or have none

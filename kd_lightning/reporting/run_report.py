@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kd_lightning.constants import moves_objective
 from kd_lightning.reporting.figures import as_markdown, curves
@@ -27,20 +27,23 @@ CHARTS = {
 }
 
 
-def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str, str]]) -> str:
+def page(
+    run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str, str]], notes: Iterable[str] = ()
+) -> str:
     """The text of the report.
 
     Args:
         run: the run's folder.
         rows: the data module's report: counts of rows by split.
         samples: test rows, each with its prompt, its answer and the responses by name of the model.
+        notes: further warnings.
     """
     out = [f"# {markdown_text(run.root.name)}"]
     if run.results is not None:
         out += ["## Test rows", markdown_table(["", *HEADINGS.values()], formatted_results(run.results))]
     if answers := list(_answers(run)):
         out += ["## Responses to test rows", markdown_table(["", "student", "teacher"], answers)]
-    found = list(warnings(run, rows))
+    found = [*map(markdown_text, notes), *warnings(run, rows)]
     out += ["## Warnings", "\n".join(f"- {text}" for text in found) or "None."]
     figures = list(_figures(run))
     out += ["## Curves", *(figures or ["No logger saved TensorBoard events or a metrics.csv in this folder."])]

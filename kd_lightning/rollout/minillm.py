@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS
 from kd_lightning.engine.validation import check_count, check_temperature
 from kd_lightning.models.generate import Sampling
 from kd_lightning.rollout.base import ResponseSource, RolloutContext, unsharded_model
@@ -111,7 +111,9 @@ class MiniLLM(ResponseSource):
                 self.memory.push(gather_rows(batch, context.ranks))
             return batch
         if self.memory.filled == 0:  # no row had a prompt to respond to
-            return {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX), **self._columns(batch)}
+            names = [name for name in ("labels", TEACHER_FIELDS["labels"]) if name in batch]
+            empty = {name: torch.full_like(batch[name], IGNORE_INDEX) for name in names}
+            return {**batch, **empty, **self._columns(batch)}
         order = context.order(self.memory.filled, context.step - turn)
         size = len(batch["labels"])
         first = (turn * context.accumulate + context.micro) * size * context.ranks

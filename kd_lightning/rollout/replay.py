@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.constants import TEACHER_FIELDS, teacher_view
 from kd_lightning.distributed.checkpoint_io import ResizableState
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.validation import check_count
@@ -74,8 +75,9 @@ class ReplayBuffer(nn.Module, ResizableState):
     def rows(self, index: Tensor) -> Batch:
         """The rows at `index` as a batch, as wide as the longest of them."""
         found = {name: column[index.to(column.device)] for name, column in self.columns.items()}
-        width = int(found["attention_mask"].sum(1).max())
-        found = {name: column[:, :width] if column.ndim == 2 else column for name, column in found.items()}
+        width, own = (int(mask["attention_mask"].sum(1).max()) for mask in (found, teacher_view(found)))
+        widths = dict.fromkeys(found, width) | dict.fromkeys(TEACHER_FIELDS.values(), own)
+        found = {name: column[:, : widths[name]] if column.ndim == 2 else column for name, column in found.items()}
         return {name: column.long() if column.dtype == torch.int32 else column for name, column in found.items()}
 
     def resize_to(self, state: Mapping[str, Tensor]) -> None:

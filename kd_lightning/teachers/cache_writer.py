@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.console import progress_bar
+from kd_lightning.constants import teacher_view
 from kd_lightning.distributed.signals import StopRequest, finish_on_signal, stop
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
@@ -143,7 +144,7 @@ def _fill(
     found = {}
     for split in data.splits:
         reader, digest = CacheReader(folder, manifest.digest), DataDigest()  # a row may be in two splits
-        for batch in progress_bar(data.every_row(split), f"Teacher, {split}", shown=bar):
+        for batch in map(teacher_view, progress_bar(data.every_row(split), f"Teacher, {split}", shown=bar)):
             _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks, request)
         writer.flush()
         digest.sums = ranks.sum_over_ranks(digest.sums)
@@ -188,7 +189,7 @@ def cache_teacher(
 
 def _add_new_rows(
     teacher: Teacher,
-    batch: dict[str, Tensor],
+    batch: Mapping[str, Tensor],
     manifest: CacheManifest,
     reader: CacheReader,
     writer: CacheWriter,
@@ -213,7 +214,7 @@ def _add_new_rows(
 
 
 @torch.no_grad()
-def _outputs(teacher: Teacher, batch: dict[str, Tensor], manifest: CacheManifest) -> dict[str, Tensor]:
+def _outputs(teacher: Teacher, batch: Mapping[str, Tensor], manifest: CacheManifest) -> dict[str, Tensor]:
     """The teacher's outputs at labeled tokens of a batch, by name, on the CPU."""
     head, mask = teacher.head, next_token_mask(batch["labels"])
     device = torch.device("cpu") if head is None else head.weight.device

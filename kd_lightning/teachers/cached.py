@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from kd_lightning.constants import teacher_view
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
@@ -131,7 +132,7 @@ class CachedTeacher(Teacher):
         reader = self._opened()
         for split in data.splits:
             digest, missing = DataDigest(), []
-            for batch in data.every_row(split):
+            for batch in map(teacher_view, data.every_row(split)):
                 keys, labeled = row_keys(batch), next_token_mask(batch["labels"]).any(1)
                 digest.add(keys[labeled])
                 missing += batch["row_ids"][labeled & (reader.find(keys) < 0)].tolist()

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kd_lightning.divergences import described
 from kd_lightning.models.lora import LoRA
 from kd_lightning.schedules import Weight
 from kd_lightning.teachers.base import Teacher
+from kd_lightning.training.learning_rate.schedulers import steps_given
 
 MODEL = "a folder, a hub name, an `asset:` name or a loaded model"
 TYPES: dict[str, tuple[tuple[Any, ...], str]] = {  # what an argument may be, in types and in words
@@ -90,6 +91,7 @@ def check_teacher_cache(teacher: Any, responses: object | None) -> None:
 
 
 REFUSALS = (ValueError, TypeError, ArithmeticError)  # what a class raises at an argument
+MANY = 1000  # steps of the run for which a scheduler is tried
 TORCH_WORDS = {"learning rate": "lr", "beta parameter": "betas", "epsilon value": "eps"}  # in torch's messages
 
 
@@ -116,7 +118,8 @@ def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCalla
     if lr_scheduler is None:
         return
     try:
-        scheduler = lr_scheduler(built)
+        with steps_given(MANY):
+            scheduler = lr_scheduler(built)
         _check_signs(scheduler)
         _check_rates("model.lr_scheduler", built)
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -133,9 +136,8 @@ def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCalla
 
 def _check_signs(scheduler: Any) -> None:
     """Refuse negative numbers among the arguments of one of torch's schedulers, and periods of 0 steps."""
-    if not type(scheduler).__module__.startswith("torch."):
-        return
-    for name in inspect.signature(type(scheduler).__init__).parameters:
+    torchs = next((one for one in type(scheduler).__mro__ if one.__module__.startswith("torch.")), LRScheduler)
+    for name in inspect.signature(torchs).parameters:
         number = vars(scheduler).get(name)
         least = 1 if name in ("step_size", "T_max", "T_0", "T_mult", "total_steps") else 0
         if name != "last_epoch" and isinstance(number, (int, float)) and not number >= least:

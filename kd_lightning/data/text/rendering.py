@@ -73,7 +73,7 @@ def refusals(variables: Any, now: datetime | None = None) -> Iterator[None]:
         raise ValueError(f"the chat template refuses this row: {text}") from None
 
 
-def read_template(template: str | None) -> str | None:
+def read_template(template: str | None, name: str = "chat_template") -> str | None:
     """A chat template from a file; a Jinja template is returned as it is.
 
     Raises:
@@ -87,12 +87,12 @@ def read_template(template: str | None) -> str | None:
             raise OSError
         if path.stat().st_size > 4 * LONGEST_TEMPLATE:
             raise ValueError(
-                f"chat_template {template!r} has {path.stat().st_size} bytes: it must be a file of at most "
+                f"{name} {template!r} has {path.stat().st_size} bytes: it must be a file of at most "
                 f"{LONGEST_TEMPLATE} characters"
             )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
-        raise ValueError(f"chat_template {template!r} is not UTF-8 ({byte}): save the file as UTF-8") from None
+        raise ValueError(f"{name} {template!r} is not UTF-8 ({byte}): save the file as UTF-8") from None
     except OSError:
-        raise ValueError(f"chat_template must be a Jinja template or a file that holds one, got {template!r}") from None
+        raise ValueError(f"{name} must be a Jinja template or a file that holds one, got {template!r}") from None
