@@ -41,6 +41,7 @@ from kd_lightning.callbacks.samples import Samples
 from kd_lightning.callbacks.tensorboard import Dashboard, RunLogger
 from kd_lightning.cli.checks.arguments import check_arguments, check_sections
 from kd_lightning.cli.checks.changed_classes import changed_class_notices
+from kd_lightning.cli.checks.help_text import help_opening
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
 from kd_lightning.cli.configs import (
     FILES_READ,
@@ -71,6 +72,18 @@ class MaskingParser(LightningArgumentParser):
         return redact_yaml(super().dump(*args, **kwargs), read_config)
 
 
+class FitParser(MaskingParser):
+    """Lightning's parser, whose help opens with the arguments of most runs and lists those of the data."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help text; that of the program as a whole lists the commands only."""
+        text: str = super().format_help(*args, **kwargs)
+        begin, found, rest = text.partition("\noptions:\n")
+        if "--data.help" not in text and "--data " not in text:
+            return text
+        return f"{begin}\n{help_opening(InstructionDataModule)}{found}{rest}" if found else text
+
+
 class TrainerCLI(LightningCLI):
     """Parses one of `fit`, `validate`, `test` and `predict`, builds its objects, and runs it.
 
@@ -94,13 +107,13 @@ class TrainerCLI(LightningCLI):
             DistillationModule,
             InstructionDataModule,
             subclass_mode_data=True,  # `--data ContrastiveDataModule`; InstructionDataModule by default
-            parser_class=MaskingParser,
             save_config_callback=None,  # `RunConfig` saves it
             seed_everything_default=42,
             trainer_defaults={"use_distributed_sampler": False, "max_epochs": 1, "enable_model_summary": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs=_parser_kwargs(),
+            parser_class=FitParser,
             args=list(args),
         )
 
@@ -212,7 +225,10 @@ class TrainerCLI(LightningCLI):
             kwargs["logger"] = RunLogger(self.root, name="", version="tensorboard")
         kwargs["plugins"] = [*_as_list(config.plugins), AtomicCheckpointIO()]
         kwargs["callbacks"] = self._callbacks(config)
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ImportError) as error:
+            raise ValueError(f"trainer: {error}") from error
         # `RunConfig` is the first to write: after the others have checked the run
         trainer.callbacks.sort(key=lambda one: isinstance(one, RunConfig))  # type: ignore[attr-defined]
         return trainer

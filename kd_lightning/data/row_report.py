@@ -90,7 +90,10 @@ def no_usable_rows(sources: Sequence[str], rows: Any, max_length: int) -> ValueE
     """The error for a split without any row that can be trained on."""
     names, empty, first = ", ".join(sources), rows["empty"][:], rows["first_label"][:]
     if all(empty):
-        return ValueError(f"{names}: {_why_empty(rows)}: training needs at least one row with an answer")
+        return ValueError(
+            f"{names}: {_why_empty(rows)}: training needs at least one row with an answer; `kd-lightning generate "
+            "--data FILE --output OUT.jsonl` generates responses to prompts without answers"
+        )
     if differing := [n for n, text in enumerate(differences_of(rows)) if text]:
         return ValueError(
             f"{rows['location'][differing[0]]}: the teacher's chat template writes the answer as "

@@ -50,10 +50,8 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     elif path.suffix in SUFFIXES:
         rows = _read_lines(source, path)
     else:
-        hint = ""
-        if path.suffix == ".csv":
-            hint = f" (`datasets.load_dataset('csv', data_files={source!r})['train'].to_json('rows.jsonl')` writes one)"
-        raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {', '.join(SUFFIXES)}{hint}")
+        kinds = ", ".join(SUFFIXES)
+        raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {kinds}{_way_out(source)}")
     empty = True
     for location, row in rows:
         if not isinstance(row, dict):
@@ -62,6 +60,18 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield location, row
     if empty:
         raise ValueError(f"{source}: empty, it has no rows")
+
+
+def _way_out(source: str) -> str:
+    """How a file of another kind becomes one that is read."""
+    suffix = Path(source).suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        tabs = ", sep='\\t'" if suffix == ".tsv" else ""
+        made = f"`datasets.load_dataset('csv', data_files={source!r}{tabs})['train'].to_json('rows.jsonl')`"
+        return f" ({made} writes one)"
+    if suffix in ("", ".txt", ".text", ".md"):
+        return ' (for plain text, write a .jsonl file with lines {"prompt": "", "completion": TEXT})'
+    return ' (write a .jsonl file with lines such as {"prompt": TEXT, "completion": TEXT})'
 
 
 def fingerprint(source: str, split: str) -> str:

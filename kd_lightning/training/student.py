@@ -265,7 +265,7 @@ class StudentWithLoss(ShardableStudent):
 
 
 def _columns(batch: dict[str, Tensor], has_teacher: bool = True) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """Labels, extra inputs per token, and labels of the teacher's own input if there is one; no first token."""
+    """Labels, extra inputs per token, and labels of the teacher's own input if any, each without the first token."""
     columns = {name: column for name, column in batch.items() if name not in NOT_COLUMNS}
     own = batch.get(TEACHER_FIELDS["labels"]) if has_teacher else None
     shifted = {name: column[:, 1:] if column.ndim == 2 else column for name, column in columns.items()}
