@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.trainer_cli import TrainerCLI
+from kd_lightning.constants import teacher_view
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.engine.label_mask import next_token_mask
@@ -165,7 +166,7 @@ class PreparedFit:
         with torch.no_grad(), forward_context(self.trainer):
             found = logits(model, self.batches[0]["input_ids"], self.batches[0]["attention_mask"])
         model.train()
-        return self._labeled(found)
+        return self._labeled(found, self.batches[0]["labels"])
 
     @cached_property
     def teacher_log_probs(self) -> Tensor | None:
@@ -174,12 +175,13 @@ class PreparedFit:
             return None
         assert self.model is not None  # loads both
         with torch.no_grad(), forward_context(self.trainer):
-            found = self.module.teacher.logits(self.batches[0])
-        return self._labeled(found) if isinstance(found, Tensor) else None
+            found = self.module.teacher.logits(teacher_view(self.batches[0]))
+        return self._labeled(found, teacher_view(self.batches[0])["labels"]) if isinstance(found, Tensor) else None
 
-    def _labeled(self, logits: Tensor) -> Tensor:
+    @staticmethod
+    def _labeled(logits: Tensor, labels: Tensor) -> Tensor:
         """Log-probabilities at the first `TOKENS` positions whose next token has a label."""
-        index = next_token_mask(self.batches[0]["labels"]).reshape(-1).nonzero().squeeze(1)[:TOKENS]
+        index = next_token_mask(labels).reshape(-1).nonzero().squeeze(1)[:TOKENS]
         return log_softmax(logits[:, :-1].reshape(-1, logits.shape[-1])[index])
 
     @property

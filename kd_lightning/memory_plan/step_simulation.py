@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from kd_lightning.console import progress_bar
-from kd_lightning.constants import TEACHER_INDEX
+from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX
 from kd_lightning.distributed.dtensor import is_sharded, local_shard
 from kd_lightning.distributed.fsdp2 import transformer_layers
 from kd_lightning.distributed.trainer import gradients_are_bucket_views
@@ -40,10 +40,13 @@ class StepSimulation:
         trainer: of as many CPU devices as there are ranks.
         plan: receives the figures.
         gpu: whether the plan is for GPUs.
+        own_input: whether the teacher has an input of its own; it is assumed to be as long as the student's.
     """
 
-    def __init__(self, module: DistillationModule, trainer: L.Trainer, plan: Plan, gpu: bool) -> None:
-        self.module, self.trainer, self.plan, self.gpu = module, trainer, plan, gpu
+    def __init__(
+        self, module: DistillationModule, trainer: L.Trainer, plan: Plan, gpu: bool, own_input: bool = False
+    ) -> None:
+        self.module, self.trainer, self.plan, self.gpu, self.own_input = module, trainer, plan, gpu, own_input
         self.strategy = trainer.strategy
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Tracker(self.fake)
@@ -216,6 +219,8 @@ class StepSimulation:
         rows, length = self.plan.batch
         ids = torch.ones(rows, length, dtype=torch.long)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        if self.own_input:
+            batch |= {TEACHER_FIELDS[name]: column.clone() for name, column in batch.items()}
         batch["source"] = torch.arange(rows) * 2 // max(rows, 1) + 1  # one half from the teacher, one from the student
         if (count := len(self._teachers())) > 1:
             batch[TEACHER_INDEX] = torch.arange(rows) % count

@@ -50,7 +50,7 @@ def _check(role: str, model: nn.Module, datamodule: LoadedRows) -> Iterator[str]
             f"token {largest} ({token!r}) of the data is outside of the {role}'s {known} embeddings: call "
             "resize_token_embeddings on the model, or do not add tokens to the tokenizer"
         )
-    positions, longest = max_positions(base_model(model)), datamodule.longest(role)
+    positions, longest = max_positions(base_model(model)), datamodule.longest(role.split()[0])
     if positions is None or longest <= positions:
         return
     text = f"a row has {longest} tokens and the {role} max_position_embeddings of {positions}: lower data.max_length"

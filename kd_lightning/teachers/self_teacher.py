@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.constants import TEACHER_FIELDS
 from kd_lightning.distributed.dtensor import local_shard, tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import head_settings
@@ -21,7 +22,7 @@ from kd_lightning.teachers.base import RunContext, StudentModel, Teacher, Tokeni
 from kd_lightning.teachers.hf import CausalLMTeacher
 
 MODES = ("live", "ema", "frozen")
-OWN_INPUT = "teacher_input_ids"  # in a batch whose teacher reads something else than the student
+OWN_INPUT = TEACHER_FIELDS["input_ids"]  # in a batch whose teacher reads something else than the student
 LIVE_NEEDS_INPUT = (
     "teacher SelfTeacher(mode='live') is the student itself, and its loss is zero without an input of its own: set "
     "data.teacher_prompt (or data.teacher_chat_template), or pass mode='ema' or mode='frozen'"

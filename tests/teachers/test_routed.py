@@ -16,16 +16,19 @@ from architectures import VOCABULARY, tiny
 from kd_lightning import (
     TAID,
     DistillationModule,
+    ForwardKL,
     HFTeacher,
     OffloadedTeacher,
     OnPolicy,
     RoutedTeacher,
     SelfTeacher,
     Teacher,
+    TeacherEntropyGate,
+    Weighted,
 )
 from kd_lightning.assets import resolve
 from kd_lightning.cli.program import main
-from kd_lightning.constants import TEACHER_INDEX
+from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX
 from kd_lightning.data import ContrastiveDataModule, InstructionDataModule
 from kd_lightning.distributed.dtensor import full_state_dict, is_sharded
 from kd_lightning.engine.head import Head
@@ -149,6 +152,44 @@ def test_a_single_teacher_is_that_teacher() -> None:
     expected, single = loss_of(student, HFTeacher(teacher), {k: v for k, v in batch.items() if k != TEACHER_INDEX})  # type: ignore[arg-type]
     assert torch.equal(found.loss, expected.loss)
     assert all(torch.equal(gradient[name], x) for name, x in single.items())
+
+
+def test_teachers_that_read_an_input_of_their_own() -> None:
+    """Longer prompts on the teachers' side, one token more for each row than for the row before."""
+    batch, teachers, student = routed_rows(), kinds(), tiny("llama")
+    shape = (9, 14 + 9)
+    own = {name: torch.full(shape, fill) for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))}
+    for n in range(9):
+        for name, fill in (("input_ids", 5), ("attention_mask", 1), ("labels", -100)):
+            own[name][n, :n] = fill
+            own[name][n, n : n + 14] = batch[name][n]
+    batch |= {TEACHER_FIELDS[name]: column for name, column in own.items()}
+    found, gradient = loss_of(student, RoutedTeacher(dict(teachers)), batch, ce_weight=0.3)
+    total = {name: torch.zeros_like(x) for name, x in gradient.items()}
+    for number, teacher in enumerate(teachers.values()):
+        rows_of_it = batch[TEACHER_INDEX] == number
+        alone = {name: column[rows_of_it] for name, column in batch.items() if name != TEACHER_INDEX}
+        _, single = loss_of(student, teacher, alone, ce_weight=0.3)
+        total = {name: x + single[name] for name, x in total.items()}
+    for name, x in total.items():
+        torch.testing.assert_close(gradient[name], x, atol=3e-5, rtol=1e-4)
+    plain = {name: column for name, column in batch.items() if name not in TEACHER_FIELDS.values()}
+    other, _ = loss_of(student, RoutedTeacher(dict(teachers)), plain, ce_weight=0.3)
+    assert (other.loss.detach() - found.loss.detach()).abs() > 1e-3
+
+
+def test_token_weights_are_summed_over_the_teachers() -> None:
+    batch, student = routed_rows(), tiny("llama")
+    plain = {"math": tiny("llama"), "code": tiny("llama"), "prose": tiny("llama")}
+    objective = Weighted(ForwardKL(), TeacherEntropyGate(4.0))
+    found, _ = loss_of(student, RoutedTeacher(dict(plain)), batch, objective=objective)
+    single = []
+    for number, teacher in enumerate(plain.values()):
+        own = {name: column[batch[TEACHER_INDEX] == number] for name, column in batch.items() if name != TEACHER_INDEX}
+        single.append(loss_of(student, HFTeacher(teacher), own, objective=objective)[0].token_weights)  # type: ignore[arg-type]
+    assert found.token_weights.keys() == single[0].keys() and found.token_weights
+    for path, x in found.token_weights.items():
+        torch.testing.assert_close(x, sum(one[path] for one in single))
 
 
 def test_components_and_schedules_of_a_routed_step() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -413,3 +414,52 @@ def test_two_ranks_are_one_process_and_resume(tmp_path: Path) -> None:
         )
         for key, x in one.items():
             close(other[key], x)
+
+
+# ------------------------------------------------------------------------------------------------------ an own input
+def hinted(folder: Path, rows: int = 24) -> Path:
+    """Rows whose teacher may read the answer."""
+    path = runs.little_data(folder, rows)
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    text = "\n".join(json.dumps({**row, "hint": row["output"]}, ensure_ascii=False) for row in found)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def run_by_the_program(root: Path, data: Path, *extra: str) -> dict[str, Tensor]:
+    sources = [item for split in ("train", "val") for item in (f"--data.{split}", str(data))]
+    prompt = ["--data.teacher_prompt", "{prompt} The answer is {hint}"]
+    few = ["--data.test", "null", "--trainer.val_check_interval", "2"]
+    assert main([*runs.little(root, steps=3), *sources, *prompt, *few, *extra]) == 0
+    return runs.student(root)
+
+
+def test_runs_that_read_an_input_of_their_own(tmp_path: Path) -> None:
+    """Live and decay 0, frozen and decay 1 are the same runs, on the data's responses and on the student's."""
+    data, found = hinted(tmp_path), {}
+    policy = ["--model.responses", "OnPolicy", "--model.responses.share", "1", "--model.responses.max_new_tokens", "4"]
+    modes = {"live": ("live", "0.5"), "zero": ("ema", "0"), "frozen": ("frozen", "0.5"), "one": ("ema", "1")}
+    for name, (mode, decay) in modes.items():
+        chosen = words(mode, "--model.teacher.decay", decay)
+        found[name] = run_by_the_program(tmp_path / name, data, *chosen, *(policy if name in ("live", "zero") else []))
+    for one, other in (("live", "zero"), ("frozen", "one")):
+        assert all(torch.equal(x, found[other][name]) for name, x in found[one].items())
+    assert any(not torch.equal(x, found["frozen"][name]) for name, x in found["live"].items())
+
+
+def test_a_plan_of_a_live_teacher(tmp_path: Path) -> None:
+    own = ["--data.teacher_prompt", "{prompt} The answer is {output}"]
+    plan = planned(tmp_path, *words("live"), *own, "--world_size", "2", "--trainer.strategy", "fsdp2")
+    assert plan["teacher"]["parameters"] == 0 and plan["peak"] > 0
+    with pytest.raises(ValueError, match=r"set data\.teacher_prompt"):
+        planned(tmp_path, *words("live"), "--world_size", "1")
+
+
+def test_preflight_of_a_live_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = hinted(tmp_path, rows=48)
+    sources = ["--data.train", str(data), "--data.val", "null", "--data.test", "null"]
+    sources += ["--data.teacher_prompt", "{prompt} The answer is {hint}"]
+    main(["preflight", *runs.little(tmp_path / "root")[1:], *sources, *words("live")])
+    out = capsys.readouterr().out
+    assert "error: routing" not in out and "reads the same input" not in out
+    assert "memory and time" in out and "the answer is" in out.lower()

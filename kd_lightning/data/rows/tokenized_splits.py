@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC
 from typing import Any
 
@@ -83,6 +84,11 @@ class TokenizedSplits(DistillationDataModule, ABC):
         """The first rows of a split as conversations."""
         rows = self._rows[split]
         return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
+
+    def row_fields(self, split: str, field: str) -> dict[int, Any]:
+        """A field of every row of a split by `row_ids`; None: the row does not have it."""
+        rows = self._rows[split]
+        return {n: json.loads(row).get(field) for n, row in zip(rows["row_id"][:], rows["row"][:], strict=True)}
 
     def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""
