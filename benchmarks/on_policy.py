@@ -153,7 +153,7 @@ def main(words: list[str] | None = None) -> None:
         parser.error("--same_time needs the time of forward_kl: add forward_kl to --runs")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
-    results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     bench = Bench(args.rows)
 
     def add(run: str, seed: int, steps: int) -> None:
@@ -166,8 +166,8 @@ def main(words: list[str] | None = None) -> None:
             student = str(args.output / f"{run.replace(' ', '_')}-{seed}" / "student")
             seconds = train(Path(student).parent, config, steps, seed, args.extra)
         results.append({"run": run, "seed": seed, "steps": steps, "seconds": seconds, **bench.measure(student)})
-        path.write_text(json.dumps(results, indent=1))
-        (args.output / "report.md").write_text(report(results))
+        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        (args.output / "report.md").write_text(report(results), encoding="utf-8")
         print(report(results[-1:]), flush=True)
 
     add("start", 0, 0)

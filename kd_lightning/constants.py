@@ -26,6 +26,10 @@ def teacher_view(batch: Mapping[str, Field]) -> Mapping[str, Field]:
     return {**batch, **{name: batch[own] for name, own in TEACHER_FIELDS.items() if own in batch}}
 
 
+TEACHER_INDEX = "teacher_index"
+"""Column of a batch: the number of the teacher of each row among the teachers of a `RoutedTeacher`."""
+
+
 def moves_objective(path: str) -> bool:
     """Whether a schedule at this dotted path changes the objective itself, not `ce_weight` or the responses."""
     return path != "ce_weight" and not path.startswith("responses.")

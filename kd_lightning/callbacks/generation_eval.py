@@ -20,12 +20,12 @@ from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.distributed.collectives import all_gather_objects
-from kd_lightning.distributed.trainer import data_parallel_rank
+from kd_lightning.distributed.trainer import data_parallel_rank, forward_context
 from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
 from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import max_positions
-from kd_lightning.reporting.figures import markdown_table
+from kd_lightning.reporting.markdown import markdown_table
 
 SHOWN = 8
 
@@ -194,7 +194,9 @@ class GenerationQuality(L.Callback):
         own = list(batches_of_rank(batches, rank=rank, ranks=ranks))
         own += [(0, batches[0])] * (-(-len(batches) // ranks) - len(own))  # ranks run a sharded model equally often
         shown = progress_bar(own, f"Answers, {split}, seed {seed}", shown=progress_bar_enabled(trainer))
-        gathered = all_gather_objects(dict(generator.generate(prompts, shown)), trainer.world_size)
+        with forward_context(trainer):
+            responses_of_rank = dict(generator.generate(prompts, shown))
+        gathered = all_gather_objects(responses_of_rank, trainer.world_size)
         by_number = {number: response for part in gathered for number, response in part.items()}
         responses = [by_number[number] for number in range(len(rows))]
         metrics = quality(responses, [row["answer"] for row in rows])

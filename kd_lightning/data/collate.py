@@ -102,10 +102,12 @@ class Collator:
 
     Args:
         pad_id: the token id of padding, whose attention mask is 0 and whose label is `IGNORE_INDEX`.
+        columns: further columns [B] by name: an integer for every row by its `row_id`; 0 for "no row".
     """
 
-    def __init__(self, pad_id: int) -> None:
+    def __init__(self, pad_id: int, columns: Mapping[str, Mapping[int, int]] | None = None) -> None:
         self.pad_id = pad_id
+        self.columns = columns or {}
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Batch the rows; nested lists of rows, which a plain loader passes, are flattened."""
@@ -116,6 +118,10 @@ class Collator:
             **self._padded(flat),
             "row_ids": torch.tensor([row["row_id"] for row in flat], dtype=torch.long),
             "source": torch.tensor([row.get("source", 0) for row in flat], dtype=torch.long),
+            **{
+                name: torch.tensor([indices.get(row["row_id"], 0) for row in flat], dtype=torch.long)
+                for name, indices in self.columns.items()
+            },
         }
         if "teacher_input_ids" in flat[0]:
             own = self._padded(flat, "teacher_")

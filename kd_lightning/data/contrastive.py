@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.instruction import InstructionDataModule
 from kd_lightning.data.pairs import read_pairs, read_teacher_answers, with_answer
 from kd_lightning.data.row_report import differences_of, extra_counts, extra_notes
+from kd_lightning.data.rows.teacher_input import AddTeacherInput
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.saved_responses import SavedResponses
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.text.teacher_input import AddTeacherInput
-from kd_lightning.data.tokenization import TextTokenizer, gather, json_digest
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import gather, json_digest
 
 REASONS = {
     "side_missing": "dropped with one response missing",
@@ -98,7 +99,8 @@ class ContrastiveDataModule(InstructionDataModule):
             return super().load_split(split)
         late = self.responses == "generate"
         files = {"sources": self.sources["train"], "student": as_list(self.student_responses)}
-        rows = gather(read_pairs, split, files, ("row", "conversation", "student", "location", "dropped"), late=late)
+        texts = ("row", "conversation", "student", "location", "dropped")
+        rows = gather(read_pairs, split, files, texts, self.text_tokenizer.own_roles, late=late)
         other = rows.select_columns(["row", "student", "location", "row_id"]).rename_column("student", "conversation")
         halves = {"teacher": rows.remove_columns("student"), "student": other}
         self._halves = {side: self.tokenized(half, split) for side, half in halves.items()}
@@ -181,6 +183,11 @@ class ContrastiveDataModule(InstructionDataModule):
             loader.call_before_pass(self._announce)
         return loader
 
+    def remove_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Remove a callback; a later run calls its own from its first pass on."""
+        super().remove_before_pass(callback)
+        self._announced = -1
+
     def _announce(self, number: int) -> None:
         """Call the callbacks once before each pass."""
         if number > self._announced:
@@ -256,7 +263,7 @@ class ContrastiveDataModule(InstructionDataModule):
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
         """The files that hold the replaced responses, and the last pass before which the callbacks were called."""
-        return {**self._saved.state_dict(), "announced": self._announced}
+        return {**super().state_dict(), **self._saved.state_dict(), "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the replaced responses.
@@ -266,6 +273,7 @@ class ContrastiveDataModule(InstructionDataModule):
         """
         self._saved.load_state_dict(state_dict)
         self._announced = state_dict["announced"]
+        super().load_state_dict(state_dict)
         if "train" in self._rows:
             self._read_saved()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,18 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.base import NamesTokenizer
-from kd_lightning.data.chat_template import read_template
 from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
-from kd_lightning.data.sampler import BatchOrder, ResumableLoader
+from kd_lightning.data.rows.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
+from kd_lightning.data.rows.tokenized_splits import TokenizedSplits
+from kd_lightning.data.sampler import BatchOrder, ResumableLoader, limited
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.text.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
-from kd_lightning.data.text.tokenized_splits import TokenizedSplits
+from kd_lightning.data.text.prompt_notice import COMPARED, prompt_notice
+from kd_lightning.data.text.rendering import date_of, read_template, today
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
 from kd_lightning.data.tokenization import (
     Reader,
-    TextTokenizer,
     gather,
     load_tokenizer,
+    masked_id,
     read_conversations,
     tokenize_rows,
     with_template,
@@ -50,9 +51,9 @@ class InstructionDataModule(TokenizedSplits):
     nor do turns with `weight: 0`, `train: false`, `trainable: false` or `loss_mask: 0`; the end of an answer has one.
     Rows without an answer are dropped, longer ones are truncated on the right; both are reported.
 
-    Roles are read without regard to case, and `human`, `gpt` and `model` for `user` and `assistant`; others are
-    refused. Null and absent fields are the same. Content may be a list of text parts, and arguments of tool calls may
-    be JSON text: the template gets the form that it reads.
+    Roles are read without regard to case, as are `human`, `gpt`, `model`, `function_call` and `observation`; others are
+    refused unless the template names them. Null and absent fields are the same. Content may be a list of text parts,
+    and arguments of tool calls may be JSON text: the template gets the form that it reads.
 
     Args:
         train: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, a `datasets` name
@@ -72,6 +73,7 @@ class InstructionDataModule(TokenizedSplits):
         pin_memory: copy batches to page-locked memory, for a GPU.
         allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
             they are words, and only those of the chat template are tokens.
+        date: YYYY-MM-DD, for templates that write the date; None: that of the start, which a resumed run keeps.
         teacher_prompt: what the teacher reads as the last user turn: a format text over the row's fields and `{prompt}`
             (that turn), such as `"{prompt} Solution: {solution}"`; None: what the student reads.
         teacher_chat_template: a Jinja template, or a file that holds one, for the teacher; None: the student's.
@@ -104,6 +106,7 @@ class InstructionDataModule(TokenizedSplits):
         seed: int | None = None,
         pin_memory: bool = False,
         allow_special_tokens: bool = False,
+        date: str | None = None,
         teacher_prompt: str | None = None,
         teacher_chat_template: str | None = None,
         teacher_chat_template_kwargs: dict[str, Any] | None = None,
@@ -130,8 +133,8 @@ class InstructionDataModule(TokenizedSplits):
         self.seed = seed
         self.pin_memory = pin_memory
         self.allow_special_tokens = allow_special_tokens
+        self.date = today() if date is None else f"{date_of(date):%Y-%m-%d}"
         template = read_template(teacher_chat_template, "teacher_chat_template")
-        self._ahead: list[Callable[[dict[str, Tensor]], None]] = []
         self.teacher_input = TeacherInput(teacher_prompt, template, teacher_chat_template_kwargs)
 
     # ---------------------------------------------------------------------------------------------------- preparation
@@ -155,13 +158,15 @@ class InstructionDataModule(TokenizedSplits):
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
+                self._notice_prompts(split)
+
+    def _notice_prompts(self, split: str) -> None:
+        rows = self.conversations(split, COMPARED) if split == "train" else []
+        if notice := prompt_notice(self.text_tokenizer, rows):
+            rank_zero_info(notice)
 
     def use_tokenizer_of(self, model: str | None) -> None:
-        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer.
-
-        Args:
-            model: folder, hub name or `asset:` name; None changes nothing.
-        """
+        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer."""
         if self.tokenizer_source is None:
             self.tokenizer_source = model
 
@@ -180,8 +185,19 @@ class InstructionDataModule(TokenizedSplits):
     def text_tokenizer(self) -> TextTokenizer:
         """How rows become token ids: tokenizer, chat template and maximum length."""
         return TextTokenizer(
-            self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length, self.allow_special_tokens
+            self.tokenizer,
+            self.chat_template,
+            self.chat_template_kwargs,
+            self.max_length,
+            self.allow_special_tokens,
+            self.date,
         )
+
+    def use_date(self, date: str) -> None:
+        """Tokenize the loaded splits again if the chat template writes another date."""
+        if date != self.date:
+            self.date = date
+            self._rows = {split: self.load_split(split) for split in self._rows}
 
     def load_split(self, split: str) -> Any:
         """Read and tokenize a split, and fill `report[split]`; a subclass with other rows overrides it.
@@ -189,7 +205,12 @@ class InstructionDataModule(TokenizedSplits):
         Returns:
             a `datasets.Dataset` with the columns of `tokenized`.
         """
-        rows = gather(self.read or read_conversations, split, {"sources": self.sources[split]})
+        rows = gather(
+            self.read or read_conversations,
+            split,
+            {"sources": self.sources[split]},
+            roles=self.text_tokenizer.own_roles,
+        )
         return self.keep_usable(split, self.tokenized(rows, split))
 
     def tokenized(self, rows: Any, split: str) -> Any:
@@ -222,9 +243,8 @@ class InstructionDataModule(TokenizedSplits):
         if is_overfitting(self.trainer):  # Lightning expects a plain loader in file order then
             return self._plain_loader("train")
         loader = self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
-        limit = limit_batches(self.trainer, "train")
         loader.sampler.start_at(completed_epochs(self.trainer), 0)  # loaders may be rebuilt in every epoch
-        loader.sampler.limit_pass(int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader)))
+        loader.sampler.limit_pass(limited(len(loader), limit_batches(self.trainer, "train")))
         return loader
 
     def val_dataloader(self) -> ResumableLoader | list[dict[str, Tensor]]:
@@ -282,31 +302,20 @@ class InstructionDataModule(TokenizedSplits):
             batch_size=None,
             sampler=order,
             num_workers=self.num_workers,
-            collate_fn=Collator(self.pad_id),
+            collate_fn=Collator(self.pad_id, self.index_columns(split)),
             pin_memory=self.pin_memory,
         )
         if self._ahead and ahead:
-            loader.look_ahead(self._call_ahead)
+            loader.look_ahead(self.call_ahead)
         return loader
-
-    def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
-        """Call `callback(batch)` with each batch of a loader before the batch in front of it is used; once each."""
-        if callback not in self._ahead:
-            self._ahead.append(callback)
-
-    def _call_ahead(self, batch: dict[str, Tensor]) -> None:
-        for callback in self._ahead:
-            callback(batch)
 
     def _plain_loader(self, split: str) -> ResumableLoader:
         rows, _ = self.token_rows(split)
-        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=Collator(self.pad_id))
+        collate = Collator(self.pad_id, self.index_columns(split))
+        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=collate)
         return loader
 
     @property
     def pad_id(self) -> int:
         """The token id of padding; the attention mask, not the id, marks what is padding."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        if pad is None or pad >= self.tokenizer.vocab_size:  # an added token may have no row in the embeddings
-            return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
-        return int(pad)
+        return masked_id(self.tokenizer)

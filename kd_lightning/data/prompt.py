@@ -75,7 +75,7 @@ class PromptDataModule(InstructionDataModule):
         """Read a split; of `train`, the prompts alone."""
         if split != "train":
             return super().load_split(split)
-        rows = gather(read_prompts, split, {"sources": self.sources[split]})
+        rows = gather(read_prompts, split, {"sources": self.sources[split]}, roles=self.text_tokenizer.own_roles)
         self.report[split] = {"rows": len(rows), "kept": len(rows), **dict.fromkeys(NOTES, 0)}
         rank_zero_info(f"train: {len(rows)} prompts")
         return rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 NOTES = {
@@ -21,6 +23,7 @@ EXTRA_NOTES = {
     "control_tokens": "control tokens inside rows, encoded as words (allow_special_tokens=true makes them tokens)",
 }
 """The same for counts that a report has only if they are not 0."""
+SHOWN = 3  # rows whose file and line are in a message
 UNREAD = "unread "
 """Begins the name of a count of turns with a field (or of rows with `tools`) that the chat template does not read."""
 
@@ -87,7 +90,10 @@ def no_usable_rows(sources: Sequence[str], rows: Any, max_length: int) -> ValueE
     """The error for a split without any row that can be trained on."""
     names, empty, first = ", ".join(sources), rows["empty"][:], rows["first_label"][:]
     if all(empty):
-        return ValueError(f"{names}: {_why_empty(rows)}: training needs at least one row with an answer")
+        return ValueError(
+            f"{names}: {_why_empty(rows)}: training needs at least one row with an answer; `kd-lightning generate "
+            "--data FILE --output OUT.jsonl` generates responses to prompts without answers"
+        )
     if differing := [n for n, text in enumerate(differences_of(rows)) if text]:
         return ValueError(
             f"{rows['location'][differing[0]]}: the teacher's chat template writes the answer as "
@@ -109,3 +115,44 @@ def _why_empty(rows: Any) -> str:
     if excluded := sum(rows["excluded"][:]):
         return f"every answer is empty or excluded by its row ({excluded} with weight 0, train false or the like)"
     return "every answer is empty"
+
+
+@dataclass(frozen=True)
+class IndexColumn:
+    """The index of each row's field among known values.
+
+    Args:
+        name: of the column in a batch.
+        field: of the rows; a text.
+        values: the known texts.
+        default: the value of rows without the field, or with another value; None: such rows are refused.
+    """
+
+    name: str
+    field: str
+    values: Sequence[str]
+    default: str | None = None
+
+    def indices(self, fields: Mapping[int, Any], locate: Callable[[list[int]], list[str]]) -> dict[int, int]:
+        """The index of every row.
+
+        Args:
+            fields: the field of every row by `row_ids`; None: the row does not have it.
+            locate: file and line of rows.
+
+        Raises:
+            ValueError: a row has no field or another value, and there is no default; the message has file and line.
+        """
+        known = {value: number for number, value in enumerate(self.values)}
+        wrong = [row for row, value in fields.items() if not isinstance(value, str) or value not in known]
+        if self.default is None and wrong:
+            value = fields[wrong[0]]
+            given = "it is missing" if value is None else f"got {json.dumps(value, ensure_ascii=False)}"
+            rows = locate(wrong[:SHOWN])
+            more = f" ({len(wrong)} rows: {', '.join(rows)}{', …' if len(wrong) > SHOWN else ''})"
+            raise ValueError(
+                f"{rows[0]}: field {self.field!r} must be one of {', '.join(self.values)}, {given}"
+                f"{more if len(wrong) > 1 else ''}"
+            )
+        other = 0 if self.default is None else known[self.default]
+        return {row: known.get(value, other) if isinstance(value, str) else other for row, value in fields.items()}

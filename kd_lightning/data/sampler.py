@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
 from kd_lightning.data.collate import FILLER
+from kd_lightning.distributed.trainer import data_parallel_rank, limit_batches
 
 WINDOW_ROWS = 1024
 WINDOW_BATCHES = 32
@@ -210,6 +212,18 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
         else:
             super().load_state_dict({})
             order.start_at(state_dict["epoch"], state_dict["batches"])
+
+
+def limited(batches: int, limit: int | float) -> int:
+    """Number of batches that a `limit_..._batches` of the Trainer leaves: a number (int) or a share (float)."""
+    return int(limit * batches) if isinstance(limit, float) else min(limit, batches)
+
+
+def batches_in_pass(rows: int, batch_size: int, trainer: Trainer) -> int:
+    """Batches of one rank in a pass over so many training rows."""
+    ranks = data_parallel_rank(trainer)[1]
+    found = len(BatchOrder([1] * rows, batch_size, world_size=ranks))
+    return limited(found, limit_batches(trainer, "train"))
 
 
 def _mix(seed: int, epoch: int) -> int:

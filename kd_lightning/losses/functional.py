@@ -11,6 +11,7 @@ from kd_lightning.divergences import Divergence
 from kd_lightning.engine.compile import opaque_to_compile
 from kd_lightning.engine.head import Head
 from kd_lightning.label_losses import LabelLoss
+from kd_lightning.losses.arguments import check_loss_arguments
 from kd_lightning.losses.distillation import DistillationLoss
 from kd_lightning.losses.loss_parts import LossParts
 from kd_lightning.schedules import Weight
@@ -39,7 +40,7 @@ def distillation_loss(
         labels: integers [B, T]; −100: no label.
         objective: any `Divergence`.
         ce_weight: share of the label loss, in [0, 1].
-        temperature: divides both models' logits in the divergence, > 0.
+        temperature: divides both models' logits in the divergence, in [0.001, 1000].
         reduction: "token_mean", "sequence_mean", "sum", or "none" (losses in the shape of the labels).
         rows: extra inputs per token of the objective and the label loss, [B, T] or [B].
         label_loss: the loss on the label's log-probability; None: `CrossEntropy()`.
@@ -53,7 +54,8 @@ def distillation_loss(
     Raises:
         ValueError: an argument is out of range, or shapes do not match.
     """
-    loss = _loss(objective, ce_weight, temperature, reduction, label_loss, square_temperature, compile=False)
+    settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
+    loss = _loss(*settings, chunk=None, compile=False)
     return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows, teacher_labels), reduction)
 
 
@@ -110,7 +112,22 @@ def fused_distillation_loss(
     return _reduced(parts, reduction)
 
 
-_loss = functools.lru_cache(maxsize=16)(DistillationLoss)  # keeps the compiled loss between calls
+_cached = functools.lru_cache(maxsize=16)(DistillationLoss)  # keeps the compiled loss between calls
+
+
+def _loss(
+    objective: Divergence,
+    ce_weight: Weight,
+    temperature: float,
+    reduction: str,
+    label_loss: LabelLoss | None,
+    square_temperature: bool,
+    chunk: int | None,
+    compile: bool | None,
+) -> DistillationLoss:
+    settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
+    check_loss_arguments(*settings, chunk, compile)  # before the cache, which needs arguments that can be hashed
+    return _cached(*settings, chunk=chunk, compile=compile)
 
 
 def _reduced(parts: LossParts, reduction: str) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from kd_lightning.models.hf_adapter import eos_token_ids, max_positions
+from kd_lightning.engine.validation import TEMPERATURES, check_count
+from kd_lightning.models.hf_adapter import eos_token_ids, max_positions, padding_id
+from kd_lightning.schedules import check_number
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Sampling:
 
     Args:
         max_new_tokens: longest response, at least 1.
-        temperature: samples of softmax(logits / temperature), > 0; 0: greedy.
+        temperature: samples of softmax(logits / temperature), in [0.001, 1000]; 0: greedy.
         top_p: sample from the most likely tokens that together have this probability, in (0, 1].
 
     Raises:
@@ -32,12 +34,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number >= 0 (0: greedy), got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        check_count("max_new_tokens", self.max_new_tokens)
+        greedy = isinstance(self.temperature, (int, float)) and self.temperature == 0
+        if not greedy or isinstance(self.temperature, bool):
+            check_number("temperature", self.temperature, *TEMPERATURES, hint=", or 0 (greedy)")
+        check_number("top_p", self.top_p, 0, 1, "(]")
 
     def max_prompt_tokens(self, model: PreTrainedModel, max_length: int | None) -> int:
         """The longest prompt that leaves room for a response.
@@ -98,9 +99,7 @@ def generate(
     Returns:
         Response tokens, [B, up to max_new_tokens]; padding after the end of a response.
     """
-    config = model.generation_config
-    eos = config.eos_token_id
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
+    pad = padding_id(model, model.generation_config.pad_token_id)
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}

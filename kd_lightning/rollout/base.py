@@ -42,9 +42,21 @@ class ResponseSource(nn.Module, ABC):
 
     Attributes:
         sampling: how the student generates; None: it does not.
+        columns: names of the columns that it adds to the batch for the losses; None: not declared.
     """
 
     sampling: Sampling | None = None
+    columns: tuple[str, ...] | None = None
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether some steps train on the responses of the data; by default not."""
+        return False
+
+    @property
+    def replays(self) -> bool:
+        """Whether responses are trained on again in later steps; by default not."""
+        return False
 
     @abstractmethod
     def forward(self, batch: Batch, context: RolloutContext) -> Batch:
@@ -185,8 +197,8 @@ class RolloutContext:
         if teacher_share > 0:
             teacher = unsharded_model(self.teacher)
             return [TeacherMixture(teacher, teacher_share, sampling.temperature or 1.0, *prompt)]
-        head = None if self.teacher is None else self.teacher.head
-        return [RestrictVocabulary(head.vocabulary)] if head is not None and head.vocabulary < self.vocabulary else []
+        known = None if self.teacher is None else self.teacher.vocabulary
+        return [RestrictVocabulary(known)] if known is not None and known < self.vocabulary else []
 
     @property
     def vocabulary(self) -> int:
@@ -281,6 +293,7 @@ class _LogProb(LabelLoss):
     """The label's log-probability itself, at the loss's temperature."""
 
     temperature = None
+    columns = ()
 
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         return log_q_label

@@ -6,6 +6,8 @@ from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher
+from kd_lightning.teachers.routed import RoutedTeacher
+from kd_lightning.teachers.self_teacher import SelfTeacher
 from kd_lightning.teachers.served import ServerTeacher
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "CachedTeacher",
     "HFTeacher",
     "OffloadedTeacher",
+    "RoutedTeacher",
+    "SelfTeacher",
     "ServerTeacher",
     "Teacher",
     "body_and_head",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.console import progress_bar
 from kd_lightning.constants import teacher_view
+from kd_lightning.distributed.signals import StopRequest, finish_on_signal, stop
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, top_k
+from kd_lightning.folder_lock import folder_lock, remove_leftovers
 from kd_lightning.teachers.base import Teacher, TokenizedData
 from kd_lightning.teachers.cache_format import (
     DTYPES,
@@ -66,6 +71,8 @@ def fill_cache(
 ) -> CacheManifest:
     """Write a teacher's outputs for every row of the data; rows that are cached already are left as they are.
 
+    The folder is locked meanwhile. After Ctrl-C and SIGTERM the present batch is finished and written.
+
     Args:
         folder: new, or a cache of the same teacher, tokenizer, template and length.
         teacher: loaded.
@@ -80,9 +87,48 @@ def fill_cache(
         bar: whether to show progress.
 
     Raises:
-        ValueError: an argument is out of its range, or the folder is another cache's.
+        ValueError: an argument is out of its range, another process writes to the folder, or it is another cache's.
+        KeyboardInterrupt: Ctrl-C was pressed on any rank; raised on every rank.
+        Terminated: the same after SIGTERM.
     """
-    ranks, head = ranks or Ranks(), teacher.head  # all ranks ask together: it may be sharded
+    ranks = ranks or Ranks()
+    with _locked(folder, ranks), finish_on_signal(f"interrupted: finishing this batch of {folder}") as request:
+        return _fill(folder, teacher, data, student_vocabulary, (kind, dtype, k), shard_bytes, ranks, bar, request)
+
+
+@contextmanager
+def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 holds the lock of the folder, and has removed what killed runs left half-written in it.
+
+    Raises:
+        ValueError: on every rank: another process holds the lock.
+    """
+    problem: ValueError | OSError | None = None
+    with ExitStack() as lock:
+        if ranks.rank == 0:
+            try:
+                lock.enter_context(folder_lock(folder, rank_zero_info))
+                remove_leftovers([folder])
+            except (ValueError, OSError) as error:
+                problem = error
+        if ranks.sum_over_ranks(torch.tensor(float(problem is not None))):
+            raise problem or ValueError(f"{folder} cannot be written to: see the error of rank 0")
+        yield
+
+
+def _fill(
+    folder: Path,
+    teacher: Teacher,
+    data: TokenizedData,
+    student_vocabulary: int,
+    stored: tuple[str, str | None, int],
+    shard_bytes: int,
+    ranks: Ranks,
+    bar: bool,
+    request: StopRequest,
+) -> CacheManifest:
+    kind, dtype, k = stored
+    head = teacher.head  # all ranks ask together: it may be sharded
     manifest = _manifest(teacher, head, data, student_vocabulary, kind, dtype, k)
     if (folder / MANIFEST).exists():
         there = CacheManifest.read(folder)
@@ -99,7 +145,7 @@ def fill_cache(
     for split in data.splits:
         reader, digest = CacheReader(folder, manifest.digest), DataDigest()  # a row may be in two splits
         for batch in map(teacher_view, progress_bar(data.every_row(split), f"Teacher, {split}", shown=bar)):
-            _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks)
+            _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks, request)
         writer.flush()
         digest.sums = ranks.sum_over_ranks(digest.sums)
         found[split] = str(digest)
@@ -149,12 +195,17 @@ def _add_new_rows(
     writer: CacheWriter,
     digest: DataDigest,
     ranks: Ranks,
+    request: StopRequest,
 ) -> None:
     """Add the new rows of a batch. If one is new, the whole batch is computed: the last bits depend on all of it."""
     keys, lengths = row_keys(batch), next_token_mask(batch["labels"]).sum(1)
     digest.add(keys[lengths > 0])
     new = (lengths > 0) & (reader.find(keys) < 0)
-    if not ranks.sum_over_ranks(new.any().long()):  # a sharded teacher runs on all ranks together
+    some_new, stopped = ranks.sum_over_ranks(torch.tensor([int(new.any()), int(request.signal > 0)])).tolist()
+    if stopped:
+        writer.flush()
+        raise stop(request.signal or signal.SIGTERM)
+    if not some_new:  # a sharded teacher runs on all ranks together
         return
     tokens = _outputs(teacher, batch, manifest)
     chosen = new.repeat_interleave(lengths)

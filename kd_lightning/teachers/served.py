@@ -105,7 +105,7 @@ class ServerTeacher(Teacher):
             return
         if self._run is None or self._vocabulary is None:
             raise ValueError("ServerTeacher must be attached to a run before it is loaded")
-        tokenizer = None if self._run.data is None else self._run.data.tokenizer
+        tokenizer = None if self._run.data is None else self._run.data.text_tokenizer.tokenizer
         scorer = PromptScorer(self._client, self._client.select_model(self._model), self.top_k, tokenizer=tokenizer)
         probe = self._probe()
         scorer = replace(scorer, dialect=detect_dialect(scorer, probe[:4]))

@@ -31,6 +31,8 @@ CONFIGS = (
     "distillm",
     "distillm2",
     "minillm",
+    "opd",
+    "eopd",
 )
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC
+from collections.abc import Callable
 from typing import Any
+
+import lightning as L
+from torch import Tensor
 
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, describe_rows
 from kd_lightning.data.conversation import Conversation
-from kd_lightning.data.text.teacher_input import TeacherInput, prompts_of
-from kd_lightning.data.tokenization import TextTokenizer
+from kd_lightning.data.rows.teacher_input import TeacherInput, prompts_of
+from kd_lightning.data.sampler import batches_in_pass
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 
 class TokenizedSplits(DistillationDataModule, ABC):
@@ -23,6 +29,7 @@ class TokenizedSplits(DistillationDataModule, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._rows: dict[str, Any] = {}
+        self._ahead: list[Callable[[dict[str, Tensor]], None]] = []
 
     @property
     def splits(self) -> list[str]:
@@ -32,6 +39,24 @@ class TokenizedSplits(DistillationDataModule, ABC):
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
         return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
+
+    def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
+        """Call `callback(batch)` with each batch of a loader before the batch in front of it is used; once each."""
+        if callback not in self._ahead:
+            self._ahead.append(callback)
+
+    def call_ahead(self, batch: dict[str, Tensor]) -> None:
+        """Call the callbacks of `look_ahead`."""
+        for callback in self._ahead:
+            callback(batch)
+
+    def batches_per_pass(self, trainer: L.Trainer) -> int | None:
+        """Batches of a rank in one pass over the training data; None: the rows are not loaded.
+
+        Args:
+            trainer: of the run; its `limit_train_batches` counts.
+        """
+        return batches_in_pass(len(self._rows["train"]), self.batch_size, trainer) if "train" in self._rows else None
 
     @property
     def teacher_has_own_input(self) -> bool:
@@ -72,6 +97,11 @@ class TokenizedSplits(DistillationDataModule, ABC):
         """The first rows of a split as conversations."""
         rows = self._rows[split]
         return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
+
+    def row_fields(self, split: str, field: str) -> dict[int, Any]:
+        """A field of every row of a split by `row_ids`; None: the row does not have it."""
+        rows = self._rows[split]
+        return {n: json.loads(row).get(field) for n, row in zip(rows["row_id"][:], rows["row"][:], strict=True)}
 
     def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""

@@ -11,7 +11,8 @@ from typing import Any
 from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.data.conversation import Conversation, text_of
-from kd_lightning.data.tokenization import TextTokenizer, json_digest
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import json_digest
 
 PROMPT = "prompt"
 """The name of the last user turn in a `teacher_prompt`."""
