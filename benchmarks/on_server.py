@@ -2,8 +2,8 @@
 
     python benchmarks/on_server.py http://localhost:8000 --tokenizer NAME_OR_FOLDER --rows 100 --top_k 20
 
-The key is read from OPENAI_API_KEY. The rows are those of `--data` (default: the bundled ones); the server must have the
-tokens of `--tokenizer`. Nothing is written.
+The key is read from OPENAI_API_KEY. The rows are those of `--data` (default: the bundled ones), and the server must
+have the tokens of `--tokenizer`. Nothing is written.
 """
 
 from __future__ import annotations

@@ -305,9 +305,7 @@ class InstructionDataModule(TokenizedSplits):
             collate_fn=Collator(self.pad_id, self.index_columns(split)),
             pin_memory=self.pin_memory,
         )
-        if self._ahead and ahead:
-            loader.look_ahead(self.call_ahead)
-        return loader
+        return self.with_look_ahead(loader) if ahead else loader
 
     def _plain_loader(self, split: str) -> ResumableLoader:
         rows, _ = self.token_rows(split)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, describe_rows
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.rows.teacher_input import TeacherInput, prompts_of
-from kd_lightning.data.sampler import batches_in_pass
+from kd_lightning.data.sampler import ResumableLoader, batches_in_pass
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 
@@ -45,8 +45,13 @@ class TokenizedSplits(DistillationDataModule, ABC):
         if callback not in self._ahead:
             self._ahead.append(callback)
 
-    def call_ahead(self, batch: dict[str, Tensor]) -> None:
-        """Call the callbacks of `look_ahead`."""
+    def with_look_ahead(self, loader: ResumableLoader) -> ResumableLoader:
+        """The loader; it calls the callbacks of `look_ahead`, if there are any."""
+        if self._ahead:
+            loader.look_ahead(self._call_ahead)
+        return loader
+
+    def _call_ahead(self, batch: dict[str, Tensor]) -> None:
         for callback in self._ahead:
             callback(batch)
 
