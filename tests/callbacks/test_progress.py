@@ -20,6 +20,7 @@ import pytest
 
 import runs
 from kd_lightning.callbacks.progress import PlainProgress, StepBar, progress
+from kd_lightning.cli.preflight import CHECKS
 from kd_lightning.cli.program import main
 from kd_lightning.console import BAR_FORMAT, terminal_bar
 from locations import ROOT
@@ -158,7 +159,8 @@ def test_the_program_sets_lines_before_anything_shows_a_bar() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "title", "total"), [("preflight", "Preflight", 12), ("plan", "Planning", 5), ("compare", "Runs", 2)]
+    ("command", "title", "total"),
+    [("preflight", "Preflight", len(CHECKS)), ("plan", "Planning", 5), ("compare", "Runs", 2)],
 )
 def test_commands_say_how_far_they_are(
     command: str, title: str, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

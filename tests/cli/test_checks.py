@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[list[str] | dict[str, object], list[str]]] = {
     "optimizer of another role": (["--model.optimizer", "torch.nn.ReLU"], ["model.optimizer must be an optimizer"]),
     "optimizer that is a number": ({"model": {"optimizer": 1}}, ["model.optimizer must be an optimizer", "got 1"]),
     "scheduler by a short name": (
-        ["--model.lr_scheduler", "linear"],
+        ["--model.lr_scheduler", "lineal"],
         ["must be a learning rate scheduler", "LinearLR"],
     ),
     "scheduler of another role": (["--model.lr_scheduler", "torch.optim.Adam"], ["must be a learning rate scheduler"]),
@@ -86,11 +86,11 @@ REFUSED: dict[str, tuple[list[str] | dict[str, object], list[str]]] = {
     "power": ({"model": {"lr_scheduler": NAN}}, ["model.lr_scheduler.power must be a finite number, got nan"]),
     "warm-up": (
         ["--model.lr_scheduler", "LinearLR", "--model.lr_scheduler.total_iters=-5"],
-        ["model.lr_scheduler.total_iters must be at least 0, got -5"],
+        ["model.lr_scheduler: total_iters must be at least 1 step, got -5"],
     ),
     "period": (
         ["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "0"],
-        ["model.lr_scheduler.step_size must be at least 1, got 0"],
+        ["model.lr_scheduler: step_size must be at least 1 step, got 0"],
     ),
     "temperature": ({"model": {"temperature": float("nan")}}, ["model.temperature must be a finite number, got nan"]),
     "val_check_interval": (["--trainer.val_check_interval=-4"], ["trainer.val_check_interval", "-4"]),
