@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 
 from kd_lightning.assets import resolve
 
-SOURCES = ("seqkd", "gkd", "distillm", "distillm2", "minillm")
+SOURCES = ("seqkd", "gkd", "distillm", "distillm2", "minillm", "opd", "opd_topk", "eopd")
 OBJECTIVES = ("reverse_kl", "jsd", "akl", "alpha", "abkd", "skew_kl", "skew_reverse_kl", "taid", "amid")
 LABELS = ("--model.objective", "ForwardKL", "--model.ce_weight", "1")
 QUARTER = "every fourth row"  # placeholder for the path of a file with these rows

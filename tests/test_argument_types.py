@@ -23,6 +23,7 @@ from kd_lightning.objectives import OnSource
 from kd_lightning.rollout.on_policy import OnPolicy
 from kd_lightning.schedules import Complement, Linear
 from kd_lightning.teachers.hf import HFTeacher
+from kd_lightning.token_weights import GapGate
 from kd_lightning.training.loss_components import PartialKL
 
 CLASSES = sorted(
@@ -44,6 +45,10 @@ NEEDED = {  # values of arguments without a default
     "schedule": Linear(0.2, 0.8),
     "student": True,
     "part": "tail",
+    "k": 3,
+    "threshold": 0.5,
+    "share": 0.5,
+    "weight": GapGate(),
 }
 # Numbers and text that no argument takes, whatever it stands for; none of them is of the wanted type by accident.
 WRONG: list[Any] = [

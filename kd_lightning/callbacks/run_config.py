@@ -47,7 +47,7 @@ class RunConfig(L.Callback):
         """Open the logger, and save the configuration of a fresh run; the first step may be far away."""
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                logger.open()
+                logger.open_writer()
         if self._fresh:
             self._write(trainer)
 

@@ -132,7 +132,7 @@ class RunLogger(TensorBoardLogger):
 
     _opened = False
 
-    def open(self) -> None:
+    def open_writer(self) -> None:
         """Create the file of events at its next use."""
         self._opened = True
 
@@ -144,7 +144,7 @@ class RunLogger(TensorBoardLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics: the run has begun."""
-        self.open()
+        self.open_writer()
         super().log_metrics(metrics, step)
 
 

@@ -46,7 +46,8 @@ TYPES = {"collections.abc.Iterable": "a list", "list": "a list", "dict": "a mapp
 NEAR = 0.72  # similarity of two names, from 0 to 1, above which one is taken for the other misspelt
 ROLES = {  # arguments whose classes are those of another package
     "model.optimizer": "an optimizer, such as AdamW, SGD or the dotted path of another class",
-    "model.lr_scheduler": "a learning rate scheduler, such as cosine, linear, PolynomialLR, LinearLR or the dotted path of another class",
+    "model.lr_scheduler": "a learning rate scheduler, such as cosine, linear, PolynomialLR, LinearLR or the dotted "
+    "path of another class",
 }
 
 

@@ -15,7 +15,7 @@ from kd_lightning.callbacks.base import ChecksBeforeStart
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
-from kd_lightning.data.base import GenerationRow
+from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.data.row_report import extra_notes
 from kd_lightning.data.text.prompt_notice import prompt_notice
@@ -168,7 +168,7 @@ def check_rows(fit: PreparedFit) -> Findings:
                 "warning",
                 f"{split}: still the bundled rows, while train is not: set --data.{split}, or null for none",
             )
-    hashes = {split: _hashes(data.generation_rows(split)) for split in data.report}
+    hashes = {split: _hashes(data, split) for split in data.report}
     train = set(hashes["train"])
     repeated = len(hashes["train"]) - len(train)
     if repeated > MANY * len(hashes["train"]):
@@ -196,8 +196,12 @@ def _row_counts(fit: PreparedFit) -> Findings:
             yield "warning", f"{split}: {note}"
 
 
-def _hashes(rows: list[GenerationRow]) -> list[bytes]:
-    return [hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).digest() for row in rows]
+def _hashes(data: DistillationDataModule, split: str) -> list[bytes]:
+    """Of each row: the prompts of both models, and the answer."""
+    rows = data.generation_rows(split)
+    theirs = data.generation_rows(split, role="teacher") if data.teacher_has_own_input else rows
+    texts = (f"{row['prompt']}\0{own['prompt']}\0{row['answer']}" for row, own in zip(rows, theirs, strict=True))
+    return [hashlib.sha256(text.encode()).digest() for text in texts]
 
 
 def check_prompts(fit: PreparedFit) -> Findings:

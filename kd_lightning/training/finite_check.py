@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_lightning.constants import teacher_view
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.routed import rows_of
 
 Batch = Mapping[str, Tensor]
 TERMS = ("kd", "ce")
@@ -120,10 +122,16 @@ def non_finite_terms(
 
 @torch.no_grad()
 def _finite_logits(teacher: Teacher, batch: Batch) -> bool:
-    """Whether the teacher's logits at the labels are finite.
+    """Whether the teachers' logits at the labels of their own input are finite.
 
     Logits of −inf are finite in this sense, because they exclude a token; at least one must be larger.
     """
+    return all(
+        _finite_share(share.teacher, teacher_view(rows_of(batch, share.rows))) for share in teacher.shares(batch)
+    )
+
+
+def _finite_share(teacher: Teacher, batch: Batch) -> bool:
     labeled, head = next_token_mask(batch["labels"]), teacher.head
     if head is not None:
         hidden = teacher.hidden(batch)[:, :-1][labeled]

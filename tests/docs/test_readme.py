@@ -33,6 +33,7 @@ CONFIGS = (
     "minillm",
     "opd",
     "eopd",
+    "self_distillation",
 )
 
 

@@ -56,7 +56,7 @@ def fit(rank: int, block: str, names: list[str], folder: str) -> dict[str, int]:
 def test_a_trainer_block_with_a_config(
     block: str, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    runs.little_data(tmp_path, rows=16)
+    runs.little_data(tmp_path, rows=16, config=name)
     statuses = processes.run(fit, block, [name], str(tmp_path))
     err = capfd.readouterr().err
     if (block, name) in REFUSED:

@@ -107,6 +107,20 @@ def test_the_term_is_named(case: str) -> None:
     assert "\n" not in text and ("teacher_kwargs.dtype float32" in text) == ("teacher" in CASES[case][1])
 
 
+def own_input(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with an input of the teacher's own: three tokens more at the beginning."""
+    first = {"input_ids": 5, "attention_mask": 1, "labels": -100}
+    pad = torch.nn.functional.pad
+    return {**batch, **{f"teacher_{name}": pad(batch[name], (3, 0), value=value) for name, value in first.items()}}
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_the_teacher_is_judged_by_its_own_input(role: str) -> None:
+    batches = [own_input(batch) for batch in BATCHES]
+    with pytest.raises(ValueError, match=f"not finite: the {role}'s logits; "):
+        fit(bundled(optimizer=STILL, **{role: overflowing(role)}), batches)
+
+
 def test_a_student_that_broke_in_the_run() -> None:
     module = Poisoned(student=model("student"), teacher=model("teacher"), optimizer=STILL)
     with pytest.raises(ValueError, match=r"at step 1, on rows .*: not finite: the student's logits; .*learning rate"):
