@@ -34,7 +34,7 @@ import responses
 from kd_lightning import DistillationModule, InstructionDataModule
 from kd_lightning.data.collate import Collator, left_pad
 from kd_lightning.models.generate import Sampling, generate
-from kd_lightning.rollout.batches import append
+from kd_lightning.rollout.batches import append, live_tokens
 from kd_lightning.teachers.hf import HFTeacher
 
 RUNS = {"forward_kl": "quickstart", **{name: name for name in ("seqkd", "gkd", "distillm", "distillm2", "minillm")}}
@@ -113,7 +113,8 @@ class Bench:
             tokens = generate(module.student, *prompt, Sampling(32), seed=n)
             ends = torch.tensor([self.data.tokenizer.eos_token_id])
             blank = {"labels": torch.full_like(prompt[0], -100)}
-            batch = append(blank, prompt, tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
+            live = live_tokens(tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
+        batch = append(blank, prompt, tokens, live)
             values.append(module.evaluate_batch(batch).values["teacher_nll"])
         return float(torch.cat(values).mean())
 
