@@ -114,7 +114,7 @@ class Bench:
             ends = torch.tensor([self.data.tokenizer.eos_token_id])
             blank = {"labels": torch.full_like(prompt[0], -100)}
             live = live_tokens(tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
-        batch = append(blank, prompt, tokens, live)
+            batch = append(blank, prompt, tokens, live)
             values.append(module.evaluate_batch(batch).values["teacher_nll"])
         return float(torch.cat(values).mean())
 
