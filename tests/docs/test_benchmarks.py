@@ -251,3 +251,15 @@ def test_the_page_on_a_server(script: Any, capsys: pytest.CaptureFixture[str]) -
     assert "form: prompt_logprobs; max_model_len: 512" in text
     assert "test at the start: passed" in text
     assert "| 8 | 4 |" in text
+
+
+@pytest.mark.slow
+def test_self_distillation_is_compared_with_labels(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    benchmark = script("self_distillation")
+    benchmark.main(["--steps", "2", "--runs", "labels only", "--output", str(tmp_path)])
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    assert found["teacher"]["exact_match"] > found["student_before"]["exact_match"]
+    assert "| labels only | 2 | 1 |" in (tmp_path / "report.md").read_text()
