@@ -110,7 +110,7 @@ def main(words: list[str] | None = None) -> None:
             del os.environ["TORCHINDUCTOR_CACHE_DIR"]
         on = machine(args.threads)
         write(args.output, {"machine": on, "results": results}, f"# When compiling pays\n\n{on}.\n\n{table(results)}")
-    print(args.output.with_suffix(".md").read_text())
+    print(args.output.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

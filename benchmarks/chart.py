@@ -54,7 +54,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, default=Path("build/cost.svg"))
     args = parser.parse_args(words)
-    records = [json.loads(path.read_text()) for path in args.results]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", sharey="row", layout="constrained")
     for column, (index, name) in enumerate(((TOKENS, "tokens"), (VOCABULARY, "vocabulary"))):
         group = alike(records, index)

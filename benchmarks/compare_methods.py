@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 
 from kd_lightning.assets import resolve
 
-SOURCES = ("seqkd", "gkd", "distillm", "distillm2", "minillm")
+SOURCES = ("seqkd", "gkd", "distillm", "distillm2", "minillm", "opd", "opd_topk", "eopd")
 OBJECTIVES = ("reverse_kl", "jsd", "akl", "alpha", "abkd", "skew_kl", "skew_reverse_kl", "taid", "amid")
 LABELS = ("--model.objective", "ForwardKL", "--model.ce_weight", "1")
 QUARTER = "every fourth row"  # placeholder for the path of a file with these rows
@@ -87,7 +87,9 @@ def one(run: str, seed: int, steps: int, root: Path) -> dict[str, float]:
         some.write_text("".join(lines[::4]), encoding="utf-8")
         extra = [str(some) if word == QUARTER else word for word in extra]
     words = command(root, config, steps, seed, max(1, min(100, steps // 4)))
-    done = subprocess.Popen([*words, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.Popen(
+        [*words, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     assert done.stderr is not None
     errors = done.stderr.read()
     _, status, used = os.wait4(done.pid, 0)
@@ -170,7 +172,7 @@ class Comparison:
         output.mkdir(parents=True, exist_ok=True)
         self.output, self.jobs, self.threads = output, jobs, threads
         path = output / "results.json"
-        self.results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        self.results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def keep(self, result: dict[str, Any]) -> None:
         """Add one result and rewrite all files."""
@@ -179,8 +181,8 @@ class Comparison:
 
     def write(self) -> None:
         """Rewrite results, report and chart."""
-        (self.output / "results.json").write_text(json.dumps(self.results, indent=1))
-        (self.output / "report.md").write_text(report(self.results))
+        (self.output / "results.json").write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        (self.output / "report.md").write_text(report(self.results), encoding="utf-8")
         chart(self.results, self.output / "chart.svg")
 
     def same_time(self, runs: list[str], steps: int) -> dict[str, int]:

@@ -109,7 +109,7 @@ def main(words: list[str] | None = None) -> None:
     heading = f"# Cost of a logged step on the bundled models, batches of {args.batch_size}\n\n"
     heading += f"Medians of {args.steps} steps of each kind; {args.rounds} rounds. {on}.\n\n"
     write(args.output, {"machine": on, "threads": args.threads, "results": results}, heading + table(results))
-    print(args.output.with_suffix(".md").read_text())
+    print(args.output.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def main(words: list[str] | None = None) -> None:
                 results[name].append(found)
             print(f"{name:28} {found}", file=sys.stderr, flush=True)
             report(args, shape, results, left_out)
-    print(args.output.with_suffix(".md").read_text())
+    print(args.output.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 def earlier(args: argparse.Namespace, shape: tuple[int, ...]) -> Results:
@@ -197,7 +197,7 @@ def earlier(args: argparse.Namespace, shape: tuple[int, ...]) -> Results:
     Raises:
         ValueError: If the file was measured with other settings.
     """
-    record = json.loads(args.output.with_suffix(".json").read_text())
+    record = json.loads(args.output.with_suffix(".json").read_text(encoding="utf-8"))
     wanted = {"shape": list(shape), "chunk": args.chunk, "machine": machine(args.threads)}
     found = {name: record[name] for name in wanted}
     if found != wanted:

@@ -146,7 +146,7 @@ def main(words: list[str] | None = None) -> None:
     on, how = machine(args.threads), "compiled" if args.compile else "uncompiled"
     heading = f"# Relative L2 error against float64, of the values ; of the gradient\n\nV {shape[0]}, {how}. {on}.\n"
     write(args.output, {"shape": shape, "machine": on, "results": results}, f"{heading}\n{table(results)}")
-    print(args.output.with_suffix(".md").read_text())
+    print(args.output.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def status(key: str) -> int:
     """Memory of this process in bytes, as reported by the kernel under `key`: "VmRSS" or "VmHWM"."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
@@ -39,7 +39,7 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
     call()
     first = time.perf_counter() - started
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts here
     resident, cpu, wall = status("VmRSS"), time.process_time(), time.perf_counter()
     kept = call()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -56,7 +56,7 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
 
 def in_a_process(script: str, words: Sequence[str]) -> dict[str, Any] | str:
     """Run a script in a new process and parse its last output line as JSON; if it fails, return its last error line."""
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -71,7 +71,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def machine(threads: int) -> str:
     """Description of the machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
     kind = torch.backends.cpu.get_cpu_capability()
     return f"{names[0]}, {kind}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
@@ -80,5 +80,5 @@ def machine(threads: int) -> str:
 def write(output: Path, record: dict[str, Any], text: str) -> None:
     """Write OUTPUT.json and OUTPUT.md."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    output.with_suffix(".md").write_text(text)
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -49,7 +49,11 @@ def where(device: str) -> str:
     if device == "cuda":
         cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which(query[0]) else []
+        driver = (
+            subprocess.run(query, capture_output=True, text=True, encoding="utf-8").stdout.split()
+            if shutil.which(query[0])
+            else []
+        )
         on = f"{len(cards)} × {cards[0]}, driver {(driver or ['?'])[0]}, CUDA {torch.version.cuda}; {on}"
     return f"{on}; kd_lightning {kd.__version__}, {datetime.date.today()}"
 
@@ -160,7 +164,7 @@ def same_step(args: argparse.Namespace) -> tuple[Any, str]:
             ]
             words += ["--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
             command = [sys.executable, "-m", "kd_lightning", "fit", *COMMON, *words]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
             if done.returncode:
                 raise RuntimeError(done.stderr.strip().splitlines()[-1])
             students[name] = load_file(f"{root}/{name}/student/model.safetensors")
@@ -183,7 +187,7 @@ def planned(args: argparse.Namespace) -> tuple[Any, str]:
         file = f"{root}/plan.json"
         command = [sys.executable, "-m", "kd_lightning", "plan", *words, "--world_size", "1", "--json", file]
         subprocess.run(command, check=True, capture_output=True)
-        peak = json.loads(Path(file).read_text())["peak"]
+        peak = json.loads(Path(file).read_text(encoding="utf-8"))["peak"]
         found = in_a_process(__file__, ["--device", args.device, "--fit", json.dumps(words)])
     if isinstance(found, str):
         raise RuntimeError(found)

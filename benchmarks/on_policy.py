@@ -28,13 +28,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import responses
 import torch
 
+import responses
 from kd_lightning import DistillationModule, InstructionDataModule
 from kd_lightning.data.collate import Collator, left_pad
 from kd_lightning.models.generate import Sampling, generate
-from kd_lightning.rollout.batches import append
+from kd_lightning.rollout.batches import append, live_tokens
 from kd_lightning.teachers.hf import HFTeacher
 
 RUNS = {"forward_kl": "quickstart", **{name: name for name in ("seqkd", "gkd", "distillm", "distillm2", "minillm")}}
@@ -113,7 +113,8 @@ class Bench:
             tokens = generate(module.student, *prompt, Sampling(32), seed=n)
             ends = torch.tensor([self.data.tokenizer.eos_token_id])
             blank = {"labels": torch.full_like(prompt[0], -100)}
-            batch = append(blank, prompt, tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
+            live = live_tokens(tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
+            batch = append(blank, prompt, tokens, live)
             values.append(module.evaluate_batch(batch).values["teacher_nll"])
         return float(torch.cat(values).mean())
 
@@ -153,7 +154,7 @@ def main(words: list[str] | None = None) -> None:
         parser.error("--same_time needs the time of forward_kl: add forward_kl to --runs")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
-    results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     bench = Bench(args.rows)
 
     def add(run: str, seed: int, steps: int) -> None:
@@ -166,8 +167,8 @@ def main(words: list[str] | None = None) -> None:
             student = str(args.output / f"{run.replace(' ', '_')}-{seed}" / "student")
             seconds = train(Path(student).parent, config, steps, seed, args.extra)
         results.append({"run": run, "seed": seed, "steps": steps, "seconds": seconds, **bench.measure(student)})
-        path.write_text(json.dumps(results, indent=1))
-        (args.output / "report.md").write_text(report(results))
+        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        (args.output / "report.md").write_text(report(results), encoding="utf-8")
         print(report(results[-1:]), flush=True)
 
     add("start", 0, 0)

@@ -88,7 +88,7 @@ def paired_batches(size: int) -> Iterator[Batch]:
     rows = [row for _, row in read_rows("asset:train", "train")][:1001]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
-        with path.open("w") as lines:
+        with path.open("w", encoding="utf-8") as lines:
             for one, other in itertools.pairwise(rows):
                 pair = {"teacher_response": one["output"], "student_response": other["output"]}
                 lines.write(json.dumps({name: one[name] for name in ("instruction", "input")} | pair) + "\n")

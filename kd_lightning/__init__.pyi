@@ -17,6 +17,8 @@ from kd_lightning.divergences.kl import ForwardKL as ForwardKL
 from kd_lightning.divergences.kl import GeneralizedJSD as GeneralizedJSD
 from kd_lightning.divergences.kl import ReverseKL as ReverseKL
 from kd_lightning.divergences.kl import SymmetricKL as SymmetricKL
+from kd_lightning.divergences.kl import ToDi as ToDi
+from kd_lightning.divergences.on_support import OnSupport as OnSupport
 from kd_lightning.divergences.total_variation import TotalVariation as TotalVariation
 from kd_lightning.divergences.weighted_sum import WeightedSum as WeightedSum
 from kd_lightning.engine.head import Head as Head
@@ -40,12 +42,13 @@ from kd_lightning.metrics.per_token import TokenMean as TokenMean
 from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.lora import LoRA as LoRA
 from kd_lightning.module import DistillationModule as DistillationModule
-from kd_lightning.objectives import TAID as TAID
-from kd_lightning.objectives import AMiD as AMiD
-from kd_lightning.objectives import Contrastive as Contrastive
-from kd_lightning.objectives import Objective as Objective
-from kd_lightning.objectives import SkewKL as SkewKL
-from kd_lightning.objectives import SkewReverseKL as SkewReverseKL
+from kd_lightning.objectives.contrastive import Contrastive as Contrastive
+from kd_lightning.objectives.objective import TAID as TAID
+from kd_lightning.objectives.objective import AMiD as AMiD
+from kd_lightning.objectives.objective import Objective as Objective
+from kd_lightning.objectives.objective import SkewKL as SkewKL
+from kd_lightning.objectives.objective import SkewReverseKL as SkewReverseKL
+from kd_lightning.objectives.weighted import Weighted as Weighted
 from kd_lightning.rollout.base import ResponseSource as ResponseSource
 from kd_lightning.rollout.minillm import MiniLLM as MiniLLM
 from kd_lightning.rollout.on_policy import OnPolicy as OnPolicy
@@ -62,6 +65,14 @@ from kd_lightning.teachers.base import Teacher as Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher as HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher as OffloadedTeacher
+from kd_lightning.teachers.routed import RoutedTeacher as RoutedTeacher
+from kd_lightning.teachers.self_teacher import SelfTeacher as SelfTeacher
+from kd_lightning.teachers.served import ServerTeacher as ServerTeacher
+from kd_lightning.token_weights import GapGate as GapGate
+from kd_lightning.token_weights import StudentEntropyGate as StudentEntropyGate
+from kd_lightning.token_weights import TeacherEntropyGate as TeacherEntropyGate
+from kd_lightning.token_weights import TokenWeight as TokenWeight
+from kd_lightning.token_weights import TopShare as TopShare
 
 __version__: str
 __all__: list[str]

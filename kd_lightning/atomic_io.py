@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OS_ERROR = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")  # of Rust and of Python
 
 
 def first_unused_path(named: Callable[[int], Path]) -> Path:
@@ -23,19 +27,38 @@ def disk_is_full(path: Path) -> bool:
     return shutil.disk_usage(path.parent).free < 1 << 16
 
 
-def _raise_if_disk_full(error: Exception, path: Path, part: Path) -> None:
-    """Raise the system's error if the disk, a quota or the file-size limit is exhausted: writers report others instead.
+def exhausted(error: Exception, part: Path) -> int | None:
+    """The system's error number if the disk, a quota or the file-size limit is exhausted, else None.
 
-    Whether one is, the system says when more is appended to the incomplete file.
+    Some writers report other errors then. The number is in their text, or the system gives it again when more is
+    appended to what they have written.
+
+    Args:
+        error: what the writer raised.
+        part: the incomplete file, or the folder with it, which is deleted later.
     """
-    if part.is_file():
+    if isinstance(error, OSError):
+        return error.errno if error.errno in LIMITS else None
+    if (found := OS_ERROR.search(str(error))) and (number := int(found[1] or found[2])) in LIMITS:
+        return number
+    files = [part] if part.is_file() else [path for path in part.rglob("*") if path.is_file()]
+    for path in files:
         try:
-            with part.open("ab") as file:
+            with path.open("ab") as file:
                 file.write(bytes(1 << 16))
         except OSError as limit:
-            raise OSError(limit.errno, limit.strerror, str(path)) from error
-    if disk_is_full(path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            if limit.errno in LIMITS:
+                return limit.errno
+    return errno.ENOSPC if disk_is_full(part) else None
+
+
+def _raise_with_path(error: Exception, path: Path, part: Path) -> None:
+    """Raise the system's error with the path, if there is one: writers report others, or leave the path out."""
+    number = exhausted(error, part)
+    if number is None and isinstance(error, OSError) and error.filename is None:
+        number = error.errno
+    if number is not None:
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextmanager
@@ -54,8 +77,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(part, path)
-    except (RuntimeError, SafetensorError) as error:
-        _raise_if_disk_full(error, path, part)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        _raise_with_path(error, path, part)
         raise
     finally:
         part.unlink(missing_ok=True)
@@ -82,8 +105,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(part, path)
         _remove(old)
-    except (RuntimeError, SafetensorError) as error:
-        _raise_if_disk_full(error, path, part)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        _raise_with_path(error, path, part)
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LOCK = ".lock"
-PART = re.compile(r"\..+\.\d+\.part")  # the temporary names of `atomic_file`
+# the temporary names of `atomic_file` and `atomic_folder`
+PART = re.compile(r"\..+\.\d+\.part")
+PART_FOLDER = re.compile(r"\..+\.part")
+OLD = re.compile(r"\.(.+)\.old")
 
 
 @contextmanager
@@ -78,15 +81,25 @@ def remove_leftovers(folders: Iterable[Path]) -> list[Path]:
         folders: each is searched without its subfolders.
 
     Returns:
-        The deleted files.
+        The deleted files and folders.
     """
-    found = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if PART.fullmatch(path.name)]
+    found = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if _is_leftover(path)]
     for path in found:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return found
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file or folder is half-written; the old version of a folder is one as soon as the new one exists."""
+    if PART.fullmatch(path.name):
+        return True
+    if not path.is_dir():
+        return False
+    old = OLD.fullmatch(path.name)
+    return PART_FOLDER.fullmatch(path.name) is not None or (old is not None and path.with_name(old[1]).exists())
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -89,6 +89,13 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float, rule: str = "covering")
     return weight * forward_kl(log_p, log_q) + (1 - weight) * reverse_kl(log_p, log_q)
 
 
+def todi(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""\(\sum w\,p\,(\log p - \log q) + (1-w)\,q\,(\log q - \log p)\), \(w = \sigma(\log p - \log q)\), detached."""
+    x = log_p - log_q
+    weight = x.detach().sigmoid()
+    return ((weight * log_p.exp() - (1 - weight) * log_q.exp()) * x).sum(-1)
+
+
 def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
     r"""The α-β-divergence of Cichocki et al., with every limit by continuity.
 

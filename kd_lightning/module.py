@@ -14,30 +14,29 @@ from kd_lightning.constants import moves_objective
 from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
-from kd_lightning.distributed.trainer import data_parallel_rank, is_fast_dev_run
-from kd_lightning.divergences import Divergence, ForwardKL
+from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run
+from kd_lightning.divergences import Divergence, ForwardKL, WeightedTokens, described
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.models.compatibility import check_model_fits_data
-from kd_lightning.models.loading import check_tokenizers
+from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
-from kd_lightning.schedules import Schedule, Weight
+from kd_lightning.rollout.sampled_tokens import check_label_columns, check_sampled_tokens
+from kd_lightning.schedules import Schedule, Weight, check_flag
 from kd_lightning.seeding import derive_seed, run_seed
-from kd_lightning.teachers.base import RunContext, Teacher
+from kd_lightning.teachers.base import RunContext, Teacher, models_by_role
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
-from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache
+from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache, check_types
 from kd_lightning.training.evaluation import evaluate_batch, validation_ce
-from kd_lightning.training.gradients import check_restored_optimizer
 from kd_lightning.training.optimization import AccumulatingModule
-from kd_lightning.training.prediction import greedy_responses
+from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
-from kd_lightning.training.teacher_cache import cached_teacher
+from kd_lightning.training.teacher_setup import cached_teacher, check_teacher_tokenizers, load_teacher
 
 
-class DistillationModule(AccumulatingModule):
+class DistillationModule(PredictingModule, AccumulatingModule):
     r"""Train a student on a frozen teacher: loss = (1 − ce_weight)·KD + ce_weight·label loss, per token.
 
     Reduces to supervised fine-tuning with `teacher=None, ce_weight=1`. Gradients are accumulated as sums and divided
@@ -61,6 +60,8 @@ class DistillationModule(AccumulatingModule):
         student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
         teacher_kwargs: the same for the teacher.
         lora: train adapters instead of the student's parameters; None: all parameters are trained.
+        gradient_checkpointing: recompute the student's layers in backward instead of keeping their activations: less
+            memory, one more forward pass, the same gradient.
         teacher_cache: cache the teacher's outputs for every row of the data in `ROOT/teacher_cache` before the first
             step, unload the teacher, and read the cache from then on.
 
@@ -86,26 +87,41 @@ class DistillationModule(AccumulatingModule):
         student_kwargs: dict[str, Any] | None = None,
         teacher_kwargs: dict[str, Any] | None = None,
         lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
         teacher_cache: bool = False,
     ) -> None:
         super().__init__(reduction, optimizer, lr_scheduler)
+        check_types(
+            student=student,
+            teacher=teacher,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            student_kwargs=student_kwargs,
+            teacher_kwargs=teacher_kwargs,
+            lora=lora,
+        )
         check_reduction(reduction)
+        check_flag("gradient_checkpointing", gradient_checkpointing)
+        check_flag("teacher_cache", teacher_cache)
+        if responses is not None and not isinstance(responses, ResponseSource):
+            raise ValueError(f"responses must be a ResponseSource or None, got {described(responses)}")
         check_models(student, teacher, student_init, teacher_kwargs, ce_weight)
         if teacher_cache:
             check_teacher_cache(teacher, responses)
         loss = DistillationLoss(
             objective, ce_weight=ce_weight, temperature=temperature, reduction=reduction, label_loss=label_loss
         )
-        self.student_source = StudentSource(student, student_init, student_kwargs, lora)
+        check_sampled_tokens(label_loss, temperature, responses)
+        self.student_source = StudentSource(student, student_init, student_kwargs, lora, gradient_checkpointing)
         self.teacher = as_teacher(teacher, teacher_kwargs)
         self.teacher_cache = teacher_cache
-        self.reporter = EvaluationReporter(loss, self.teacher is not None, monitors)
+        self.reporter = EvaluationReporter(loss, self.teacher, monitors)
         self.monitors = self.reporter.monitors
         self.evaluation = self.reporter.metrics
         self.responses = responses
         self.rollout = RolloutRunner(responses)
         self.model = StudentWithLoss(None, loss)
-        self._max_new_tokens = 32
+        self.teacher_state: nn.Module | None = None  # tensors of the teacher that belong into checkpoints
         self._teacher_device: torch.device | None = None
         self._base_digest: str | None = None  # of the weights under the adapters, if checkpoints leave them out
 
@@ -135,9 +151,9 @@ class DistillationModule(AccumulatingModule):
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
         install_checkpoint_io(self.trainer.strategy)
-        datamodule, tokenizer = datamodule_of(self.trainer), tokenizer_of(self.trainer)
-        if self.teacher is not None and tokenizer is not None and self.teacher.name is not None:
-            check_tokenizers(self.teacher.name, tokenizer)
+        datamodule = datamodule_of(self.trainer)
+        check_teacher_tokenizers(self.teacher, tokenizer_of(self.trainer))
+        check_label_columns(self.loss.token_loss.label_loss, self.teacher, self.responses, datamodule is not None)
         if stage == "fit" and self.trainer.world_size > 1:
             rows = {} if datamodule is None else datamodule.description()
             check_ranks_agree({"loss": repr(self.reporter.loss), **rows})
@@ -150,11 +166,9 @@ class DistillationModule(AccumulatingModule):
                 exclude_frozen_weights(self, "model.student")
             self.model.set_student(student)
         if self.teacher is not None:
-            self.teacher.attach(self.run_context())
-            self.teacher.load()
+            self.teacher_state = load_teacher(self.teacher, self.run_context())
             self._teacher_device = None
-        teacher_model = None if self.teacher is None else self.teacher.model
-        for text in check_model_fits_data(self.student, teacher_model, datamodule_of(self._trainer)):
+        for text in check_models_fit_data(models_by_role(self.student, self.teacher), datamodule_of(self._trainer)):
             rank_zero_warn(text)
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
@@ -194,7 +208,7 @@ class DistillationModule(AccumulatingModule):
 
     def on_train_start(self) -> None:
         """Check the restored optimizer, cache the teacher if asked, and catch up on a validation after a resume."""
-        check_restored_optimizer(self.trainer.optimizers[0], self._configured_lr)
+        super().on_train_start()
         if self.teacher_cache and self.teacher is not None and not is_fast_dev_run(self.trainer):
             self.teacher = cached_teacher(self.trainer, self.teacher, self.model.vocabulary, self.device)
         self.rollout.after_resume(self.trainer, lambda: validation_ce(self.trainer, self))
@@ -223,13 +237,12 @@ class DistillationModule(AccumulatingModule):
 
     def schedules(self) -> dict[str, Schedule]:
         """Every schedule of the run by its dotted path in the objective (or `ce_weight`, or under `responses`)."""
-        found = {name: part for name, part in self.loss.objective.named_modules() if isinstance(part, Schedule)}
-        if isinstance(self.loss.ce_weight, Schedule):
-            found["ce_weight"] = self.loss.ce_weight
-        for name, part in () if self.responses is None else self.responses.named_modules():
-            if isinstance(part, Schedule):
-                found[f"responses.{name}"] = part
-        return found
+        inside = () if self.responses is None else self.responses.named_modules()
+        return self.loss.schedules() | {f"responses.{name}": x for name, x in inside if isinstance(x, Schedule)}
+
+    def weighted(self) -> dict[str, WeightedTokens]:
+        """Every divergence of the training objective that weights its tokens, by its dotted path."""
+        return self.loss.objective.weighted()
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the means of the window after its step."""
@@ -246,13 +259,14 @@ class DistillationModule(AccumulatingModule):
     # ----------------------------------------------------------------------------------------- what others may ask
     @property
     def labels_only(self) -> bool:
-        """Whether the loss is the label loss alone (`ce_weight` is the number 1), so that no step runs the teacher."""
-        return not isinstance(self.loss.ce_weight, Schedule) and self.loss.ce_weight == 1
+        """Whether the loss reads nothing of a teacher (`ce_weight` is the number 1), so that no step runs it."""
+        return self.teacher is None or not self.loss.reads_teacher
 
     @property
     def objective_moves(self) -> bool:
-        """Whether a schedule changes the objective, so that its values at two steps are not comparable."""
-        return any(moves_objective(name) for name in self.schedules())
+        """Whether the objective changes during training, so that its values at two steps are not comparable."""
+        weights_move = any(part.moves for part in self.weighted().values())
+        return weights_move or any(moves_objective(name) for name in self.schedules())
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -275,6 +289,7 @@ class DistillationModule(AccumulatingModule):
     # -------------------------------------------------------------------------------------------------- evaluation
     def on_validation_epoch_end(self) -> None:
         """Give the validation loss to the response source."""
+        super().on_validation_epoch_end()
         self.rollout.after_validation(self.trainer, lambda: self.reporter.mean("val", "ce"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -286,35 +301,14 @@ class DistillationModule(AccumulatingModule):
         return self._evaluate(batch, "test")
 
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
-        """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
+        """Loss, monitors and diagnostics of one batch, without gradient, in eval mode and in the run's precision."""
         self._move_teacher()
-        return evaluate_batch(self.model, batch, self.teacher, self.reporter.loss)
+        with forward_context(self._trainer):
+            return evaluate_batch(self.model, batch, self.teacher, self.reporter.loss)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         values = self.reporter.values(self.evaluate_batch(batch))
-        for name, value in values.items():
-            key, metric = self.reporter.metric(stage, name, self.device)
-            metric.update(value)
-            bar, path = name == "kd", f"evaluation.{key}"
-            self.log(f"{stage}/{name}", metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)
+        for name, path, metric in self.reporter.update(stage, values, batch, self.device):
+            bar = name == f"{stage}/kd"
+            self.log(name, metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)
         return values
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Greedy responses to left-padded prompts.
-
-        Returns:
-            `row_ids` [B]; `responses`, token ids [B, up to max_new_tokens]; `finished` [B], whether a response has
-            ended, or was cut.
-        """
-        responses, finished = greedy_responses(self.student, batch, self._max_new_tokens)
-        return {"row_ids": batch["row_ids"], "responses": responses, "finished": finished}
-
-    def set_max_new_tokens(self, max_new_tokens: int) -> None:
-        """Set the longest response of `predict_step`, in tokens; it is 32 otherwise.
-
-        Raises:
-            ValueError: it is below 1.
-        """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self._max_new_tokens = max_new_tokens

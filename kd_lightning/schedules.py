@@ -1,12 +1,12 @@
 r"""Schedules: weights that change during training. Every weight that is a number can also be a schedule.
 
-State is kept in 0-d fp32 buffers: it moves with the device and is saved in checkpoints, keeps its dtype, and a compiled
-loss reads new values without recompilation. Only `update` changes it, called once per optimizer step.
+State is saved in checkpoints, and a compiled loss reads it without recompilation. Only `update` changes it.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Self
@@ -15,8 +15,30 @@ import torch
 from torch import Tensor, nn
 
 
-class Schedule(nn.Module, ABC):
-    """A weight that changes in `update`; `forward` returns its current value.
+class StepState(nn.Module):
+    """Numbers that change once per optimizer step, in 0-d fp32 buffers."""
+
+    def state(self, name: str, number: float) -> None:
+        """Register a number as a buffer."""
+        self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        """Constructor arguments."""
+        return numbers(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the device only: casting the model must not round the state."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Schedule(StepState, ABC):
+    """A weight that changes in `update`, called once per optimizer step; `forward` returns its current value.
 
     `columns`: entries of `rows` that it reads; the loss computes them. `side`: the responses that it applies to,
     "teacher" (those of the dataset too) or "student"; None: all.
@@ -40,24 +62,6 @@ class Schedule(nn.Module, ABC):
                 "student_gap".
         """
 
-    def state(self, name: str, number: float) -> None:
-        """Register a number as a buffer."""
-        self.register_buffer(name, torch.tensor(number, dtype=torch.float32))
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return numbers(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the device only: casting the model must not round the state."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
-
 
 Weight = float | Schedule
 
@@ -70,11 +74,8 @@ def value(weight: Weight, rows: Mapping[str, Tensor] | None = None) -> float | T
 def check_number(
     name: str, number: object, low: float = -math.inf, high: float = math.inf, ends: str = "[]", hint: str = ""
 ) -> None:
-    """Raise a ValueError with argument, range and value unless it is a finite number in the interval.
-
-    `ends`: "[" and "]" include an end, "(" and ")" exclude it.
-    """
-    if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+    """Raise a ValueError unless it is a finite number in the interval; of `ends`, "[" and "]" include an end."""
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max:
         above = low <= number if ends[0] == "[" else low < number
         below = number <= high if ends[1] == "]" else number < high
         if above and below:
@@ -86,11 +87,14 @@ def check_number(
     raise ValueError(f"{name} must be {allowed}{hint}, got {number!r}")
 
 
-def check_weight(name: str, weight: object, ends: str = "[]", hint: str = "", per_row: bool = True) -> None:
-    """Raise a ValueError unless the weight is a number in [0, 1] or a schedule.
+def check_flag(name: str, flag: object, allowed: str = "True or False") -> None:
+    """Raise a ValueError with argument and value unless it is a bool."""
+    if not isinstance(flag, bool):
+        raise ValueError(f"{name} must be {allowed}, got {flag!r}")
 
-    `per_row`: whether a schedule may have one value per token.
-    """
+
+def check_weight(name: str, weight: object, ends: str = "[]", hint: str = "", per_row: bool = True) -> None:
+    """Raise a ValueError unless it is a number in [0, 1] or a schedule (`per_row`: it may have a value per token)."""
     if not isinstance(weight, Schedule):
         check_number(name, weight, 0, 1, ends, f"{hint} or a schedule")
     elif weight.columns and not per_row:
@@ -200,6 +204,7 @@ class TAIDSchedule(Schedule):
         check_number("end", end, start, 1)
         check_number("step_size", step_size, 0)
         check_number("momentum", momentum, 0, 1, "[)")
+        check_flag("adaptive", adaptive)
         self.start, self.end, self.step_size, self.momentum, self.adaptive = start, end, step_size, momentum, adaptive
         self.state("t", start)
         self.state("previous", math.nan)  # before the first step
@@ -258,7 +263,7 @@ class ResponseGap(Schedule):
         check_number("minimum", minimum, 0, initial, "(]")
         if start is not None:
             check_number("start", start, 0, 1)
-        if side not in ("teacher", "student"):
+        if not isinstance(side, str) or side not in ("teacher", "student"):
             raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
         self.initial, self.minimum, self.side, self.start = initial, minimum, side, start
         self.state("mean_gap", math.nan)  # before the first update
@@ -300,6 +305,8 @@ class Complement(Schedule):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be a Schedule, got {schedule!r}")
         self.schedule = schedule
         self.columns, self.side = schedule.columns, schedule.side
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.optim import Optimizer
 
-from kd_lightning.atomic_io import atomic_folder, disk_is_full, partial_folder
+from kd_lightning.atomic_io import atomic_folder, exhausted, partial_folder
 from kd_lightning.distributed.checkpoint_io import ResizableState, open_checkpoint
 from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.dtensor import TENSOR, full_state_dict, full_tensor, local_shard, shard_like
@@ -154,8 +153,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             if self.activation_checkpointing:
                 enable_activation_checkpointing(student)
             shard_student(model, **self.sharding_options())
-        teacher = module.teacher
-        if teacher is not None:
+        for teacher in () if module.teacher is None else module.teacher.members.values():
             teacher.shard(functools.partial(self._shard_teacher, teacher))
 
     def _shard_teacher(self, teacher: ShardableTeacher, model: Any) -> nn.Module:
@@ -255,7 +253,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         try:
             write_rank_file(checkpoint, folder, self.global_rank)
         except (OSError, RuntimeError, SafetensorError) as error:
-            failure = os.strerror(errno.ENOSPC) if disk_is_full(folder) else str(error)
+            failure = str(error) if (limit := exhausted(error, folder)) is None else os.strerror(limit)
         for rank, reason in enumerate(all_gather_objects(failure, self.world_size)):
             if reason is not None:
                 raise OSError(f"{folder} could not be written by rank {rank}: {reason}")

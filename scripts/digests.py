@@ -31,7 +31,7 @@ def program(words: list[str], folder: Path) -> None:
     environment = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
     environment["PYTHONPATH"] = str(PROJECT)
     command = [sys.executable, "-m", "kd_lightning", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, encoding="utf-8")
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 

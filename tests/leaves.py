@@ -1,4 +1,4 @@
-"""The list of all implementations: add a line for every new divergence, assistant, objective, schedule or source.
+"""The list of all implementations: add a line for every new class of a role.
 
 With each divergence comes the same formula as a slow loop over Python floats, written from the definition alone.
 """
@@ -20,17 +20,21 @@ from kd_lightning.divergences import (
     Divergence,
     ForwardKL,
     GeneralizedJSD,
+    OnSupport,
     ReverseKL,
     SymmetricKL,
+    ToDi,
     TotalVariation,
     WeightedSum,
 )
-from kd_lightning.objectives import TAID, AMiD, Contrastive, Objective, SkewKL, SkewReverseKL
+from kd_lightning.label_losses import ClippedPolicyGradient, CrossEntropy, LabelLoss, SampledReverseKL
+from kd_lightning.objectives import TAID, AMiD, Contrastive, Objective, SkewKL, SkewReverseKL, Weighted
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.minillm import MiniLLM
 from kd_lightning.rollout.on_policy import OnPolicy
 from kd_lightning.rollout.replay import AdaptiveReplay
 from kd_lightning.schedules import Cosine, Linear, ResponseGap, Schedule, TAIDSchedule
+from kd_lightning.token_weights import GapGate, StudentEntropyGate, TeacherEntropyGate, TokenWeight, TopShare
 
 Row = Sequence[float]  # probabilities, all > 0
 Slow = Callable[[Row, Row], float]
@@ -45,6 +49,7 @@ class Leaf:
         slow: its definition, from the probabilities of one row.
         detached: part of it gets no gradient, so that finite differences say nothing.
         negative: it has a negative exponent: on peaked rows it may truly exceed fp32.
+        partial: it may be 0 where the models differ.
         rows: columns it reads, one value for every row.
     """
 
@@ -52,6 +57,7 @@ class Leaf:
     slow: Slow
     detached: bool = False
     negative: bool = False
+    partial: bool = False
     rows: dict[str, float | int] = field(default_factory=dict)
 
     def columns(self, log_p: Tensor) -> dict[str, Tensor]:
@@ -123,6 +129,33 @@ def mixture(p: Row, q: Row, alpha: float, weight: float) -> list[float]:
     return [x / total for x in r]
 
 
+def todi(p: Row, q: Row) -> float:
+    total = []
+    for x, y in zip(p, q, strict=True):
+        w = 1 / (1 + math.exp(math.log(y) - math.log(x)))
+        total.append(w * x * math.log(x / y) + (1 - w) * y * math.log(y / x))
+    return math.fsum(total)
+
+
+def on_top(p: Row, q: Row, k: int) -> tuple[Row, Row]:
+    """Both distributions on the k most probable tokens of the first, renormalized."""
+    top = sorted(range(len(p)), key=lambda v: -p[v])[:k]
+    a, b = math.fsum(p[v] for v in top), math.fsum(q[v] for v in top)
+    return [p[v] / a for v in top], [q[v] / b for v in top]
+
+
+def entropy(p: Row) -> float:
+    return -math.fsum(x * math.log(x) for x in p)
+
+
+def gap_gate(beta: float) -> float:
+    """The weight of a label with these columns."""
+    return 1 / (1 + math.exp(-beta * (LABEL["teacher_log_prob"] - LABEL["student_log_prob"])))
+
+
+LABEL = {"teacher_log_prob": math.log(0.34), "student_log_prob": math.log(0.1)}
+
+
 def half_and_two(p: Row, q: Row) -> float:
     return 0.5 * kl(p, q) + 2 * tv(p, q)
 
@@ -145,6 +178,11 @@ DIVERGENCES: dict[str, Leaf] = {
     "AlphaDivergence(0.5)": Leaf(lambda: AlphaDivergence(0.5), lambda p, q: alpha_divergence(p, q, 0.5)),
     "AlphaDivergence(2)": Leaf(lambda: AlphaDivergence(2), lambda p, q: alpha_divergence(p, q, 2), negative=True),
     "WeightedSum": Leaf(lambda: WeightedSum([ForwardKL(), TotalVariation()], [0.5, 2]), half_and_two),
+    "ToDi": Leaf(ToDi, todi, detached=True),
+    "OnSupport(ReverseKL, 4)": Leaf(
+        lambda: OnSupport(ReverseKL(), 4), lambda p, q: kl(*reversed(on_top(p, q, 4))), partial=True
+    ),
+    "OnSupport(ForwardKL, 1000)": Leaf(lambda: OnSupport(ForwardKL(), 1000), kl, partial=True),
     **{
         f"AlphaBeta({a}, {b})": Leaf(
             lambda a=a, b=b: AlphaBeta(a, b),  # type: ignore[misc]
@@ -199,6 +237,95 @@ OBJECTIVES: dict[str, Leaf] = {
         lambda: SkewKL(gap()),
         lambda p, q: kl(p, mixture(p, q, -1, 1 - 0.9 * 0.25 / (0.24 + 1e-5))),
         rows={"teacher_log_prob": math.log(0.34), "student_log_prob": math.log(0.1)},
+    ),
+}
+
+TOKEN_WEIGHTS: dict[str, tuple[Callable[[], TokenWeight], Slow]] = {
+    "TeacherEntropyGate": (lambda: TeacherEntropyGate(1.4), lambda p, q: float(entropy(p) > 1.4)),
+    "TeacherEntropyGate(below)": (lambda: TeacherEntropyGate(1.4, above=False), lambda p, q: float(entropy(p) <= 1.4)),
+    "StudentEntropyGate": (lambda: StudentEntropyGate(1.4), lambda p, q: float(entropy(q) > 1.4)),
+    "StudentEntropyGate(schedule, below)": (
+        lambda: StudentEntropyGate(Linear(0.9, 0.1), above=False),
+        lambda p, q: float(entropy(q) <= 0.9),
+    ),
+    "GapGate": (GapGate, lambda p, q: gap_gate(1.0)),
+    "GapGate(-2.5)": (lambda: GapGate(-2.5), lambda p, q: gap_gate(-2.5)),
+    "TopShare": (lambda: TopShare(GapGate(2.0), 0.5), lambda p, q: gap_gate(2.0)),  # in the first step: all
+    "TopShare(schedule)": (
+        lambda: TopShare(TeacherEntropyGate(1.4), Linear(1.0, 0.1)),
+        lambda p, q: float(entropy(p) > 1.4),
+    ),
+}
+
+OBJECTIVES |= {
+    f"Weighted({name})": Leaf(
+        lambda make=make: Weighted(ForwardKL(), make()),  # type: ignore[misc]
+        lambda p, q, slow=slow: slow(p, q) * kl(p, q),  # type: ignore[misc]
+        partial=True,
+        rows=dict(LABEL),
+    )
+    for name, (make, slow) in TOKEN_WEIGHTS.items()
+    if "below" not in name  # 0 for every token of a large vocabulary
+}
+OBJECTIVES |= {
+    "Weighted(AdaptiveKL, normalized)": Leaf(
+        lambda: Weighted(AdaptiveKL(), GapGate(), normalize=True),
+        lambda p, q: gap_gate(1.0) * akl(p, q, 0.5, "covering"),
+        detached=True,
+        rows=dict(LABEL),
+    ),
+    "Objective(Weighted, detached mixture)": Leaf(
+        lambda: Objective(
+            Weighted(ForwardKL(), TeacherEntropyGate(1.4)), GeometricMixture(0.4), ("assistant", "student")
+        ),
+        lambda p, q: float(entropy(mixture(p, q, 1, 0.4)) > 1.4) * kl(mixture(p, q, 1, 0.4), q),
+        partial=True,
+    ),
+    "WeightedSum(Weighted, OnSupport)": Leaf(
+        lambda: WeightedSum([Weighted(ReverseKL(), GapGate(0.5)), OnSupport(ForwardKL(), 3)], [2.0, 0.5]),
+        lambda p, q: 2 * gap_gate(0.5) * kl(q, p) + 0.5 * kl(*on_top(p, q, 3)),
+        rows=dict(LABEL),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LabelLeaf:
+    """A label loss, with its value and its derivative with respect to log q as plain arithmetic.
+
+    Args:
+        make: builds it.
+        slow: value and derivative, from log q of the label and the columns.
+    """
+
+    make: Callable[[], LabelLoss]
+    slow: Callable[[float, dict[str, float]], tuple[float, float]]
+
+
+def clipped(log_q: float, rows: dict[str, float]) -> tuple[float, float]:
+    ratio = math.exp(log_q - rows["old_log_prob"]) * rows["importance"]
+    plain, bound = -rows["advantage"] * ratio, -rows["advantage"] * min(max(ratio, 0.8), 1.2)
+    return max(plain, bound), plain if plain >= bound else 0.0
+
+
+def sampled(log_q: float, rows: dict[str, float], value: str, baseline: bool) -> tuple[float, float]:
+    ratio = math.exp(log_q - rows["old_log_prob"]) * rows["importance"]
+    k = log_q - rows["teacher_log_prob"]
+    return ratio * (k if value == "k" else k * k / 2), ratio * (k - (rows["reverse_kl"] if baseline else 0.0))
+
+
+LABEL_LOSSES: dict[str, LabelLeaf] = {
+    "CrossEntropy": LabelLeaf(CrossEntropy, lambda log_q, rows: (-log_q, -1.0)),
+    "ClippedPolicyGradient": LabelLeaf(ClippedPolicyGradient, clipped),
+    "SampledReverseKL": LabelLeaf(SampledReverseKL, lambda log_q, rows: sampled(log_q, rows, "k2", False)),
+    "SampledReverseKL(k1_reward)": LabelLeaf(
+        lambda: SampledReverseKL("k1_reward"), lambda log_q, rows: sampled(log_q, rows, "k", False)
+    ),
+    "SampledReverseKL(baseline)": LabelLeaf(
+        lambda: SampledReverseKL(baseline=True), lambda log_q, rows: sampled(log_q, rows, "k2", True)
+    ),
+    "SampledReverseKL(k1_reward, baseline)": LabelLeaf(
+        lambda: SampledReverseKL("k1_reward", True), lambda log_q, rows: sampled(log_q, rows, "k", True)
     ),
 }
 

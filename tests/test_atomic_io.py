@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from safetensors import SafetensorError
 
 from kd_lightning.atomic_io import atomic_file, atomic_folder
 from kd_lightning.distributed.checkpoint_io import REQUIRED_KEYS, AtomicCheckpointIO, install_checkpoint_io
@@ -93,6 +94,49 @@ def test_without_the_program_an_explicit_weights_only_false_is_respected(tmp_pat
     for weights_only in (None, True):
         with pytest.raises(ValueError, match="is not a checkpoint that can be read safely"):
             strategy.load_checkpoint(path, weights_only=weights_only)
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EDQUOT, errno.ENOSPC])
+@pytest.mark.parametrize("kind", ["of the system", "of Rust", "of another writer"])
+def test_a_limit_is_reported_with_the_path_whatever_the_writer_raises(number: int, kind: str, tmp_path: Path) -> None:
+    texts = {"of Rust": f"I/O error: Some text (os error {number})", "of another writer": f"[Errno {number}] Some text"}
+    for write in (atomic_file, atomic_folder):
+        with pytest.raises(OSError, match="student") as found, write(tmp_path / "student"):
+            raise OSError(number, "Some text") if kind == "of the system" else SafetensorError(texts[kind])
+        assert found.value.errno == number and str(tmp_path / "student") in str(found.value)
+    with pytest.raises(RuntimeError, match="bug"), atomic_folder(tmp_path / "student"):
+        raise RuntimeError("a bug")
+
+
+EXPORT = """
+import resource, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from kd_lightning.atomic_io import atomic_folder, exhausted
+from kd_lightning.distributed.sharded_checkpoint import write_rank_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    with atomic_folder(sys.argv[1]) as part:
+        (part / "config.json").write_text("{}")
+        save_file({"weight": torch.ones(1_000_000)}, part / "model.safetensors")
+except OSError as error:
+    print(error)
+folder = Path(sys.argv[2])
+try:
+    write_rank_file({"weight": torch.ones(1_000_000)}, folder, 0)
+except (OSError, RuntimeError) as error:
+    print(exhausted(error, folder))
+"""
+
+
+def test_a_file_size_limit_is_reported_for_folders_and_rank_files(tmp_path: Path) -> None:
+    (tmp_path / "rank").mkdir()
+    words = [sys.executable, "-c", EXPORT, str(tmp_path / "student"), str(tmp_path / "rank")]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    export, rank = done.stdout.splitlines()
+    assert "File too large" in export and str(tmp_path / "student") in export, done.stderr
+    assert int(rank) == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["rank"]
 
 
 LIMITED = """

@@ -85,7 +85,9 @@ def test_zero_with_zero_gradient_where_the_models_agree(leaf: Leaf) -> None:
         assert gradient.abs().max() <= tolerance
 
 
-@every
+@pytest.mark.parametrize(
+    "leaf", [x for x in ALL.values() if not x.partial], ids=[name for name, x in ALL.items() if not x.partial]
+)
 def test_positive_where_they_differ(leaf: Leaf) -> None:
     teacher, _ = logits(4, 50)
     student = teacher + 0.1 * torch.randn_like(teacher)
@@ -355,7 +357,10 @@ def test_a_sum_hands_rows_on_and_moves_with_its_schedules() -> None:
             lambda: WeightedSum([ForwardKL()], [1.0, 2.0]),
             "divergences and weights must have the same length, .* got 1 and 2",
         ),
-        (lambda: WeightedSum([ForwardKL()], [-1.0]), r"weights\[0\] must be a finite number ≥ 0, got -1.0"),
+        (
+            lambda: WeightedSum([ForwardKL()], [-1.0]),
+            r"weights\[0\] must be .* ≥ 0 or a schedule, got -1.0",
+        ),
         (lambda: WeightedSum([TotalVariation], [1.0]), r"divergences\[0\] must be a Divergence"),  # type: ignore[list-item]
     ],
 )

@@ -93,8 +93,13 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    kept = ["last.ckpt", ".hidden", "x.12.part", ".x.part", ".x.12.partial"]
+    kept = ["last.ckpt", ".hidden", "x.12.part", ".x.part", ".x.12.partial", ".last.old"]
     for name in [*kept, ".epoch=0-step=3.ckpt.20541.part", ".config.yaml.7.part"]:
         (tmp_path / name).touch()
-    assert len(remove_leftovers([tmp_path, tmp_path / "none"])) == 2
+    folders = ["student", ".adapter.old", "sharded.part"]  # the only version of `adapter`
+    for name in [*folders, ".student.part", ".student.old", ".sharded.ckpt.part"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+    kept += folders
+    assert len(remove_leftovers([tmp_path, tmp_path / "none"])) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

@@ -13,6 +13,9 @@ _NAMES = {
     "train": "train.jsonl",
     "validation": "validation.jsonl",
     "test": "test.jsonl",
+    "context_train": "context_train.jsonl",
+    "context_validation": "context_validation.jsonl",
+    "context_test": "context_test.jsonl",
 }
 
 
@@ -20,7 +23,8 @@ def resolve(path: str) -> str:
     """Turn `asset:NAME` into the path of bundled material; expand `~` and `$VAR` in any other string.
 
     Args:
-        path: `asset:teacher`, `asset:student`, `asset:train`, `asset:validation`, `asset:test`, or an ordinary path or
+        path: `asset:teacher`, `asset:student`, `asset:train`, `asset:validation`, `asset:test`, the same three with
+            `context_` before the name (rows whose field `definition` only the teacher reads), or an ordinary path or
             hub name.
 
     Raises:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_lightning.distributed.trainer import is_fast_dev_run
-
-Handler = Callable[[int, FrameType | None], object] | int | None
+from kd_lightning.distributed.signals import SignalHandlers, stop
+from kd_lightning.distributed.trainer import (
+    is_fast_dev_run,
+    is_launched_child,
+    replace_original_handlers,
+    without_own_sigterm,
+)
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` with its folder at `ROOT/checkpoints`; `last` is also saved at the end of training.
 
-    Ctrl-C and SIGTERM (in a run with one process) finish the current step and save `last`; a second one aborts at once.
-    After SIGTERM, which schedulers send, the exit status is 143.
+    Ctrl-C and SIGTERM finish the current step, log it, and save `last`. After SIGTERM, which schedulers send, the exit
+    status is 143. With several processes it does not matter which of them receive the signal: all stop after the same
+    step. A second Ctrl-C aborts at once, and so does a second SIGTERM with one process.
 
     Args:
         save_last: also keep the newest state as `last.ckpt`.
@@ -32,8 +36,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(self, save_last: bool | None = True, **kwargs: Any) -> None:
         super().__init__(save_last=save_last, **kwargs)
-        self._previous_handlers: dict[int, Handler] = {}
-        self._interrupted: int | None = None  # the signal
+        self._handlers = SignalHandlers(self._interrupt)
+        self._ranks = 1
+        self._training = False  # the first step has begun
+        self._received = 0  # the signal that this process has received; 0: none
+        self._stopping = 0  # the signal that ends the run as soon as this step is logged
         self._last_step = 0
         self._window_open = False  # the last micro-batch did not end its accumulation window
         self._save_due = False  # a validation inside of a window: its checkpoint is saved after the step
@@ -43,40 +50,78 @@ class RunCheckpoint(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = str(checkpoint_folder(trainer))
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.save_last:
+            self._ranks, self._training, self._received, self._stopping = trainer.world_size, False, 0, 0
+            without_own_sigterm(trainer)
+            self._handlers.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Handle signals, with one process only: ranks that stop at different steps would wait for each other."""
+        """Remember the first step."""
         super().on_train_start(trainer, pl_module)
-        self._interrupted, self._last_step = None, trainer.global_step
-        if self.save_last and trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous_handlers[number] = signal.signal(number, self._interrupt)
+        self._last_step = trainer.global_step
 
-    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self._restore_handlers()  # so that a second Ctrl-C aborts
-        self._interrupted = signum
-        rank_zero_info("Interrupted: finishing this step and saving last.ckpt (press Ctrl-C again to abort)")
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        alone = self._ranks == 1
+        if alone and not self._training:  # ranks that stopped here would leave the others in a collective
+            self._handlers.restore()
+            rank_zero_info("Interrupted before the first step: nothing is lost, run the same command again")
+            raise stop(number)
+        if not self._received:
+            rank_zero_info("Interrupted: finishing this step and saving last.ckpt (press Ctrl-C again to abort)")
+        self._received = max(number, self._received)
+        if alone or number == signal.SIGINT:  # a launcher and the scheduler may both send SIGTERM to a rank
+            self._handlers.restore()  # so that a second one aborts
 
-    def _restore_handlers(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
+    def _restore_handlers(self, trainer: Trainer) -> None:
+        self._handlers.restore()
+        replace_original_handlers(trainer, self._handlers.previous)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """End a run that is to stop: the step before is logged now."""
+        super().on_train_batch_start(trainer, pl_module, *args, **kwargs)
+        self._end_if_stopping(trainer)
+        self._training = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Save what is due; after Ctrl-C save `last` once the optimizer has stepped, and stop."""
+        """Save what is due; after Ctrl-C save `last` once the optimizer has stepped."""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         stepped, self._last_step = trainer.global_step > self._last_step, trainer.global_step
         self._window_open = not stepped
         if stepped and self._save_due:
             self._save_due = False
             super().on_validation_end(trainer, pl_module)
-        if self._interrupted is not None and stepped:
-            if not is_fast_dev_run(trainer):
+        if stepped and self.save_last:
+            self._stopping = self._agreed_signal(trainer)
+            if self._stopping and not is_fast_dev_run(trainer):
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
                 rank_zero_info(
                     f"Saved step {trainer.global_step} to {self.last_model_path}: resume with --ckpt_path last"
                 )
-            raise SystemExit(128 + signal.SIGTERM) if self._interrupted == signal.SIGTERM else KeyboardInterrupt
+
+    def _agreed_signal(self, trainer: Trainer) -> int:
+        """The signal that any rank has received; 0: none."""
+        if trainer.world_size == 1:
+            return self._received
+        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
+
+    def _end_if_stopping(self, trainer: Trainer) -> None:
+        """Raise what ends the run, once the values of its last step are logged: after all hooks of that step."""
+        number, self._stopping = self._stopping, 0
+        if number and is_launched_child(trainer):
+            raise SystemExit(0)  # Lightning kills the main process if one of its children fails
+        if number:
+            raise stop(number)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
+        """End a run that is to stop."""
+        super().on_validation_start(trainer, pl_module)
+        self._end_if_stopping(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
+        """End a run that is to stop; else save what is due."""
+        self._end_if_stopping(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Save what is due; inside of an accumulation window after its step, as checkpoints hold no gradients."""
@@ -86,18 +131,19 @@ class RunCheckpoint(ModelCheckpoint):
 
     def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the previous handlers of the signals."""
-        self._restore_handlers()
+        self._restore_handlers(trainer)
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restore the previous handlers of the signals."""
-        self._restore_handlers()
+        self._restore_handlers(trainer)
         super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Save `last` for the final step if no trigger has."""
+        """Save `last` for the final step if no trigger has. From here on, a signal ends the run at once."""
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._restore_handlers(trainer)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

@@ -23,6 +23,7 @@ from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.models.hf_adapter import base_model, is_peft_model
 from kd_lightning.models.lora import merged_state_dict, save_adapter
 from kd_lightning.training.base import StudentTeacherModule
+from kd_lightning.training.learning_rate.monitors import default_monitor
 
 if TYPE_CHECKING:  # importing peft takes a second
     from peft import PeftModel
@@ -66,16 +67,16 @@ class HFExport(L.Callback):
         """Check that a run can export into a folder.
 
         Args:
-            root: folder of the run; created if it does not exist.
+            root: folder of the run; it need not exist yet.
             resuming: the run continues the one in this folder.
 
         Raises:
             ValueError: the folder holds an exported student, or is not writable.
         """
         root = Path(root)
+        there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            probe = root / f".writable.{os.getpid()}"  # its own name on each rank
+            probe = there / f".writable.{os.getpid()}"  # its own name on each rank
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -89,7 +90,7 @@ class HFExport(L.Callback):
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the metric that `best` minimizes."""
         if self.monitor_name is None:
-            self.monitor_name = _default_monitor(pl_module)
+            self.monitor_name = default_monitor(pl_module)
         if stage == "fit":
             self.check_monitor(pl_module)
 
@@ -147,14 +148,6 @@ class HFExport(L.Callback):
         if trainer.is_global_zero:
             save_student(student, tokenizer_of(trainer), Path(trainer.default_root_dir) / "student", state)
         trainer.strategy.barrier("export")
-
-
-def _default_monitor(module: L.LightningModule) -> str:
-    if not isinstance(module, StudentTeacherModule):
-        return "val/kd"
-    if module.objective_moves and "forward_kl" in module.monitors:
-        return "val/forward_kl"
-    return "val/ce" if module.labels_only else "val/kd"
 
 
 def save_student(

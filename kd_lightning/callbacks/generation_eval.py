@@ -20,12 +20,12 @@ from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.distributed.collectives import all_gather_objects
-from kd_lightning.distributed.trainer import data_parallel_rank
+from kd_lightning.distributed.trainer import data_parallel_rank, forward_context
 from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
 from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import max_positions
-from kd_lightning.reporting.figures import markdown_table
+from kd_lightning.reporting.markdown import markdown_table
 
 SHOWN = 8
 
@@ -135,7 +135,7 @@ class GenerationQuality(L.Callback):
         scalars = {f"val/{name}": value for name, value in metrics.items()}
         teacher = teacher_model(student_and_teacher(pl_module))
         if self._teacher is None and teacher is not None:
-            self._teacher = self._measure(trainer, pl_module, teacher, "val", greedy, 0)
+            self._teacher = self._measure(trainer, pl_module, teacher, "val", greedy, 0, "teacher")
         if self._teacher is not None:
             scalars |= {f"baseline/teacher_{name}": value for name, value in self._teacher[0].items()}
         for logger in trainer.loggers:
@@ -154,16 +154,21 @@ class GenerationQuality(L.Callback):
         module = student_and_teacher(pl_module)
         if (model := teacher_model(module)) is not None and module.teacher is not None:
             module.teacher.to(pl_module.device)
-            scalars |= self._over_seeds(trainer, pl_module, model, "test/teacher_")
+            scalars |= self._over_seeds(trainer, pl_module, model, "test/teacher_", "teacher")
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
 
     def _over_seeds(
-        self, trainer: L.Trainer, module: L.LightningModule, model: PreTrainedModel, prefix: str
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        model: PreTrainedModel,
+        prefix: str,
+        role: str = "student",
     ) -> dict[str, float]:
         """Mean and standard deviation of the metrics of the test rows, by name with a prefix."""
         seeds = range(self.seeds if self.sampling.temperature else 1)
-        measured = [self._measure(trainer, module, model, "test", self.sampling, seed)[0] for seed in seeds]
+        measured = [self._measure(trainer, module, model, "test", self.sampling, seed, role)[0] for seed in seeds]
         scalars = {f"{prefix}{name}": statistics.mean(one[name] for one in measured) for name in measured[0]}
         if len(measured) > 1:
             scalars |= {f"{prefix}{name}_std": statistics.stdev(one[name] for one in measured) for name in measured[0]}
@@ -177,10 +182,11 @@ class GenerationQuality(L.Callback):
         split: str,
         sampling: Sampling,
         seed: int,
+        role: str = "student",
     ) -> tuple[dict[str, float], list[str]]:
-        """Metrics over all ranks, and the responses to the first rows."""
+        """Metrics over all ranks, and the responses to the first rows, as the role is asked."""
         datamodule = self._datamodule(trainer)
-        rows = datamodule.generation_rows(split, self.rows)
+        rows = datamodule.generation_rows(split, self.rows, role)
         prompts = [row["prompt_ids"] for row in rows]
         batches = length_batches([len(prompt) for prompt in prompts], self.batch_size)
         generator = BatchGenerator(model, datamodule.tokenizer, sampling, seed, module.device)
@@ -188,7 +194,9 @@ class GenerationQuality(L.Callback):
         own = list(batches_of_rank(batches, rank=rank, ranks=ranks))
         own += [(0, batches[0])] * (-(-len(batches) // ranks) - len(own))  # ranks run a sharded model equally often
         shown = progress_bar(own, f"Answers, {split}, seed {seed}", shown=progress_bar_enabled(trainer))
-        gathered = all_gather_objects(dict(generator.generate(prompts, shown)), trainer.world_size)
+        with forward_context(trainer):
+            responses_of_rank = dict(generator.generate(prompts, shown))
+        gathered = all_gather_objects(responses_of_rank, trainer.world_size)
         by_number = {number: response for part in gathered for number, response in part.items()}
         responses = [by_number[number] for number in range(len(rows))]
         metrics = quality(responses, [row["answer"] for row in rows])

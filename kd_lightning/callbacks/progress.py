@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
+
+from kd_lightning.console import terminal_bar
 
 
 def progress() -> ProgressBar:
@@ -15,19 +21,65 @@ def progress() -> ProgressBar:
     return StepBar() if sys.stdout.isatty() else PlainProgress()
 
 
-class StepBar(RichProgressBar):
-    """Lightning's bar, with the step and the number of steps instead of the logger's version."""
+class StepBar(TQDMProgressBar):
+    """Lightning's bars with the step among all steps, in the style of `console.progress_bar` and in the same terminal.
+
+    Log messages are printed above the bars. A bar of validation disappears when it is done; that of training is closed
+    before the results table.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._messages = ExitStack()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Print log messages above the bars."""
+        super().setup(trainer, pl_module, stage)
+        self._messages.close()
+        loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "kd_lightning")]
+        self._messages.enter_context(logging_redirect_tqdm([logger for logger in loggers if logger.handlers]))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Print log messages as before."""
+        self._messages.close()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bars, so that what is printed next stands below them."""
+        for bar in (self._train_progress_bar, self._val_progress_bar):
+            if bar is not None:
+                bar.close()
+        self._messages.close()
+        super().on_exception(trainer, pl_module, exception)
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        """The bar of the validation before training."""
+        return self._bar(self.sanity_check_description, leave=False)
+
+    def init_train_tqdm(self) -> Tqdm:
+        """The bar of training."""
+        return self._bar(self.train_description, leave=True)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """The bar of a validation."""
+        return self._bar(self.validation_description, leave=self.trainer.state.fn == "validate")
+
+    def init_test_tqdm(self) -> Tqdm:
+        """The bar of `test`."""
+        return self._bar(self.test_description, leave=True)
+
+    def init_predict_tqdm(self) -> Tqdm:
+        """The bar of `predict`."""
+        return self._bar(self.predict_description, leave=True)
+
+    def _bar(self, description: str, leave: bool) -> Tqdm:
+        return Tqdm(desc=description, leave=leave, disable=self.is_disabled, **terminal_bar())
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The values shown after the bar."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {"step": f"{trainer.global_step}/{trainer.max_steps}", **metrics} if trainer.max_steps > 0 else metrics
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
-            return str(super()._get_train_description(current_epoch))
-        return f"{f'Epoch {current_epoch}':{len(self.validation_description)}}"
 
 
 class PlainProgress(ProgressBar):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,12 +18,13 @@ from transformers import PreTrainedModel
 from kd_lightning.callbacks.base import PreparedRun, student_and_teacher, student_of, teacher_model
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.data.collate import SIDES
-from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.distributed.trainer import forward_context, is_fast_dev_run
 from kd_lightning.generation.batch_generator import BatchGenerator, summary
 from kd_lightning.generation.pass_generator import PassGenerator
 from kd_lightning.generation.response_file import Response
-from kd_lightning.models.compatibility import check_model_fits_data
+from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.generate import Sampling
+from kd_lightning.teachers.base import models_by_role
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.training.base import StudentTeacherModule
 
@@ -77,6 +79,7 @@ class Regeneration(L.Callback):
         self.keep_unfinished = keep_unfinished
         self.seconds = 0.0  # spent on generation in this run
         self._start = 0.0
+        self._before_pass: Callable[[int], None] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the teacher before any model is loaded."""
@@ -95,7 +98,8 @@ class Regeneration(L.Callback):
             raise ValueError(
                 "teacher_cache must be false with Regeneration: its responses are not known before the run"
             )
-        if isinstance(module.teacher, CachedTeacher):
+        members = () if module.teacher is None else module.teacher.members.values()
+        if any(isinstance(member, CachedTeacher) for member in members):
             raise ValueError(
                 "a CachedTeacher has no outputs for the responses of Regeneration: use another teacher, or remove "
                 "Regeneration from trainer.callbacks"
@@ -119,7 +123,23 @@ class Regeneration(L.Callback):
         model = self._model(pl_module)
         BatchGenerator(model, datamodule.tokenizer, self.sampling)
         self.sampling.max_prompt_tokens(model, datamodule.max_length)
-        datamodule.add_before_pass(lambda number: self.generate_pass(trainer, pl_module, number))
+        self._remove(trainer)
+        self._before_pass = functools.partial(self.generate_pass, trainer, pl_module)
+        datamodule.add_before_pass(self._before_pass)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the data module as it was, for another run."""
+        self._remove(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the data module as it was, for another run."""
+        self._remove(trainer)
+
+    def _remove(self, trainer: L.Trainer) -> None:
+        datamodule = datamodule_of(trainer)
+        if self._before_pass is not None and datamodule is not None:
+            datamodule.remove_before_pass(self._before_pass)
+        self._before_pass = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         """Log the share of the run's time that was spent on generation, by all these callbacks together."""
@@ -142,7 +162,7 @@ class Regeneration(L.Callback):
         datamodule = self._datamodule(trainer)
         if self.when == "once" and number > 0:
             return
-        every_row = datamodule.generation_rows("train")
+        every_row = datamodule.generation_rows("train", role=self.side)
         missing = set(datamodule.missing_responses(self.side))
         rows = [row for row in every_row if row["index"] in missing] if self.when == "once" else every_row
         if not rows:
@@ -160,7 +180,7 @@ class Regeneration(L.Callback):
             )
         datamodule.replace_responses(texts, self.side)
         teacher = student_and_teacher(module).teacher
-        for text in check_model_fits_data(student_of(module), None if teacher is None else teacher.model, datamodule):
+        for text in check_models_fit_data(models_by_role(student_of(module), teacher), datamodule):
             rank_zero_warn(text)
         if not is_fast_dev_run(trainer):
             folder = Path(trainer.default_root_dir) / "responses"
@@ -173,7 +193,7 @@ class Regeneration(L.Callback):
         start = time.perf_counter()
         if self.side == "teacher" and (teacher := student_and_teacher(module).teacher) is not None:
             teacher.to(module.device)
-        with _folder(trainer) as folder, trainer.precision_plugin.forward_context():
+        with _folder(trainer) as folder, forward_context(trainer):
             responses = self._generator(trainer, module).responses(trainer, rows, folder, number)
         seconds = time.perf_counter() - start
         self.seconds += seconds

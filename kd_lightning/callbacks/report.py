@@ -13,6 +13,7 @@ from kd_lightning.data.base import datamodule_of
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.reporting.run_dir import RunFolder
 from kd_lightning.reporting.run_report import page
+from kd_lightning.training.optimization import AccumulatingModule
 
 
 class Report(L.Callback):
@@ -36,9 +37,10 @@ class Report(L.Callback):
         table = next((part for part in trainer.callbacks if isinstance(part, ResultsTable)), None)  # type: ignore[attr-defined]
         datamodule = datamodule_of(trainer)
         counts = {} if datamodule is None else datamodule.report
+        notes = pl_module.run_notes if isinstance(pl_module, AccumulatingModule) else []
         samples = [] if table is None else table.samples
         with atomic_file(root / "report.md") as part:
-            part.write_text(page(RunFolder.read(root), counts, samples), encoding="utf-8")
+            part.write_text(page(RunFolder.read(root), counts, samples, notes), encoding="utf-8")
         saved = {"student": "student/ (Hugging Face format)", "report.md": "report.md", "tensorboard": "tensorboard/"}
         saved["checkpoints/last.ckpt"] = "checkpoints/last.ckpt"
         rank_zero_info(f"Saved in {root}: {', '.join(text for name, text in saved.items() if (root / name).exists())}")

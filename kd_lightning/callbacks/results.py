@@ -10,10 +10,12 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from kd_lightning.atomic_io import atomic_file
-from kd_lightning.callbacks.base import on_training_device, student_and_teacher, student_of, teacher_model
+from kd_lightning.callbacks.base import PreparedRun, on_training_device, student_and_teacher, student_of, teacher_model
+from kd_lightning.console import printable
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.generation.exact_match import exact_match, greedy_responses
@@ -58,9 +60,32 @@ class ResultsTable(L.Callback):
         return [{name: sample.get(name, "–") for name in names} for sample in self._samples.values()]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the test rows before the progress bar starts."""
+        """Load the test rows, and check `task`, before the progress bar starts."""
         if stage == "fit" and (datamodule := self._test_data(trainer)) is not None:
             datamodule.setup("test")
+            self.check_task(datamodule)
+
+    def check_task(self, datamodule: DistillationDataModule) -> None:
+        """Check that a test row has the task, if any row has the field.
+
+        Raises:
+            ValueError: none has it.
+        """
+        if self.task is None:
+            return
+        tasks = {row["row"].get("task") for row in datamodule.generation_rows("test")} - {None}
+        if tasks and self.task not in tasks:
+            known = ", ".join(sorted(map(str, tasks)))
+            raise ValueError(f"results.task must be the `task` of a test row (one of {known}), got {self.task!r}")
+
+    def check_before_start(self, run: PreparedRun) -> None:
+        """Check that a test row has the task.
+
+        Raises:
+            ValueError: none has it.
+        """
+        if self._test_data(run.trainer, run.datamodule) is not None:
+            self.check_task(run.datamodule)
 
     def state_dict(self) -> dict[str, Results]:
         """The measurements before the first step, for a resumed run."""
@@ -80,7 +105,8 @@ class ResultsTable(L.Callback):
         student = self._student_row(trainer, datamodule, pl_module, means, rows, "student before")
         teacher: ResultRow | None = None
         if module.teacher is not None:
-            match = self._exact_match(trainer, datamodule, teacher_model(module), rows, "teacher")
+            asked = self._for_teacher(datamodule, rows)
+            match = self._exact_match(trainer, datamodule, teacher_model(module), asked, "teacher")
             teacher = {"nll": means["teacher_nll"], "forward_kl": 0.0, "exact_match": match}
         self.rows = {"teacher": teacher, "student_before": student}
 
@@ -99,9 +125,11 @@ class ResultsTable(L.Callback):
             self._print()
 
     @staticmethod
-    def _test_data(trainer: L.Trainer) -> DistillationDataModule | None:
-        """The data module if its test rows are to be measured, else None."""
-        datamodule = datamodule_of(trainer)
+    def _test_data(
+        trainer: L.Trainer, datamodule: DistillationDataModule | None = None
+    ) -> DistillationDataModule | None:
+        """The data module, by default the Trainer's, if its test rows are to be measured, else None."""
+        datamodule = datamodule or datamodule_of(trainer)
         if datamodule is None or is_fast_dev_run(trainer) or trainer.limit_test_batches == 0:
             return None
         return datamodule if datamodule.sources["test"] else None
@@ -115,6 +143,14 @@ class ResultsTable(L.Callback):
         batches = limited_batches(loader, trainer.limit_test_batches)
         means = token_means(trainer, student_and_teacher(module), loader, batches)
         return means, self._rows_of_task(datamodule.generation_rows("test", batches * datamodule.batch_size))
+
+    @staticmethod
+    def _for_teacher(datamodule: DistillationDataModule, rows: list[GenerationRow]) -> list[GenerationRow]:
+        """The same rows with the teacher's own prompts, if it has any."""
+        if not datamodule.teacher_has_own_input:
+            return rows
+        indices = {row["index"] for row in rows}
+        return [row for row in datamodule.generation_rows("test", role="teacher") if row["index"] in indices]
 
     def _rows_of_task(self, rows: list[GenerationRow]) -> list[GenerationRow]:
         tasks = {row["row"].get("task") for row in rows}
@@ -158,7 +194,8 @@ class ResultsTable(L.Callback):
         return exact_match(trainer, rows, responses)
 
     def _print(self) -> None:
-        table = Table(title="test rows" if self.task is None else f"test rows (exact match: {self.task})")
+        task = "" if self.task is None else f" (exact match: {self.task})"
+        table = Table(title=Text(printable(f"test rows{task}"), "table.title"))
         table.add_column("")
         for heading in HEADINGS.values():
             table.add_column(heading, justify="right")

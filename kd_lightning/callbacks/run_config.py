@@ -10,9 +10,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kd_lightning.atomic_io import atomic_file, first_unused_path
+from kd_lightning.callbacks.tensorboard import RunLogger
 from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import check_ranks_agree
 from kd_lightning.distributed.trainer import is_fast_dev_run
+from kd_lightning.reporting.redaction import redact_value
 
 
 class RunConfig(L.Callback):
@@ -42,7 +44,10 @@ class RunConfig(L.Callback):
         check_ranks_agree({"configuration": self.text})
 
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Save the configuration of a fresh run; other callbacks may need long before the first step."""
+        """Open the logger, and save the configuration of a fresh run; the first step may be far away."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.open_writer()
         if self._fresh:
             self._write(trainer)
 
@@ -75,4 +80,8 @@ def split_digests(datamodule: DistillationDataModule | None) -> dict[str, str]:
     if datamodule is None:
         return {}
     later = datamodule.accepts_responses
-    return {name: text for name, text in datamodule.description().items() if not (later and name == "train rows")}
+    return {
+        name: redact_value(text)
+        for name, text in datamodule.description().items()
+        if not (later and name == "train rows")
+    }

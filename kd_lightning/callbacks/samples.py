@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.constants import IGNORE_INDEX, SOURCES
 from kd_lightning.data.base import tokenizer_of
-from kd_lightning.reporting.figures import markdown_table
+from kd_lightning.reporting.markdown import markdown_table
 from kd_lightning.training.base import StudentTeacherModule
 
 Batch = dict[str, Tensor]

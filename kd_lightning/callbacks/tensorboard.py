@@ -1,4 +1,4 @@
-"""The TensorBoard dashboard: charts, the configuration as text, figures of every validation, hyperparameters."""
+"""The TensorBoard logger and dashboard: charts, the configuration as text, figures of every validation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import yaml
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from kd_lightning.console import printable
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.metrics.bucketed import response_positions
 from kd_lightning.reporting import figures
+from kd_lightning.reporting.markdown import code_block
 from kd_lightning.reporting.run_dir import flatten_config
 from kd_lightning.reporting.run_report import SETUP
 
@@ -52,7 +55,7 @@ class Dashboard(L.Callback):
         for writer in summary_writers(trainer):
             charts = {title: ["Multiline", [_exactly(tag) for tag in tags]] for title, tags in CHARTS.items()}
             writer.add_custom_scalars({"distillation": charts})
-            writer.add_text("config", "```yaml\n" + self.text + "\n```")
+            writer.add_text("config", code_block(self.text, "yaml"))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the sums of the figures."""
@@ -101,7 +104,8 @@ class Dashboard(L.Callback):
         from torch.utils.tensorboard.summary import hparams
 
         arguments = {k: v for k, v in flatten_config(yaml.safe_load(self.text)).items() if k.startswith(SETUP)}
-        plain = {k: v for k, v in arguments.items() if isinstance(v, (bool, int, float, str))}
+        values = {k: printable(v) if isinstance(v, str) else v for k, v in arguments.items()}
+        plain = {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if not metrics:
             return
@@ -117,6 +121,31 @@ def summary_writers(trainer: L.Trainer) -> list[Any]:
     if not trainer.is_global_zero or is_fast_dev_run(trainer):
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+class RunLogger(TensorBoardLogger):
+    """Lightning's logger, which writes nothing before `open`, or before the first metric.
+
+    Lightning creates the files of its loggers before it sets up data and models: a run that is refused there would
+    leave them behind.
+    """
+
+    _opened = False
+
+    def open_writer(self) -> None:
+        """Create the file of events at its next use."""
+        self._opened = True
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The SummaryWriter; before `open` an object that ignores every call."""
+        return super().experiment if self._opened else _DummyExperiment()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics: the run has begun."""
+        self.open_writer()
+        super().log_metrics(metrics, step)
 
 
 def _exactly(tag: str) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.cli.prepared_run import PreparedFit
 from kd_lightning.cli.program import run
-from kd_lightning.folder_lock import folder_lock, remove_leftovers
+from kd_lightning.distributed.signals import Terminated, exit_status
+from kd_lightning.distributed.trainer import forward_context
+from kd_lightning.reporting.redaction import print_message
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
@@ -20,6 +22,8 @@ FLAGS = "--output DIR [--kind hidden|top_k] [--k 64] [--dtype bfloat16|float32] 
 
 def main(args: Sequence[str]) -> int:
     """Write the teacher cache of the run that `fit` with the same arguments would be. An interrupted cache is resumed.
+
+    Ctrl-C (status 130) and SIGTERM (status 143) finish the present batch.
 
     `--kind hidden` keeps hidden states: exact for every loss, up to the rounding of `--dtype` (bfloat16: a relative
     error of at most 2⁻⁹). `--kind top_k` keeps the `--k` most probable tokens, always including the label, and the
@@ -51,25 +55,28 @@ def main(args: Sequence[str]) -> int:
     fit = PreparedFit(run(["fit", *fit_args], start=False), "cache")
     student, teacher = load_models(fit)
     start = time.perf_counter()
-    with folder_lock(given.output, print), fit.trainer.precision_plugin.forward_context():
-        remove_leftovers([given.output])
-        cached = fill_cache(
-            given.output,
-            teacher,
-            fit.datamodule,
-            student.vocabulary,
-            kind=given.kind,
-            dtype=given.dtype,
-            k=given.k,
-            shard_bytes=given.shard_mib << 20,
-            bar=fit.config.trainer.enable_progress_bar is not False,
-        )
+    try:
+        with forward_context(fit.trainer):
+            cached = fill_cache(
+                given.output,
+                teacher,
+                fit.datamodule,
+                student.vocabulary,
+                kind=given.kind,
+                dtype=given.dtype,
+                k=given.k,
+                shard_bytes=given.shard_mib << 20,
+                bar=fit.config.trainer.enable_progress_bar is not False,
+            )
+    except (KeyboardInterrupt, Terminated) as end:
+        print_message(f"interrupted: run the same command again to resume {given.output}", sys.stderr)
+        return exit_status(end)
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in given.output.glob("shard-*"))
-    print(
+    print_message(
         f"{given.output}: {cached.tokens} tokens of {', '.join(cached.data)}, {size / max(cached.tokens or 1, 1):.0f} "
         f"bytes per token, {seconds:.1f} s",
-        file=sys.stderr,
+        sys.stderr,
     )
     return 0
 
@@ -85,6 +92,7 @@ def load_models(fit: PreparedFit) -> tuple[StudentWithLoss, Teacher]:
         raise ValueError("cache: model.teacher is null: pass --model.teacher")
     if isinstance(teacher, CachedTeacher):
         raise ValueError(f"cache: model.teacher is already a cache ({teacher.path}): pass the teacher itself")
+    teacher.check_cacheable()
     generators = [fit.module.responses, *fit.regenerations]
     if names := [type(generator).__name__ for generator in generators if generator is not None]:
         raise ValueError(

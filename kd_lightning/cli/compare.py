@@ -9,11 +9,15 @@ from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kd_lightning.atomic_io import atomic_file
 from kd_lightning.cli.command_parser import CommandParser, path_argument
-from kd_lightning.console import progress_bar
-from kd_lightning.reporting.figures import as_markdown, curves, markdown_table
+from kd_lightning.console import printable, progress_bar
+from kd_lightning.paths import expand_path
+from kd_lightning.reporting.figures import as_markdown, curves
+from kd_lightning.reporting.markdown import code_span, markdown_table, markdown_text
+from kd_lightning.reporting.redaction import redact_text
 from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing, repetitions, resolved_source
 
 CURVES = {
@@ -44,7 +48,7 @@ def main(args: Sequence[str]) -> int:
     given = parser.parse_args(list(args))
     if given.output is not None and given.output.exists():
         raise ValueError(f"--output {given.output} exists: choose another name, or remove it first")
-    roots = {Path(root).resolve(): root for root in reversed(given.roots)}  # without duplicates
+    roots = {Path(expand_path(root)).resolve(): root for root in reversed(given.roots)}  # without duplicates
     runs = [RunFolder.read(root) for root in progress_bar(list(reversed(roots.values())), "Runs")]
     notes = same_rows(runs, given.different_data)
     groups, repeated = other_seeds(repetitions(runs))
@@ -85,7 +89,7 @@ def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
         raise ValueError(
             f"the runs are not on the same data ({'; '.join(notes)}): pass --different_data to compare them anyway"
         )
-    return [f"**Not the same data**: {note}" for note in notes]
+    return [f"Not the same data: {note}" for note in notes]
 
 
 def other_seeds(groups: Sequence[Sequence[RunFolder]]) -> tuple[list[list[RunFolder]], list[str]]:
@@ -99,7 +103,7 @@ def other_seeds(groups: Sequence[Sequence[RunFolder]]) -> tuple[list[list[RunFol
         first: dict[tuple[object, object], RunFolder] = {}
         for run in sorted(group, key=lambda run: not run.ended):
             if run is not first.setdefault(run.seeds, run):
-                notes.append(f"**Left out**: {run.root} has the seed of {first[run.seeds].root}, {run.seeds[0]}")
+                notes.append(f"Left out: {run.root} has the seed of {first[run.seeds].root}, {run.seeds[0]}")
         kept.append([run for run in group if first[run.seeds] is run])
     return kept, notes
 
@@ -185,11 +189,11 @@ def _print(rows: dict[str, dict[str, Cell]], notes: Sequence[str]) -> None:
     for heading in ("run", *HEADINGS.values()):
         shown.add_column(heading, justify="left" if heading == "run" else "right")
     for cells in _cells(rows):
-        shown.add_row(*cells)
+        shown.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console()
     console.print(shown)
     for line in (*notes, EXPLAINED):
-        console.print(line.replace("**", ""), highlight=False)
+        console.print(printable(redact_text(line)), highlight=False, markup=False)
 
 
 def page(
@@ -199,10 +203,12 @@ def page(
     notes: Sequence[str],
 ) -> str:
     """The comparison as one Markdown page with embedded figures."""
-    out = ["# Runs side by side", *notes, markdown_table(["run", *HEADINGS.values()], _cells(rows)), EXPLAINED]
+    labeled = (note.partition(": ") for note in notes)
+    shown = [f"**{label}**: {markdown_text(redact_text(text))}" for label, _, text in labeled]
+    out = ["# Runs side by side", *shown, markdown_table(["run", *HEADINGS.values()], _cells(rows)), EXPLAINED]
     changed = differing([group[0] for group in groups])
     if changed:
-        cells = [[f"`{name}`", *(f"`{group[0].method.get(name)}`" for group in groups)] for name in changed]
+        cells = [[code_span(name), *(code_span(group[0].method.get(name)) for group in groups)] for name in changed]
         out += ["## What differs", markdown_table(["argument", *names], cells)]
     out.append("## Curves")
     for scalar, title in CURVES.items():
@@ -214,6 +220,7 @@ def page(
         if any(lines.values()):
             out.append(as_markdown(curves(lines, title), title))
     folders = [
-        f"- {name}: " + ", ".join(f"`{run.root}`" for run in group) for group, name in zip(groups, names, strict=True)
+        f"- {markdown_text(name)}: " + ", ".join(code_span(run.root) for run in group)
+        for group, name in zip(groups, names, strict=True)
     ]
     return "\n\n".join([*out, "## Folders", "\n".join(folders)]) + "\n"

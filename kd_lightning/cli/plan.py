@@ -16,6 +16,7 @@ from kd_lightning.cli.trainer_cli import TrainerCLI
 from kd_lightning.memory_plan.figures import Plan
 from kd_lightning.memory_plan.simulate import plan
 from kd_lightning.memory_plan.tracker import format_bytes
+from kd_lightning.reporting.redaction import print_message
 from kd_lightning.strategies import FSDP2Strategy
 
 FLAGS = "--world_size N [--memory 80GiB] [--json FILE]"
@@ -69,7 +70,7 @@ def main(args: Sequence[str]) -> int:
     cli = run(["fit", *fit_args], start=False, change=use_ranks)
     found = plan(cli.model, cli.datamodule, cli.trainer, gpu=not for_cpu[0])
     for line in [*table(found), *verdict(found, memory, cli)]:
-        print(line)
+        print_message(line)
     if given.json is not None:
         figures = {**found.to_json(), "memory": memory, "fits": None if memory is None else fits(found.peak, memory)}
         given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -133,6 +134,7 @@ def changes(plan: Plan, cli: TrainerCLI) -> list[str]:
     fsdp2 = "--trainer.strategy FSDP2Strategy --trainer.strategy."
     spread = "--trainer.strategy fsdp2: each rank holds a shard of student and teacher"
     more = "a larger --world_size" if sharded or several else f"a larger --world_size with {spread}"
+    recompute = f"{fsdp2}activation_checkpointing" if sharded else "--model.gradient_checkpointing"
     held = plan.student.parameters + plan.student.gradients + plan.student.optimizer + plan.buckets
     batch = plan.batch[0] > 1
     options = [
@@ -148,8 +150,8 @@ def changes(plan: Plan, cli: TrainerCLI) -> list[str]:
         ),
         (
             plan.activations,
-            sharded and not sharded.activation_checkpointing,
-            f"{fsdp2}activation_checkpointing true: recompute activations in backward",
+            not module.student_source.gradient_checkpointing and not (sharded and sharded.activation_checkpointing),
+            f"{recompute} true: recompute activations in backward",
         ),
         (plan.activations, batch, f"--data.batch_size below {plan.batch[0]}, with --trainer.accumulate_grad_batches"),
         (plan.activations, True, f"--data.max_length below {plan.batch[1]}"),

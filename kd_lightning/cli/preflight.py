@@ -15,9 +15,10 @@ from kd_lightning.cli.preflight_model_checks import MODEL_CHECKS
 from kd_lightning.cli.prepared_run import Finding, PreparedFit
 from kd_lightning.cli.program import run
 from kd_lightning.console import progress_bar
+from kd_lightning.reporting.redaction import print_message, redact_text
 
 CHECKS = {**DATA_CHECKS, **MODEL_CHECKS}
-LAST = ("places",)  # if one of these is refused, the checks after it cannot run
+LAST = ("routing", "places")  # if one of these is refused, the checks after it cannot run
 
 
 def main(args: Sequence[str]) -> int:
@@ -42,9 +43,10 @@ def main(args: Sequence[str]) -> int:
     given, fit_args = parser.parse_known_args(list(args))
     if given.json is not None:
         _check_json(given.json)
-    findings = examine(PreparedFit(run(["fit", *fit_args], start=False), "preflight"))
+    found = examine(PreparedFit(run(["fit", *fit_args], start=False), "preflight"))
+    findings = [Finding(finding.level, finding.check, redact_text(finding.text)) for finding in found]
     for finding in findings:
-        print(f"{finding.level}: {finding.check}: {finding.text}")
+        print_message(f"{finding.level}: {finding.check}: {finding.text}")
     errors = sum(finding.level == "error" for finding in findings)
     warnings = sum(finding.level == "warning" for finding in findings)
     print(f"preflight: {errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}", file=sys.stderr)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +14,21 @@ from pathlib import Path
 from kd_lightning.callbacks.base import ChecksBeforeStart
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
-from kd_lightning.constants import IGNORE_INDEX
-from kd_lightning.data.base import GenerationRow
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
+from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.data.row_report import extra_notes
+from kd_lightning.data.text.prompt_notice import prompt_notice
 from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
 from kd_lightning.folder_lock import lock_problem
-from kd_lightning.models.compatibility import check_model_fits_data
+from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
 from kd_lightning.models.loading import check_tokenizers, resolve_model
 from kd_lightning.models.pretrained import from_pretrained
+from kd_lightning.teachers.base import models_by_role
 from kd_lightning.training.evaluation import limited_batches
+from kd_lightning.training.teacher_setup import member_names
 
 Check = Callable[[PreparedFit], Findings]
 
@@ -37,16 +43,20 @@ def check_output(fit: PreparedFit) -> Findings:
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield "error", f"trainer.default_root_dir {root} cannot be written to: {there} is not a writable folder"
         return
-    if problem := lock_problem(root):
-        yield "error", problem
+    checkpoints = fit.config.checkpoint.dirpath
+    for folder in (root, *([] if checkpoints is None else [Path(checkpoints)])):
+        if problem := lock_problem(folder):
+            yield "error", problem
     resumed = fit.config.ckpt_path
     if there == root:
         fit.config.export.check(root, resuming=bool(resumed))
     if resumed:
         check_checksums(Path(resumed))
     size = sum(parameter.numel() * 4 for parameter in fit.student.parameters())
+    state = fit.module.teacher_state  # an average of the student
+    average = 0 if state is None else sum(x.numel() * x.element_size() for x in state.parameters())
     kept = max(fit.config.checkpoint.save_top_k, 0) + 2  # `last`, and the one that is being written
-    needed, free = size * (3 * kept + 1), shutil.disk_usage(there).free
+    needed, free = size * (3 * kept + 1) + average * kept, shutil.disk_usage(there).free
     if free < needed:
         yield (
             "error",
@@ -57,11 +67,16 @@ def check_output(fit: PreparedFit) -> Findings:
 
 def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
     """Teacher and student have the same tokens, the same special tokens and the same chat template."""
-    teacher, tokenizer = fit.module.teacher, fit.datamodule.tokenizer
-    if teacher is None or teacher.name is None:
-        return
-    check_tokenizers(teacher.name, tokenizer)
-    path = resolve_model(teacher.name, "teacher")
+    members = () if fit.module.teacher is None else fit.module.teacher.members.values()
+    for name in dict.fromkeys(member.name for member in members if member.name is not None):
+        yield from _compare_tokenizers(fit, name)
+
+
+def _compare_tokenizers(fit: PreparedFit, teacher: str) -> Findings:
+    """The same for the teacher of this name."""
+    tokenizer = fit.datamodule.tokenizer
+    check_tokenizers(teacher, tokenizer)
+    path = resolve_model(teacher, "teacher")
     if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
         return
     try:
@@ -79,12 +94,14 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
             yield level, f"{name} is {one!r} for the teacher and {other!r} for the student: use the same token for both"
     data = fit.datamodule
     chats = [chat for chat in data.conversations("train", COMPARED) if chat.messages] if theirs.chat_template else []
-    own, used = ChatTemplate(theirs, None, data.chat_template_kwargs), data.text_tokenizer.chat
+    text = data.teacher_text_tokenizer
+    used = text.chat
+    own = ChatTemplate(theirs, None, text.template_kwargs, now=used.now)
     if any(own.full_text(chat) != used.full_text(chat) for chat in chats):
         yield (
             "error",
             "the rows are rendered with another chat template than the teacher's: it reads an unknown format; set "
-            "data.chat_template to the teacher's template",
+            "data.chat_template (or data.teacher_chat_template) to the teacher's template",
         )
 
 
@@ -109,10 +126,34 @@ def check_callbacks(fit: PreparedFit) -> Findings:
     return iter(())
 
 
+def check_routing(fit: PreparedFit) -> Findings:
+    """Every row can be taught, and every teacher has rows."""
+    teacher = fit.module.teacher
+    if teacher is None:
+        return
+    teacher.check_data(fit.datamodule)
+    names = member_names(teacher)
+    used = set(fit.datamodule.index_column(TEACHER_INDEX, "train").values()) if names else set()
+    for number, name in enumerate(names):
+        if number not in used:
+            yield "warning", f"no row of train names teacher {name!r}: remove it from model.teacher.teachers"
+
+
+def check_schedule(fit: PreparedFit) -> Findings:
+    """Schedule and validation fit the run's length, and callbacks watch metrics that are logged."""
+    for text in fit.module.check_run(fit.trainer, fit.datamodule):
+        yield "warning", text
+
+
+def check_optimizer(fit: PreparedFit) -> Findings:
+    """Optimizer and scheduler accept their arguments."""
+    fit.module.check_optimizer()
+    return iter(())  # a refusal is the finding
+
+
 def check_positions(fit: PreparedFit) -> Findings:
     """Both models have an embedding for every token, and enough positions for the longest row."""
-    teacher = fit.module.teacher
-    for text in check_model_fits_data(fit.student, None if teacher is None else teacher.model, fit.datamodule):
+    for text in check_models_fit_data(models_by_role(fit.student, fit.module.teacher), fit.datamodule):
         yield "warning", text
 
 
@@ -127,7 +168,7 @@ def check_rows(fit: PreparedFit) -> Findings:
                 "warning",
                 f"{split}: still the bundled rows, while train is not: set --data.{split}, or null for none",
             )
-    hashes = {split: _hashes(data.generation_rows(split)) for split in data.report}
+    hashes = {split: _hashes(data, split) for split in data.report}
     train = set(hashes["train"])
     repeated = len(hashes["train"]) - len(train)
     if repeated > MANY * len(hashes["train"]):
@@ -155,8 +196,19 @@ def _row_counts(fit: PreparedFit) -> Findings:
             yield "warning", f"{split}: {note}"
 
 
-def _hashes(rows: list[GenerationRow]) -> list[bytes]:
-    return [hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).digest() for row in rows]
+def _hashes(data: DistillationDataModule, split: str) -> list[bytes]:
+    """Of each row: the prompts of both models, and the answer."""
+    rows = data.generation_rows(split)
+    theirs = data.generation_rows(split, role="teacher") if data.teacher_has_own_input else rows
+    texts = (f"{row['prompt']}\0{own['prompt']}\0{row['answer']}" for row, own in zip(rows, theirs, strict=True))
+    return [hashlib.sha256(text.encode()).digest() for text in texts]
+
+
+def check_prompts(fit: PreparedFit) -> Findings:
+    """The generation prompt is what stands before the answers in training."""
+    data = fit.datamodule
+    if notice := prompt_notice(data.text_tokenizer, data.conversations("train", COMPARED)):
+        yield "warning", notice
 
 
 def check_labels(fit: PreparedFit) -> Findings:
@@ -192,12 +244,42 @@ def check_labels(fit: PreparedFit) -> Findings:
         )
 
 
+def check_teacher_input(fit: PreparedFit) -> Findings:
+    """Both prompts of the first row whose prompts differ, if the teacher has an input of its own, and what differs."""
+    data = fit.datamodule
+    if not data.teacher_has_own_input:
+        return
+    if fit.module.teacher is None:
+        yield "error", "data.teacher_prompt and data.teacher_chat_template need a teacher, and model.teacher is null"
+        return
+    rows = zip(*(data.generation_rows("train", COMPARED, role) for role in ("student", "teacher")), strict=True)
+    pairs = [(student["prompt"], teacher["prompt"]) for student, teacher in rows]
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    if not differing:
+        yield "note", f"the teacher reads the same prompts as the student in the first {len(pairs)} rows"
+        return
+    words = [re.findall(r"\s*\S+", text) for text in differing[0]]
+    parts = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes()
+    changes = [(words[0][a:b], words[1][c:d]) for kind, a, b, c, d in parts if kind != "equal"]
+    only = ["".join(itertools.chain.from_iterable(one)) for one in zip(*changes, strict=True)]
+    yield (
+        "note",
+        f"the student reads {differing[0][0]!r}, the teacher {differing[0][1]!r}; only the student reads {only[0]!r}, "
+        f"only the teacher {only[1]!r}",
+    )
+
+
 DATA_CHECKS: dict[str, Check] = {
     "output": check_output,
     "tokenizers": check_teacher_tokenizer,
     "words": check_responses,
     "callbacks": check_callbacks,
+    "optimizer": check_optimizer,
+    "schedule": check_schedule,
     "rows": check_rows,
+    "routing": check_routing,
+    "prompts": check_prompts,
     "places": check_positions,
     "labels": check_labels,
+    "teacher_input": check_teacher_input,
 }

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from kd_lightning.cli.preflight_checks import Check
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
+from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.functional import entropy, forward_kl, log_softmax
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.rollout.base import RolloutContext
+from kd_lightning.training.evaluation import evaluated_batches
+from kd_lightning.training.finite_check import OTHER_DTYPE, TEACHER
+from kd_lightning.training.learning_rate.run_length import steps_of_run
 from kd_lightning.training.student import StudentWithLoss
 
 STEPS = 24  # at most, on one batch: Adam's first steps have the size of the learning rate and may raise a good loss
@@ -23,6 +27,17 @@ NEARLY_UNIFORM = 0.98  # entropy of the softened teacher, as a share of log V
 # shipped configs: 0.93 to 1.65 from a supervised student; from random weights 1.0 to 1.8 with forward KL, TAID, AMiD
 # and 0.06 to 0.13 with the skewed, JSD, reverse KL, α and α-β, whose gradient needs mass where the teacher has it.
 LITTLE_GRADIENT = 0.25
+
+
+def check_finite_loss(fit: PreparedFit) -> Findings:
+    """The loss of a batch is finite; otherwise, which of its terms is not."""
+    batch = fit.batches[0]
+    values = next(evaluated_batches(fit.trainer, fit.module, [batch], range(1)))
+    if not torch.isfinite(values["loss"]).all():
+        with forward_context(fit.trainer):
+            terms = fit.module.non_finite_terms(batch, values)
+        what = OTHER_DTYPE if terms.startswith(TEACHER) else "check the models' weights and these rows"
+        yield "error", f"the loss of a batch is not finite: {terms}: {what}"
 
 
 def check_vocabulary(fit: PreparedFit) -> Findings:
@@ -39,21 +54,36 @@ def check_vocabulary(fit: PreparedFit) -> Findings:
 
 def check_teacher(fit: PreparedFit) -> Findings:
     """The teacher is better on this data than the student, and than chance."""
-    if fit.module.teacher is None:
+    teacher = fit.module.teacher
+    if teacher is None:
         return
-    theirs, ours = fit.means["teacher_nll"], fit.means["student_nll"]
+    for name, means in fit.means_by_teacher.items():
+        same_input = teacher.members[name].starts_as_student and not fit.datamodule.teacher_has_own_input
+        yield from _compare_models(fit, f"teacher {name!r}: " if name else "", means, same_input)
+
+
+def _compare_models(fit: PreparedFit, prefix: str, means: dict[str, float], same_input: bool) -> Findings:
+    """Findings on a teacher with these means; `same_input`: it starts as the student and reads the same."""
+    theirs, ours = means["teacher_nll"], means["student_nll"]
     level: Level = "error" if fit.trains_on_teacher else "warning"
     chance = math.log(len(fit.datamodule.tokenizer))
-    if theirs >= 0.9 * chance:
+    if same_input:
+        if fit.module.loss.ce_weight == 0 and means.get("forward_kl", math.inf) < SAME:
+            yield (
+                level,
+                f"{prefix}it starts as the student and reads the same input, so the divergence and its gradient are "
+                "zero: set data.teacher_prompt or data.teacher_chat_template, or model.ce_weight above 0",
+            )
+    elif theirs >= 0.9 * chance:
         yield (
             level,
-            f"its NLL on the held-out rows is {theirs:.2f}, about chance ({chance:.2f}): use a teacher that was "
-            "trained on such data",
+            f"{prefix}its NLL on the held-out rows is {theirs:.2f}, about chance ({chance:.2f}): use a teacher that "
+            "was trained on such data",
         )
-    elif fit.means.get("forward_kl", math.inf) < SAME:
-        yield level, "student and teacher give the same probabilities: there is nothing to learn from it"
+    elif means.get("forward_kl", math.inf) < SAME:
+        yield level, f"{prefix}student and teacher give the same probabilities: there is nothing to learn from it"
     elif theirs >= ours:
-        yield level, f"its NLL on the held-out rows is {theirs:.2f}, no better than the student's {ours:.2f}"
+        yield level, f"{prefix}its NLL on the held-out rows is {theirs:.2f}, no better than the student's {ours:.2f}"
 
 
 def check_temperature(fit: PreparedFit) -> Findings:
@@ -108,8 +138,7 @@ def check_objective(fit: PreparedFit) -> Findings:
 
 def check_steps(fit: PreparedFit) -> Findings:
     """A few steps on one batch stay finite and lower the loss; reports memory and time."""
-    batch, model = fit.batches[0], fit.trainer.precision_plugin.convert_module(copy.deepcopy(fit.model))
-    assert isinstance(model, StudentWithLoss)
+    batch, model = fit.batches[0], copy.deepcopy(fit.model)
     begin = time.perf_counter()
     if fit.module.responses is not None:
         batch = copy.deepcopy(fit.module.responses)(batch, RolloutContext(model, fit.module.teacher))
@@ -152,7 +181,7 @@ def _train(
     norm, seconds = 0.0, 0.0
     for _ in range(STEPS + 1):
         begin = time.perf_counter()
-        with fit.trainer.precision_plugin.forward_context():
+        with forward_context(fit.trainer):
             parts = model(batch, teacher)
         loss = parts.loss / parts.divisor.clamp_min(1)
         losses.append(float(loss.detach()))
@@ -178,9 +207,9 @@ def _memory(model: StudentWithLoss, optimizer: torch.optim.Optimizer) -> str:
 
 
 def _duration(fit: PreparedFit, seconds: float) -> str:
-    """Time of the run's steps, and how many passes over the rows they are; empty if `max_steps` is not set."""
-    steps = fit.trainer.max_steps
-    if steps <= 0:
+    """Time of the run's steps, and how many passes over the rows they are; empty if their number is not known."""
+    steps = steps_of_run(fit.trainer, fit.datamodule)
+    if not steps:
         return ""
     rows = fit.datamodule.report["train"]["rows"]
     batches = math.ceil(rows / fit.datamodule.batch_size / fit.trainer.world_size)
@@ -189,6 +218,7 @@ def _duration(fit: PreparedFit, seconds: float) -> str:
 
 
 MODEL_CHECKS: dict[str, Check] = {
+    "loss": check_finite_loss,
     "vocabulary": check_vocabulary,
     "teacher": check_teacher,
     "temperature": check_temperature,

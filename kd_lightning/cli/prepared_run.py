@@ -15,13 +15,16 @@ from transformers import PreTrainedModel
 
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.trainer_cli import TrainerCLI
+from kd_lightning.constants import teacher_view
 from kd_lightning.data.base import DistillationDataModule
+from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.functional import log_softmax
 from kd_lightning.models.backbone import logits
 from kd_lightning.module import DistillationModule
-from kd_lightning.training.evaluation import sums_and_counts
+from kd_lightning.training.evaluation import evaluated_batches, sums_and_counts
 from kd_lightning.training.student import StudentWithLoss
+from kd_lightning.training.teacher_setup import member_names, tokens_by_member
 
 Level = Literal["error", "warning", "note"]  # the run would be wasted; it may be; for information
 Findings = Iterator[tuple[Level, str]]
@@ -85,12 +88,14 @@ class PreparedFit:
 
     @cached_property
     def model(self) -> StudentWithLoss:
-        """Student with its loss, loaded, on the run's device."""
+        """Student with its loss, loaded, on the run's device and in its precision."""
         self.module.configure_model()
         if self.module.teacher is not None:
             self.module.teacher.to(self.device)
         assert self.module.model is not None
-        return self.module.model.to(self.device)
+        model = self.trainer.precision_plugin.convert_module(self.module.model.to(self.device))
+        assert isinstance(model, StudentWithLoss)
+        return model
 
     @property
     def student(self) -> PreTrainedModel:
@@ -127,33 +132,56 @@ class PreparedFit:
     def means(self) -> dict[str, float]:
         """Token means of the evaluation's values on `held_out`."""
         assert self.model is not None  # loads it
-        with self.trainer.precision_plugin.forward_context():
-            sums = sums_and_counts(self.module.evaluate_batch(batch).values for batch in self.held_out)
+        batches = evaluated_batches(self.trainer, self.module, self.held_out, range(len(self.held_out)))
+        sums = sums_and_counts(batches)
         return {name: float(total[0] / total[1]) for name, total in sums.items()}
+
+    @cached_property
+    def means_by_teacher(self) -> dict[str, dict[str, float]]:
+        """The same for each teacher, by its name, over the rows that it teaches; all rows for a single teacher.
+
+        Teachers without a token in these rows are left out.
+        """
+        teacher, names = self.module.teacher, member_names(self.module.teacher)
+        if not names:
+            return {"": self.means}
+        assert self.model is not None  # loads it
+        own: dict[str, list[dict[str, Tensor]]] = {name: [] for name in names}
+        batches = evaluated_batches(self.trainer, self.module, self.held_out, range(len(self.held_out)))
+        for batch, values in zip(self.held_out, batches, strict=True):
+            for name, tokens in zip(names, tokens_by_member(teacher, batch), strict=True):
+                own[name].append({key: value[tokens] for key, value in values.items()})
+        sums = {name: sums_and_counts(batches) for name, batches in own.items()}
+        return {
+            name: {key: float(total[0] / total[1]) for key, total in found.items()}
+            for name, found in sums.items()
+            if all(total[1] for total in found.values())
+        }
 
     @cached_property
     def student_log_probs(self) -> Tensor:
         """The student's log-probabilities on labeled tokens of the first batch, [N, V]."""
         model = self.model.student
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), forward_context(self.trainer):
             found = logits(model, self.batches[0]["input_ids"], self.batches[0]["attention_mask"])
         model.train()
-        return self._labeled(found)
+        return self._labeled(found, self.batches[0]["labels"])
 
     @cached_property
     def teacher_log_probs(self) -> Tensor | None:
         """The teacher's, [N, V]; None without a teacher, and for one of which only the top k are known."""
-        if self.module.teacher is None:
+        if self.module.teacher is None or not self.module.teacher.knows_all_tokens:
             return None
         assert self.model is not None  # loads both
-        with torch.no_grad():
-            found = self.module.teacher.logits(self.batches[0])
-        return self._labeled(found) if isinstance(found, Tensor) else None
+        with torch.no_grad(), forward_context(self.trainer):
+            found = self.module.teacher.logits(teacher_view(self.batches[0]))
+        return self._labeled(found, teacher_view(self.batches[0])["labels"]) if isinstance(found, Tensor) else None
 
-    def _labeled(self, logits: Tensor) -> Tensor:
+    @staticmethod
+    def _labeled(logits: Tensor, labels: Tensor) -> Tensor:
         """Log-probabilities at the first `TOKENS` positions whose next token has a label."""
-        index = next_token_mask(self.batches[0]["labels"]).reshape(-1).nonzero().squeeze(1)[:TOKENS]
+        index = next_token_mask(labels).reshape(-1).nonzero().squeeze(1)[:TOKENS]
         return log_softmax(logits[:, :-1].reshape(-1, logits.shape[-1])[index])
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
 import lightning as L
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.conversation import Conversation
-from kd_lightning.data.tokenization import TextTokenizer
+from kd_lightning.data.row_report import IndexColumn
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 SAMPLE = 1000  # texts of a split that enter its digest; all lengths do
 
@@ -67,6 +69,7 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         super().__init__()
         self.report = {}
         self._before_pass: list[Callable[[int], None]] = []
+        self._index_columns: dict[str, tuple[IndexColumn, dict[str, dict[int, int]]]] = {}
 
     # ------------------------------------------------------------------------------------------------------ tokenizer
     @property
@@ -78,6 +81,11 @@ class DistillationDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def text_tokenizer(self) -> TextTokenizer:
         """How rows become token ids: tokenizer, chat template and maximum length."""
+
+    @property
+    def teacher_text_tokenizer(self) -> TextTokenizer:
+        """The same for the teacher, which may have a chat template of its own."""
+        return self.text_tokenizer
 
     @property
     @abstractmethod
@@ -92,6 +100,20 @@ class DistillationDataModule(L.LightningDataModule, ABC):
             model: folder, hub name or `asset:` name; None changes nothing.
         """
 
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+    def state_dict(self) -> dict[str, Any]:
+        """The date that the chat template writes, if it does: a resumed run trains on the same rows."""
+        date = self.text_tokenizer.written_date if self.splits else None
+        return {} if date is None else {"date": date}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the date."""
+        if "date" in state_dict:
+            self.use_date(state_dict["date"])
+
+    def use_date(self, date: str) -> None:
+        """Render the rows with this date, YYYY-MM-DD; a data module without such rows changes nothing."""
+
     # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
     @abstractmethod
@@ -103,13 +125,31 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """Sequences per batch on each rank."""
         return self.batch_size
 
+    def batches_per_pass(self, trainer: L.Trainer) -> int | None:
+        """Batches of a rank in one pass over the training data; None: not known before the rows are read.
+
+        Rows whose responses are generated in the run are counted as well, without generating them.
+
+        Args:
+            trainer: of the run; its `limit_train_batches` counts.
+        """
+        return None
+
     @abstractmethod
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
 
+    @property
+    def teacher_has_own_input(self) -> bool:
+        """Whether the teacher reads something else than the student (`teacher_input_ids` of a batch)."""
+        return False
+
     @abstractmethod
-    def longest(self) -> int:
-        """Number of tokens of the longest loaded row; prompts without a response are not included."""
+    def longest(self, role: str = "student") -> int:
+        """Number of tokens of the longest loaded row, as the "student" or the "teacher" reads it.
+
+        Prompts without a response are not included.
+        """
 
     @abstractmethod
     def largest_id(self) -> int:
@@ -121,17 +161,52 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """Every row of a split once over all ranks, with the same number of batches on each rank."""
 
     @abstractmethod
-    def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
+    def generation_rows(self, split: str, first: int | None = None, role: str = "student") -> list[GenerationRow]:
         """Prompt and reference answer of the rows of a split.
 
         Args:
             split: `train`, `val` or `test`; loaded.
             first: only the first rows, at most this many; None: all rows.
+            role: which model is asked, "student" or "teacher", whose prompts may be its own.
         """
 
     @abstractmethod
     def conversations(self, split: str, first: int) -> list[Conversation]:
         """The first rows of a split as conversations."""
+
+    def row_fields(self, split: str, field: str) -> dict[int, Any]:
+        """A field of every row of a split by `row_ids`; None: the row does not have it."""
+        return {row["index"]: row["row"].get(field) for row in self.generation_rows(split)}
+
+    def add_index_column(self, name: str, field: str, values: Sequence[str], default: str | None = None) -> None:
+        """Give every batch from now on a column [B]: the index of each row's field among these values.
+
+        Args:
+            name: of the column.
+            field: of the rows; a text.
+            values: the known texts.
+            default: the value of rows without the field, or with another value; None: such rows are refused.
+
+        Raises:
+            ValueError: a loaded row has no field or another value, and there is no default; with file and line.
+        """
+        column = IndexColumn(name, field, tuple(values), default)
+        if name not in self._index_columns or self._index_columns[name][0] != column:
+            self._index_columns[name] = (column, {})
+        for split in self.splits:
+            self.index_column(name, split)
+
+    def index_column(self, name: str, split: str) -> Mapping[int, int]:
+        """The index of every row of a split, by `row_ids`, in a column of `add_index_column`."""
+        column, tables = self._index_columns[name]
+        if split not in tables:
+            locate = functools.partial(self.row_locations, split)
+            tables[split] = column.indices(self.row_fields(split, column.field), locate)
+        return tables[split]
+
+    def index_columns(self, split: str) -> dict[str, Mapping[int, int]]:
+        """All columns of `add_index_column` for the batches of a split."""
+        return {name: self.index_column(name, split) for name in self._index_columns}
 
     @abstractmethod
     def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
@@ -167,6 +242,17 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         a run resumes in the middle of a pass. Several callbacks are called in the order in which they were added.
         """
         self._before_pass.append(callback)
+
+    def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
+        """Call `callback(batch)` with each batch of the loaders before the batch in front of it is used.
+
+        By default it is never called: what is prepared ahead is then prepared when it is needed.
+        """
+
+    def remove_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Remove a callback of `add_before_pass`, at the end of its run: the data module may be used by another one."""
+        if callback in self._before_pass:
+            self._before_pass.remove(callback)
 
     def run_before_pass(self, number: int) -> None:
         """Call the callbacks of `add_before_pass`; a data module that accepts responses does so before each pass."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import AbstractContextManager
+from datetime import datetime
 from os.path import commonprefix
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -15,6 +16,7 @@ from kd_lightning.data.conversation import Conversation, Message
 from kd_lightning.data.text.control_tokens import ControlTokens, Marked
 from kd_lightning.data.text.left_out import unread_fields, words_left_out
 from kd_lightning.data.text.message_forms import MessageForms, with_argument_texts
+from kd_lightning.data.text.rendering import EndlessTemplateError, refusals
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -23,17 +25,6 @@ PLAIN_TEMPLATE = (
 )
 """For tokenizers without a template: `User: … Assistant: …`; each answer ends with the end-of-sequence token."""
 
-# a template is a program: it can fail with any error of Python's arithmetic and memory
-REFUSALS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-)
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "qzStandInzq"
 
@@ -48,6 +39,7 @@ class Located:
         unlocated: number of answers whose position is not certain.
         open: whether the text ends directly after an answer, without any end of turn.
         plain: (start, end) of the control tokens that stand in the data: words, not tokens.
+        last: whether the last span is that of the last answer.
         left_out: number of located answers that say something which the text does not contain.
         unread: names of the fields that do not change the text, once for each turn that has them.
     """
@@ -57,6 +49,7 @@ class Located:
     unlocated: int = 0
     open: bool = False
     plain: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    last: bool = False
     left_out: int = 0
     unread: list[str] = dataclasses.field(default_factory=list)
 
@@ -75,6 +68,7 @@ class ChatTemplate:
         template: a Jinja chat template.
         template_kwargs: variables for the template, the same for every row.
         allow_special_tokens: control tokens inside the rows are tokens; False: they are words.
+        now: the date that the template writes; None: today's.
     """
 
     def __init__(
@@ -83,7 +77,9 @@ class ChatTemplate:
         template: str | None = None,
         template_kwargs: dict[str, Any] | None = None,
         allow_special_tokens: bool = False,
+        now: datetime | None = None,
     ) -> None:
+        self.now = now
         self.tokenizer = tokenizer
         self.template = template
         self.template_kwargs = template_kwargs or {}
@@ -143,8 +139,10 @@ class ChatTemplate:
         else:
             located = by_tags
             answers = dict(zip(conversation.answer_turns, located.spans, strict=False))
+        spans_of_turns = list(answers.values())
         return dataclasses.replace(
             located,
+            last=len(answers) == len(conversation.answer_turns) and spans_of_turns[-1:] == located.spans[-1:] != [],
             unread=unread_fields(conversation, self._render_all),
             left_out=sum(
                 words_left_out(conversation, turn, located.text[slice(*span)], self._render_all)
@@ -167,6 +165,8 @@ class ChatTemplate:
         messages = self._forms(messages)
         try:
             return self._apply(conversation, messages, ask)
+        except EndlessTemplateError:
+            raise
         except ValueError as error:
             if not any(message.get("tool_calls") for message in messages):
                 raise
@@ -176,7 +176,7 @@ class ChatTemplate:
                 raise error from None
 
     def _apply(self, conversation: Conversation, messages: list[Message], ask: bool) -> str:
-        try:
+        with self._limits(conversation, messages):
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
@@ -187,8 +187,9 @@ class ChatTemplate:
                     **self._variables(conversation),
                 )
             )
-        except REFUSALS as error:
-            raise refusal(error) from None
+
+    def _limits(self, conversation: Conversation, messages: list[Message]) -> AbstractContextManager[None]:
+        return refusals([messages, conversation.tools, self._variables(conversation)], self.now)
 
     def _render_probe(self, messages: list[Message]) -> str:
         return self._apply(Conversation(messages=messages), messages, ask=False)
@@ -206,6 +207,8 @@ class ChatTemplate:
     def _try(self, conversation: Conversation, messages: list[Message], ask: bool = False) -> str | None:
         try:
             return self._render(conversation, messages, ask) if messages else ""
+        except EndlessTemplateError:
+            raise
         except ValueError:  # a template may refuse a part of a conversation that it accepts in full
             return None
 
@@ -271,16 +274,15 @@ class ChatTemplate:
         if not _GENERATION_TAG.search(template):
             return None
         variables = {**self.tokenizer.special_tokens_map, **self._variables(conversation)}
-        try:
+        messages = self._forms(conversation.messages)
+        with self._limits(conversation, messages):
             rendered: Any = render_jinja_template(
-                conversations=[self._forms(conversation.messages)],
+                conversations=[messages],
                 tools=conversation.tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 **variables,
             )
-        except REFUSALS as error:
-            raise refusal(error) from None
         text, marked = str(rendered[0][0]), rendered[1]
         spans = [(int(start), int(end)) for start, end in marked[0] if text[int(start) : int(end)].strip()]
         turns = conversation.answer_turns
@@ -297,24 +299,3 @@ class ChatTemplate:
             closed.append((start, end))
         is_open = bool(closed) and self._is_open(text, closed[-1])
         return Located(text, closed, unlocated=max(0, len(turns) - len(closed)), open=is_open)
-
-
-def refusal(error: BaseException) -> ValueError:
-    """The message of a template that refuses a row."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return ValueError(f"the chat template refuses this row: {text}")
-
-
-def read_template(template: str | None) -> str | None:
-    """A chat template from a file; a Jinja template is returned as it is.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if template is None or "{" in template:
-        return template
-    try:
-        with open(template, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"chat_template must be a Jinja template or a file that holds one, got {template!r}") from None

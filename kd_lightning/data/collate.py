@@ -1,8 +1,9 @@
 """Batches of token ids: the data sets that loaders read, and the collators that pad rows to one length.
 
 A batch is a dict of tensors: `input_ids`, `attention_mask` and `labels` of shape [B, T], `row_ids` and `source` of
-shape [B]. Labels have the positions of their own tokens (the module shifts them); tokens without a label have
-`IGNORE_INDEX`.
+shape [B]; if the teacher has an input of its own, also `teacher_input_ids`, `teacher_attention_mask` and
+`teacher_labels` of shape [B, Tt]. Labels have the positions of their own tokens (the module shifts them); tokens
+without a label have `IGNORE_INDEX`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS
 from kd_lightning.data.base import GenerationRow
 
+COLUMNS = ("input_ids", "label_mask", "row_id", "source")
 FILLER = -1
 """The index of "no row": a batch made of it has no labels."""
 SIDES = {"teacher": 1, "student": 2}
@@ -28,11 +30,12 @@ class TokenRows(Dataset[list[dict[str, Any]]]):
 
     Args:
         data: a `datasets.Dataset` with the columns `input_ids`, `label_mask` (one bool per token), `row_id`, and
-            `source` if the origin of the responses matters.
+            `source` if the origin of the responses matters; `teacher_input_ids` and `teacher_label_mask` if the teacher
+            has an input of its own.
     """
 
     def __init__(self, data: Any) -> None:
-        names = [name for name in ("input_ids", "label_mask", "row_id", "source") if name in data.column_names]
+        names = [name for name in (*COLUMNS, *(f"teacher_{name}" for name in COLUMNS)) if name in data.column_names]
         self.data = data.select_columns(names)
 
     def __len__(self) -> int:
@@ -45,7 +48,8 @@ class TokenRows(Dataset[list[dict[str, Any]]]):
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         for index, row in zip(chosen, rows, strict=True):
             if index == FILLER:
-                row.update(label_mask=[False] * len(row["input_ids"]), row_id=FILLER)
+                masks = {name: [False] * len(row[name]) for name in row if name.endswith("label_mask")}
+                row.update(masks, row_id=FILLER)
         return rows
 
 
@@ -98,33 +102,45 @@ class Collator:
 
     Args:
         pad_id: the token id of padding, whose attention mask is 0 and whose label is `IGNORE_INDEX`.
+        columns: further columns [B] by name: an integer for every row by its `row_id`; 0 for "no row".
     """
 
-    def __init__(self, pad_id: int) -> None:
+    def __init__(self, pad_id: int, columns: Mapping[str, Mapping[int, int]] | None = None) -> None:
         self.pad_id = pad_id
+        self.columns = columns or {}
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Batch the rows; nested lists of rows, which a plain loader passes, are flattened."""
         flat: list[Mapping[str, Any]] = []
         for row in rows:
             flat.extend(row if isinstance(row, list) else [row])
-        shape = (len(flat), max(len(row["input_ids"]) for row in flat))
+        batch = {
+            **self._padded(flat),
+            "row_ids": torch.tensor([row["row_id"] for row in flat], dtype=torch.long),
+            "source": torch.tensor([row.get("source", 0) for row in flat], dtype=torch.long),
+            **{
+                name: torch.tensor([indices.get(row["row_id"], 0) for row in flat], dtype=torch.long)
+                for name, indices in self.columns.items()
+            },
+        }
+        if "teacher_input_ids" in flat[0]:
+            own = self._padded(flat, "teacher_")
+            batch |= {TEACHER_FIELDS[name]: own[name] for name in TEACHER_FIELDS}
+        return batch
+
+    def _padded(self, rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, Tensor]:
+        """Tokens, attention mask and labels of the columns with this prefix, [B, T]."""
+        shape = (len(rows), max(len(row[f"{prefix}input_ids"]) for row in rows))
         input_ids = torch.full(shape, self.pad_id, dtype=torch.long)
         attention_mask = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
-        for n, row in enumerate(flat):
-            ids = torch.tensor(row["input_ids"], dtype=torch.long)
-            label_mask = torch.tensor(row["label_mask"], dtype=torch.bool)
+        for n, row in enumerate(rows):
+            ids = torch.tensor(row[f"{prefix}input_ids"], dtype=torch.long)
+            label_mask = torch.tensor(row[f"{prefix}label_mask"], dtype=torch.bool)
             input_ids[n, : len(ids)] = ids
             attention_mask[n, : len(ids)] = 1
             labels[n, : len(ids)] = torch.where(label_mask, ids, IGNORE_INDEX)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "row_ids": torch.tensor([row["row_id"] for row in flat], dtype=torch.long),
-            "source": torch.tensor([row.get("source", 0) for row in flat], dtype=torch.long),
-        }
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 class PromptCollator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from kd_lightning.data.collate import SIDES, PairRows
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.instruction import InstructionDataModule
 from kd_lightning.data.pairs import read_pairs, read_teacher_answers, with_answer
-from kd_lightning.data.row_report import extra_counts, extra_notes
+from kd_lightning.data.row_report import differences_of, extra_counts, extra_notes
+from kd_lightning.data.rows.teacher_input import AddTeacherInput
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.saved_responses import SavedResponses
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.tokenization import TextTokenizer, gather, json_digest, tokenize_rows
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import gather, json_digest
 
 REASONS = {
     "side_missing": "dropped with one response missing",
@@ -27,6 +29,7 @@ REASONS = {
     "empty": "dropped with an empty response",
     "cut_away": "dropped with a response that does not begin within max_length={max_length}",
     "unlocated": "dropped with a response not found in the rendered chat template",
+    "differs": "dropped with a response that the teacher's chat template writes otherwise",
 }
 """The message for each reason to drop a pair."""
 LOCATIONS_SHOWN = 3  # dropped pairs of each kind whose file and line are printed
@@ -96,12 +99,11 @@ class ContrastiveDataModule(InstructionDataModule):
             return super().load_split(split)
         late = self.responses == "generate"
         files = {"sources": self.sources["train"], "student": as_list(self.student_responses)}
-        rows = gather(read_pairs, split, files, ("row", "conversation", "student", "location", "dropped"), late=late)
-        other = rows.select_columns(["student", "location", "row_id"]).rename_column("student", "conversation")
-        self._halves = {
-            "teacher": tokenize_rows(rows.remove_columns("student"), split, self.text_tokenizer),
-            "student": tokenize_rows(other, split, self.text_tokenizer),
-        }
+        texts = ("row", "conversation", "student", "location", "dropped")
+        rows = gather(read_pairs, split, files, texts, self.text_tokenizer.own_roles, late=late)
+        other = rows.select_columns(["row", "student", "location", "row_id"]).rename_column("student", "conversation")
+        halves = {"teacher": rows.remove_columns("student"), "student": other}
+        self._halves = {side: self.tokenized(half, split) for side, half in halves.items()}
         self._drop_unusable(keep=("", "empty") if late else ("",))
         self._read_saved()
         return self._halves["teacher"]
@@ -114,7 +116,7 @@ class ContrastiveDataModule(InstructionDataModule):
         counts = {
             "rows": len(reasons),
             "kept": len(kept),
-            **{reason: reasons.count(reason) for reason in REASONS},
+            **{reason: reasons.count(reason) for reason in REASONS if reason != "differs" or reason in reasons},
             "truncated": sum(max(lengths[0][n], lengths[1][n]) > self.max_length for n in kept),
             **sum((Counter(extra_counts(half)) for half in self._halves.values()), Counter()),
         }
@@ -123,7 +125,7 @@ class ContrastiveDataModule(InstructionDataModule):
         notes = {
             name: self._note(name, [locations[n] for n, reason in enumerate(reasons) if reason == name])
             for name in REASONS
-            if counts[name]
+            if counts.get(name)
         }
         if not kept:
             raise ValueError(f"{', '.join(self.sources['train'])}: no pair can be used: {', '.join(notes.values())}")
@@ -142,13 +144,16 @@ class ContrastiveDataModule(InstructionDataModule):
         dropped = self._halves["teacher"]["dropped"][:]
         late = self.responses == "generate"
         columns = [self._halves[side][name][:] for side in SIDES for name in ("empty", "first_label")]
+        differences = zip(*(differences_of(self._halves[side]) for side in SIDES), strict=True)
         reasons = []
-        for reason, *halves in zip(dropped, *columns, strict=True):
+        for reason, differing, *halves in zip(dropped, differences, *columns, strict=True):
             first = (halves[1], halves[3])
             if reason and not (late and reason == "side_missing"):
                 reasons.append(reason)
             elif halves[0] or halves[2]:
                 reasons.append("empty")
+            elif any(differing):
+                reasons.append("differs")
             else:
                 reasons.append("unlocated" if min(first) < 0 else "cut_away" if max(first) >= self.max_length else "")
         return reasons
@@ -177,6 +182,11 @@ class ContrastiveDataModule(InstructionDataModule):
             self._order = loader.sampler
             loader.call_before_pass(self._announce)
         return loader
+
+    def remove_before_pass(self, callback: Callable[[int], None]) -> None:
+        """Remove a callback; a later run calls its own from its first pass on."""
+        super().remove_before_pass(callback)
+        self._announced = -1
 
     def _announce(self, number: int) -> None:
         """Call the callbacks once before each pass."""
@@ -231,7 +241,7 @@ class ContrastiveDataModule(InstructionDataModule):
 
     def _replace(self, side: str, responses: Mapping[int, str]) -> int:
         """Tokenize the new responses and hand them to existing loaders; returns how many were usable."""
-        old, new = self._halves[side], _Replace(self.text_tokenizer, dict(responses))
+        old, new = self._halves[side], _Replace(self.text_tokenizer, dict(responses), self.add_teacher_input)
         stamp = json_digest([old._fingerprint, sorted(responses.items())])
         half = old.map(new, features=old.features, keep_in_memory=True, new_fingerprint=stamp, desc="Tokenizing")
         taken = 0
@@ -253,7 +263,7 @@ class ContrastiveDataModule(InstructionDataModule):
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
         """The files that hold the replaced responses, and the last pass before which the callbacks were called."""
-        return {**self._saved.state_dict(), "announced": self._announced}
+        return {**super().state_dict(), **self._saved.state_dict(), "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the replaced responses.
@@ -263,6 +273,7 @@ class ContrastiveDataModule(InstructionDataModule):
         """
         self._saved.load_state_dict(state_dict)
         self._announced = state_dict["announced"]
+        super().load_state_dict(state_dict)
         if "train" in self._rows:
             self._read_saved()
 
@@ -275,15 +286,19 @@ class ContrastiveDataModule(InstructionDataModule):
 class _Replace:
     tokenizer: TextTokenizer
     responses: dict[int, str]
+    add_teacher_input: AddTeacherInput | None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         text = self.responses.get(row["row_id"])
         if text is None:
             return {}
         conversation = with_answer(Conversation.load(row["conversation"]), text)
-        tokens = self.tokenizer.tokenize(conversation)
-        usable = not tokens["empty"] and 0 <= tokens["first_label"] < self.tokenizer.max_length
-        return {"conversation": conversation.dump(), **tokens} if usable else {}
+        new = {**row, "conversation": conversation.dump(), **self.tokenizer.tokenize(conversation)}
+        if self.add_teacher_input is not None:
+            new |= self.add_teacher_input(new)
+        differs = bool(new.get("teacher_difference"))
+        usable = not new["empty"] and 0 <= new["first_label"] < self.tokenizer.max_length and not differs
+        return new if usable else {}
 
 
 def _checked_side(side: str) -> str:

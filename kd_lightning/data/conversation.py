@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+from kd_lightning.data.text.json_text import parse_json
 
 Message = dict[str, Any]
 FORMS = "'instruction' (with an optional 'input') and 'output'; 'prompt' and 'completion'; or 'messages'"
@@ -18,8 +22,22 @@ ROLES: dict[str, str | None] = {
     **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
 }
 """Known roles in lower case, and the role of a chat template that each stands for; None: the same."""
+CALLS = ("function_call", "tool_call", "tool_calls")
+"""Roles of ShareGPT files for an assistant's turn that is a call of tools: its text is the call, as JSON."""
 LEARNED = ("weight", "train", "trainable", "training", "loss_mask", "loss")
 """Fields of a turn that say whether it is learned: 0 or false, 1 or true."""
+
+_template_roles: ContextVar[frozenset[str]] = ContextVar("template_roles", default=frozenset())
+
+
+@contextmanager
+def template_roles(names: Iterable[str]) -> Iterator[None]:
+    """While it is entered, rows may have these roles too: those that the chat template names."""
+    token = _template_roles.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _template_roles.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +227,9 @@ def _call_with_object(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, str):
         return call
     try:
-        found = without_nulls(json.loads(arguments or "{}"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the arguments of the call of {call.get('name')!r} are broken JSON: {error}") from None
+        found = without_nulls(parse_json(arguments or "{}"))
+    except ValueError as error:
+        raise ValueError(f"the arguments of the call of {call.get('name')!r} are {error}") from None
     if not isinstance(found, dict):
         raise ValueError(
             f"the arguments of the call of {call.get('name')!r} must be a JSON object, got {type(found).__name__}"
@@ -228,9 +246,15 @@ def _message(message: Message, where: str) -> Message:
     if not isinstance(role, str):
         raise ValueError(f"{where}: 'role' must be a string, got {role!r}")
     known = role.strip().lower()
-    if known not in ROLES:
-        raise ValueError(f"{where}: unknown role {role!r}: rename it to one of {', '.join(ROLES)}")
-    message = {**message, "role": ROLES[known] or known}
+    if known in CALLS:
+        message, known = _call_turn(message, role, where), "assistant"
+    own = next((name for name in (role, known) if name in _template_roles.get()), None)
+    if known not in ROLES and own is None:
+        raise ValueError(
+            f"{where}: unknown role {role!r}: rename it to one of {', '.join(ROLES)}, or pass a chat_template that "
+            "names it"
+        )
+    message = {**message, "role": own or ROLES[known] or known}
     flags = {name: message.pop(name) for name in LEARNED if name in message}
     for name, value in flags.items():
         if value not in (0, 1):
@@ -242,6 +266,23 @@ def _message(message: Message, where: str) -> Message:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return {**message, "weight": 0} if any(value == 0 for value in flags.values()) else message
+
+
+def _call_turn(message: Message, role: str, where: str) -> Message:
+    """The turn with its text, the JSON of a call or of a list of calls, as `tool_calls`."""
+    try:
+        found = message.get("content")
+        found = parse_json(found) if isinstance(found, str) else found
+        calls = found if isinstance(found, list) else [found]
+        if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+            raise ValueError("it has no name")
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: the text of role {role!r} must be JSON with 'name' and 'arguments' of a call, or a list of such "
+            f"calls: {error}"
+        ) from None
+    others = {name: value for name, value in message.items() if name != "content"}
+    return {**others, "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
 def _content(content: Any, where: str) -> str | list[dict[str, str]]:
@@ -261,9 +302,9 @@ def _content(content: Any, where: str) -> str | list[dict[str, str]]:
 def _tools(value: Any, location: str) -> list[Any] | None:
     if isinstance(value, str):
         try:
-            value = without_nulls(json.loads(value))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{location}: field 'tools' is broken JSON: {error}") from None
+            value = without_nulls(parse_json(value))
+        except ValueError as error:
+            raise ValueError(f"{location}: field 'tools' is {error}") from None
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
         raise ValueError(f"{location}: field 'tools' must be a list of objects, got {type(value).__name__}")
     return value or None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -10,14 +9,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.data.base import DistillationDataModule, GenerationRow, NamesTokenizer, describe_rows
-from kd_lightning.data.chat_template import read_template
+from kd_lightning.data.base import NamesTokenizer
 from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
-from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
-from kd_lightning.data.sampler import BatchOrder, ResumableLoader
+from kd_lightning.data.rows.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
+from kd_lightning.data.rows.tokenized_splits import TokenizedSplits
+from kd_lightning.data.sampler import BatchOrder, ResumableLoader, limited
 from kd_lightning.data.sources import as_list
-from kd_lightning.data.tokenization import Reader, TextTokenizer, load_tokenizer, prepare, with_template
+from kd_lightning.data.text.prompt_notice import COMPARED, prompt_notice
+from kd_lightning.data.text.rendering import date_of, read_template, today
+from kd_lightning.data.text.text_tokenizer import TextTokenizer
+from kd_lightning.data.tokenization import (
+    Reader,
+    gather,
+    load_tokenizer,
+    masked_id,
+    read_conversations,
+    tokenize_rows,
+    with_template,
+)
 from kd_lightning.distributed.trainer import (
     completed_epochs,
     data_parallel_rank,
@@ -31,7 +41,7 @@ SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 SHORTEST = 8
 
 
-class InstructionDataModule(DistillationDataModule):
+class InstructionDataModule(TokenizedSplits):
     """Instructions and conversations, as batches in which only the assistant's answers have labels.
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
@@ -41,9 +51,9 @@ class InstructionDataModule(DistillationDataModule):
     nor do turns with `weight: 0`, `train: false`, `trainable: false` or `loss_mask: 0`; the end of an answer has one.
     Rows without an answer are dropped, longer ones are truncated on the right; both are reported.
 
-    Roles are read without regard to case, and `human`, `gpt` and `model` for `user` and `assistant`; others are
-    refused. Null and absent fields are the same. Content may be a list of text parts, and arguments of tool calls may
-    be JSON text: the template gets the form that it reads.
+    Roles are read without regard to case, as are `human`, `gpt`, `model`, `function_call` and `observation`; others are
+    refused unless the template names them. Null and absent fields are the same. Content may be a list of text parts,
+    and arguments of tool calls may be JSON text: the template gets the form that it reads.
 
     Args:
         train: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, a `datasets` name
@@ -63,6 +73,11 @@ class InstructionDataModule(DistillationDataModule):
         pin_memory: copy batches to page-locked memory, for a GPU.
         allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
             they are words, and only those of the chat template are tokens.
+        date: YYYY-MM-DD, for templates that write the date; None: that of the start, which a resumed run keeps.
+        teacher_prompt: what the teacher reads as the last user turn: a format text over the row's fields and `{prompt}`
+            (that turn), such as `"{prompt} Solution: {solution}"`; None: what the student reads.
+        teacher_chat_template: a Jinja template, or a file that holds one, for the teacher; None: the student's.
+        teacher_chat_template_kwargs: variables for the teacher's template, in addition to `chat_template_kwargs`.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -91,6 +106,10 @@ class InstructionDataModule(DistillationDataModule):
         seed: int | None = None,
         pin_memory: bool = False,
         allow_special_tokens: bool = False,
+        date: str | None = None,
+        teacher_prompt: str | None = None,
+        teacher_chat_template: str | None = None,
+        teacher_chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -114,7 +133,9 @@ class InstructionDataModule(DistillationDataModule):
         self.seed = seed
         self.pin_memory = pin_memory
         self.allow_special_tokens = allow_special_tokens
-        self._rows: dict[str, Any] = {}
+        self.date = today() if date is None else f"{date_of(date):%Y-%m-%d}"
+        template = read_template(teacher_chat_template, "teacher_chat_template")
+        self.teacher_input = TeacherInput(teacher_prompt, template, teacher_chat_template_kwargs)
 
     # ---------------------------------------------------------------------------------------------------- preparation
     def prepare_data(self) -> None:
@@ -137,13 +158,15 @@ class InstructionDataModule(DistillationDataModule):
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
+                self._notice_prompts(split)
+
+    def _notice_prompts(self, split: str) -> None:
+        rows = self.conversations(split, COMPARED) if split == "train" else []
+        if notice := prompt_notice(self.text_tokenizer, rows):
+            rank_zero_info(notice)
 
     def use_tokenizer_of(self, model: str | None) -> None:
-        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer.
-
-        Args:
-            model: folder, hub name or `asset:` name; None changes nothing.
-        """
+        """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer."""
         if self.tokenizer_source is None:
             self.tokenizer_source = model
 
@@ -162,16 +185,45 @@ class InstructionDataModule(DistillationDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """How rows become token ids: tokenizer, chat template and maximum length."""
         return TextTokenizer(
-            self.tokenizer, self.chat_template, self.chat_template_kwargs, self.max_length, self.allow_special_tokens
+            self.tokenizer,
+            self.chat_template,
+            self.chat_template_kwargs,
+            self.max_length,
+            self.allow_special_tokens,
+            self.date,
         )
+
+    def use_date(self, date: str) -> None:
+        """Tokenize the loaded splits again if the chat template writes another date."""
+        if date != self.date:
+            self.date = date
+            self._rows = {split: self.load_split(split) for split in self._rows}
 
     def load_split(self, split: str) -> Any:
         """Read and tokenize a split, and fill `report[split]`; a subclass with other rows overrides it.
 
         Returns:
-            a `datasets.Dataset` with the columns of `prepare`.
+            a `datasets.Dataset` with the columns of `tokenized`.
         """
-        return self.keep_usable(split, prepare(self.sources[split], split, self.text_tokenizer, self.read))
+        rows = gather(
+            self.read or read_conversations,
+            split,
+            {"sources": self.sources[split]},
+            roles=self.text_tokenizer.own_roles,
+        )
+        return self.keep_usable(split, self.tokenized(rows, split))
+
+    def tokenized(self, rows: Any, split: str) -> Any:
+        """Rows with a `conversation`, with the columns of their tokens, also in the teacher's own input."""
+        found = tokenize_rows(rows, split, self.text_tokenizer)
+        if not self.teacher_has_own_input:
+            return found
+        return with_teacher_input(found, split, self.teacher_input, self.text_tokenizer)
+
+    @property
+    def add_teacher_input(self) -> AddTeacherInput | None:
+        """Adds the teacher's own input to a tokenized row; None if it has none."""
+        return AddTeacherInput(self.teacher_input, self.text_tokenizer) if self.teacher_has_own_input else None
 
     def keep_usable(self, split: str, rows: Any) -> Any:
         """The rows that can be trained on; the others are counted in `report[split]`.
@@ -191,9 +243,8 @@ class InstructionDataModule(DistillationDataModule):
         if is_overfitting(self.trainer):  # Lightning expects a plain loader in file order then
             return self._plain_loader("train")
         loader = self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
-        limit = limit_batches(self.trainer, "train")
         loader.sampler.start_at(completed_epochs(self.trainer), 0)  # loaders may be rebuilt in every epoch
-        loader.sampler.limit_pass(int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader)))
+        loader.sampler.limit_pass(limited(len(loader), limit_batches(self.trainer, "train")))
         return loader
 
     def val_dataloader(self) -> ResumableLoader | list[dict[str, Tensor]]:
@@ -217,7 +268,7 @@ class InstructionDataModule(DistillationDataModule):
 
     def every_row(self, split: str) -> ResumableLoader:
         """Every row of a split once over all ranks, with the same number of batches on each rank; longest first."""
-        return self._loader(split, shuffle=False, grouped=True, fill=True)
+        return self._loader(split, shuffle=False, grouped=True, fill=True, ahead=False)
 
     def token_rows(self, split: str) -> tuple[Any, list[int]]:
         """The data set that batches of a split are read from, and the number of tokens of each row."""
@@ -233,7 +284,7 @@ class InstructionDataModule(DistillationDataModule):
         grouped = self.group_by_length and self.shuffle and all_rows
         return self._loader(split, shuffle=False, grouped=grouped, fill=True)
 
-    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool) -> ResumableLoader:
+    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool, ahead: bool = True) -> ResumableLoader:
         rows, lengths = self.token_rows(split)
         rank, world_size = data_parallel_rank(self.trainer)
         order = BatchOrder(
@@ -251,68 +302,18 @@ class InstructionDataModule(DistillationDataModule):
             batch_size=None,
             sampler=order,
             num_workers=self.num_workers,
-            collate_fn=Collator(self.pad_id),
+            collate_fn=Collator(self.pad_id, self.index_columns(split)),
             pin_memory=self.pin_memory,
         )
-        return loader
+        return self.with_look_ahead(loader) if ahead else loader
 
     def _plain_loader(self, split: str) -> ResumableLoader:
         rows, _ = self.token_rows(split)
-        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=Collator(self.pad_id))
+        collate = Collator(self.pad_id, self.index_columns(split))
+        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=collate)
         return loader
 
     @property
     def pad_id(self) -> int:
         """The token id of padding; the attention mask, not the id, marks what is padding."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        if pad is None or pad >= self.tokenizer.vocab_size:  # an added token may have no row in the embeddings
-            return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
-        return int(pad)
-
-    # ------------------------------------------------------------------------------------------------------- the rows
-    @property
-    def splits(self) -> list[str]:
-        """The splits that are loaded."""
-        return list(self._rows)
-
-    def description(self) -> dict[str, str]:
-        """One line per loaded split that changes when its rows change."""
-        return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
-
-    def longest(self) -> int:
-        """Number of tokens of the longest loaded row; prompts without a response are not included."""
-        tokenized = [rows for rows in self._rows.values() if "length" in rows.column_names]
-        return max((max(rows["length"][:], default=0) for rows in tokenized), default=0)
-
-    def largest_id(self) -> int:
-        """The largest token id in the loaded rows."""
-        tokenized = [rows for rows in self._rows.values() if "input_ids" in rows.column_names]
-        return max((max(ids, default=0) for rows in tokenized for ids in rows["input_ids"]), default=0)
-
-    def generation_rows(self, split: str, first: int | None = None) -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split.
-
-        Args:
-            split: `train`, `val` or `test`; loaded.
-            first: only the first rows, at most this many; None: all rows.
-        """
-        tokenizer, rows = self.text_tokenizer, self._rows[split].select_columns(["row", "conversation", "row_id"])
-        found: list[GenerationRow] = []
-        for row in rows if first is None else rows.select(range(min(first, len(rows)))):
-            conversation = Conversation.load(row["conversation"])
-            text, ids = tokenizer.prompt(conversation)
-            fields = json.loads(row["row"])
-            found.append(
-                GenerationRow(prompt_ids=ids, prompt=text, answer=conversation.answer, row=fields, index=row["row_id"])
-            )
-        return found
-
-    def conversations(self, split: str, first: int) -> list[Conversation]:
-        """The first rows of a split as conversations."""
-        rows = self._rows[split]
-        return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
-
-    def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
-        """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""
-        locations = dict(zip(self._rows[split]["row_id"][:], self._rows[split]["location"][:], strict=True))
-        return [locations[row_id] for row_id in row_ids if row_id in locations]
+        return masked_id(self.tokenizer)

@@ -16,7 +16,7 @@ from kd_lightning.data.pairs import parse_prompt, with_answer
 from kd_lightning.data.row_report import NOTES
 from kd_lightning.data.sampler import ResumableLoader
 from kd_lightning.data.sources import read_rows
-from kd_lightning.data.tokenization import gather, json_digest, tokenize_rows
+from kd_lightning.data.tokenization import gather, json_digest
 
 FORMS = "'instruction' (with an optional 'input'), 'prompt' or 'messages'"
 
@@ -75,7 +75,7 @@ class PromptDataModule(InstructionDataModule):
         """Read a split; of `train`, the prompts alone."""
         if split != "train":
             return super().load_split(split)
-        rows = gather(read_prompts, split, {"sources": self.sources[split]})
+        rows = gather(read_prompts, split, {"sources": self.sources[split]}, roles=self.text_tokenizer.own_roles)
         self.report[split] = {"rows": len(rows), "kept": len(rows), **dict.fromkeys(NOTES, 0)}
         rank_zero_info(f"train: {len(rows)} prompts")
         return rows
@@ -121,7 +121,7 @@ class PromptDataModule(InstructionDataModule):
             new_fingerprint=json_digest([rows._fingerprint, side, sorted(responses.items())]),
             desc="Responses",
         )
-        self._rows["train"] = self.keep_usable("train", tokenize_rows(answered, "train", self.text_tokenizer))
+        self._rows["train"] = self.keep_usable("train", self.tokenized(answered, "train"))
         self._answered = True
 
 

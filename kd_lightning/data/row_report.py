@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 NOTES = {
@@ -16,9 +18,12 @@ NOTES = {
 EXTRA_NOTES = {
     "excluded": "assistant turns without labels, as the rows say (weight 0, train false, …)",
     "left_out": "answers with words or tool calls that the chat template leaves out",
+    "teacher_cut": "shortened or dropped, as the teacher's input is longer than max_length",
+    "teacher_difference": "dropped with an answer that the teacher's chat template writes otherwise",
     "control_tokens": "control tokens inside rows, encoded as words (allow_special_tokens=true makes them tokens)",
 }
 """The same for counts that a report has only if they are not 0."""
+SHOWN = 3  # rows whose file and line are in a message
 UNREAD = "unread "
 """Begins the name of a count of turns with a field (or of rows with `tools`) that the chat template does not read."""
 
@@ -29,7 +34,8 @@ def extra_counts(rows: Any) -> dict[str, int]:
     Args:
         rows: a `datasets.Dataset` with the columns of `TextTokenizer.tokenize`.
     """
-    sums = {name: sum(rows[name][:]) for name in EXTRA_NOTES}
+    known = [name for name in EXTRA_NOTES if name in rows.column_names]
+    sums = {name: sum(x if isinstance(x, int) else bool(x) for x in rows[name][:]) for name in known}
     unread = Counter(name for names in rows["unread"][:] for name in names)
     return {name: count for name, count in sums.items() if count} | {
         f"{UNREAD}{name}": count for name, count in unread.most_common()
@@ -53,7 +59,8 @@ def usable_rows(rows: Any, max_length: int) -> tuple[list[int], dict[str, int]]:
     """
     columns = {name: rows[name][:] for name in ("empty", "first_label", "full_length", "unlocated")}
     first, empty = columns["first_label"], columns["empty"]
-    kept = [n for n in range(len(rows)) if not empty[n] and 0 <= first[n] < max_length]
+    differs = differences_of(rows)
+    kept = [n for n in range(len(rows)) if not empty[n] and 0 <= first[n] < max_length and not differs[n]]
     return kept, {
         "rows": len(rows),
         "kept": len(kept),
@@ -63,6 +70,12 @@ def usable_rows(rows: Any, max_length: int) -> tuple[list[int], dict[str, int]]:
         "unlocated": sum(columns["unlocated"]),
         **extra_counts(rows),
     }
+
+
+def differences_of(rows: Any) -> list[str]:
+    """How the teacher's template writes the answer of each row otherwise; "": it does not."""
+    name = "teacher_difference"
+    return rows[name][:] if name in rows.column_names else [""] * len(rows)
 
 
 def report_line(split: str, counts: dict[str, int], max_length: int) -> str:
@@ -77,7 +90,18 @@ def no_usable_rows(sources: Sequence[str], rows: Any, max_length: int) -> ValueE
     """The error for a split without any row that can be trained on."""
     names, empty, first = ", ".join(sources), rows["empty"][:], rows["first_label"][:]
     if all(empty):
-        return ValueError(f"{names}: {_why_empty(rows)}: training needs at least one row with an answer")
+        return ValueError(
+            f"{names}: {_why_empty(rows)}: training needs at least one row with an answer; `kd-lightning generate "
+            "--data FILE --output OUT.jsonl` generates responses to prompts without answers"
+        )
+    if differing := [n for n, text in enumerate(differences_of(rows)) if text]:
+        return ValueError(
+            f"{rows['location'][differing[0]]}: the teacher's chat template writes the answer as "
+            f"{differences_of(rows)[differing[0]]}, in {len(differing)} of {len(rows)} rows: the labels must be the "
+            "same tokens, so pass a teacher_chat_template that ends the answer as the student's does"
+        )
+    if "teacher_cut" in rows.column_names and any(rows["teacher_cut"][:]):
+        return ValueError(f"{names}: no answer fits max_length={max_length} after the teacher's prompt: increase it")
     needed = min((f + 1 for e, f in zip(empty, first, strict=True) if not e and f >= 0), default=0)
     if needed > max_length:
         return ValueError(f"{names}: no answer begins within max_length={max_length}: it must be at least {needed}")
@@ -91,3 +115,44 @@ def _why_empty(rows: Any) -> str:
     if excluded := sum(rows["excluded"][:]):
         return f"every answer is empty or excluded by its row ({excluded} with weight 0, train false or the like)"
     return "every answer is empty"
+
+
+@dataclass(frozen=True)
+class IndexColumn:
+    """The index of each row's field among known values.
+
+    Args:
+        name: of the column in a batch.
+        field: of the rows; a text.
+        values: the known texts.
+        default: the value of rows without the field, or with another value; None: such rows are refused.
+    """
+
+    name: str
+    field: str
+    values: Sequence[str]
+    default: str | None = None
+
+    def indices(self, fields: Mapping[int, Any], locate: Callable[[list[int]], list[str]]) -> dict[int, int]:
+        """The index of every row.
+
+        Args:
+            fields: the field of every row by `row_ids`; None: the row does not have it.
+            locate: file and line of rows.
+
+        Raises:
+            ValueError: a row has no field or another value, and there is no default; the message has file and line.
+        """
+        known = {value: number for number, value in enumerate(self.values)}
+        wrong = [row for row, value in fields.items() if not isinstance(value, str) or value not in known]
+        if self.default is None and wrong:
+            value = fields[wrong[0]]
+            given = "it is missing" if value is None else f"got {json.dumps(value, ensure_ascii=False)}"
+            rows = locate(wrong[:SHOWN])
+            more = f" ({len(wrong)} rows: {', '.join(rows)}{', …' if len(wrong) > SHOWN else ''})"
+            raise ValueError(
+                f"{rows[0]}: field {self.field!r} must be one of {', '.join(self.values)}, {given}"
+                f"{more if len(wrong) > 1 else ''}"
+            )
+        other = 0 if self.default is None else known[self.default]
+        return {row: known.get(value, other) if isinstance(value, str) else other for row, value in fields.items()}

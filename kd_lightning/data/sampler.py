@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
 from kd_lightning.data.collate import FILLER
+from kd_lightning.distributed.trainer import data_parallel_rank, limit_batches
 
 WINDOW_ROWS = 1024
 WINDOW_BATCHES = 32
@@ -67,6 +69,7 @@ class BatchOrder(DistributedSampler[list[int]]):
         self.fill = fill
         self.start = 0
         self.pass_length: int | None = None
+        self.announce: Callable[[list[int]], None] | None = None  # called with the rows of the batch after the next
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
@@ -133,6 +136,8 @@ class _BatchIterator(Iterator[list[int]]):
         if self.position >= len(self.batches):
             raise StopIteration
         self.position += 1
+        if self.order.announce is not None and self.position < len(self.batches):
+            self.order.announce(self.batches[self.position])
         return self.batches[self.position - 1]
 
     def state_dict(self) -> dict[str, int]:
@@ -156,6 +161,12 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
             super().__init__(*args, **kwargs)
         self._first = 0  # the batch that the present iterator began with
         self._before_pass: Callable[[int], None] | None = None
+
+    def look_ahead(self, callback: Callable[[Any], None]) -> None:
+        """Call `callback(batch)` with the next batch of the pass whenever a batch is read; the state is unaffected."""
+        order, collate = self.sampler, self.collate_fn
+        if isinstance(order, BatchOrder):
+            order.announce = lambda rows: callback(collate(self.dataset[rows]))
 
     def call_before_pass(self, callback: Callable[[int], None]) -> None:
         """Call `callback(pass_number)` before the order of a pass is made and its first row is read.
@@ -201,6 +212,18 @@ class ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
         else:
             super().load_state_dict({})
             order.start_at(state_dict["epoch"], state_dict["batches"])
+
+
+def limited(batches: int, limit: int | float) -> int:
+    """Number of batches that a `limit_..._batches` of the Trainer leaves: a number (int) or a share (float)."""
+    return int(limit * batches) if isinstance(limit, float) else min(limit, batches)
+
+
+def batches_in_pass(rows: int, batch_size: int, trainer: Trainer) -> int:
+    """Batches of one rank in a pass over so many training rows."""
+    ranks = data_parallel_rank(trainer)[1]
+    found = len(BatchOrder([1] * rows, batch_size, world_size=ranks))
+    return limited(found, limit_batches(trainer, "train"))
 
 
 def _mix(seed: int, epoch: int) -> int:

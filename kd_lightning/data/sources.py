@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.assets import resolve
+from kd_lightning.data.text.arrow_rows import RowError, arrow_errors, reason, rows_of_batches
+from kd_lightning.data.text.json_text import JSONError, check_depth, parse_json, rows_of_list
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 SPLIT_NAMES = {
@@ -38,9 +40,9 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     path = Path(resolve(source))
     if path.is_dir():
-        rows: Iterator[tuple[str, Any]] = _numbered(source, _read_folder(source, path, split))
+        rows: Iterator[tuple[str, Any]] = _read_dataset(source, _read_folder(source, path, split))
     elif not path.exists():
-        rows = _numbered(source, _read_hub(source, split))
+        rows = _read_dataset(source, _read_hub(source, split))
     elif path.suffix == ".parquet":
         rows = _numbered(source, _read_parquet(source, path))
     elif path.suffix == ".json" and path.read_bytes()[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
@@ -48,10 +50,8 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     elif path.suffix in SUFFIXES:
         rows = _read_lines(source, path)
     else:
-        hint = ""
-        if path.suffix == ".csv":
-            hint = f" (`datasets.load_dataset('csv', data_files={source!r})['train'].to_json('rows.jsonl')` writes one)"
-        raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {', '.join(SUFFIXES)}{hint}")
+        kinds = ", ".join(SUFFIXES)
+        raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {kinds}{_way_out(source)}")
     empty = True
     for location, row in rows:
         if not isinstance(row, dict):
@@ -60,6 +60,18 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield location, row
     if empty:
         raise ValueError(f"{source}: empty, it has no rows")
+
+
+def _way_out(source: str) -> str:
+    """How a file of another kind becomes one that is read."""
+    suffix = Path(source).suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        tabs = ", sep='\\t'" if suffix == ".tsv" else ""
+        made = f"`datasets.load_dataset('csv', data_files={source!r}{tabs})['train'].to_json('rows.jsonl')`"
+        return f" ({made} writes one)"
+    if suffix in ("", ".txt", ".text", ".md"):
+        return ' (for plain text, write a .jsonl file with lines {"prompt": "", "completion": TEXT})'
+    return ' (write a .jsonl file with lines such as {"prompt": TEXT, "completion": TEXT})'
 
 
 def fingerprint(source: str, split: str) -> str:
@@ -84,6 +96,19 @@ def _numbered(source: str, rows: Any) -> Iterator[tuple[str, Any]]:
         yield f"{source}: row {number}", row
 
 
+def _read_dataset(source: str, rows: Any) -> Iterator[tuple[str, Any]]:
+    """The rows of a `datasets.Dataset`; its files may be damaged."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            check_depth(row)
+            yield f"{source}: row {number}", row
+    except JSONError as error:
+        raise ValueError(f"{source}: row {number}: {error}") from None
+    except arrow_errors() as error:
+        raise ValueError(f"{source}: row {number + 1}: a field {reason(error)}") from None
+
+
 def _read_lines(source: str, path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -92,22 +117,29 @@ def _read_lines(source: str, path: Path) -> Iterator[tuple[str, Any]]:
             location = f"{source}:{number}"
             text = _decode(line, location)
             try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{location}: broken JSON: {error.msg} at column {error.colno}") from None
-            except RecursionError:
-                raise ValueError(f"{location}: broken JSON: nested too deeply") from None
-            yield location, row
+                yield location, parse_json(text)
+            except JSONError as error:
+                raise ValueError(f"{location}: {error}") from None
 
 
 def _read_list(source: str, path: Path) -> list[Any]:
     lines = path.read_bytes().split(b"\n")
     text = "\n".join(_decode(line, f"{source}:{number}") for number, line in enumerate(lines, start=1))
     try:
-        rows: list[Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from None
+        rows: list[Any] = parse_json(text)
+    except JSONError as error:
+        raise ValueError(f"{source}:{_line_of(error, text)}: {error}") from None
     return rows
+
+
+def _line_of(error: JSONError, text: str) -> int:
+    """The line of the first row of a list that has the error; the error's own line if no row alone has it."""
+    for line, row in rows_of_list(text):
+        try:
+            parse_json(row)
+        except JSONError as found:
+            return line + found.line - 1
+    return error.line
 
 
 def _decode(line: bytes, location: str) -> str:
@@ -118,15 +150,19 @@ def _decode(line: bytes, location: str) -> str:
 
 
 def _read_parquet(source: str, path: Path) -> Iterator[Any]:
-    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+    read = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(f"{source}: not a readable parquet file: {_one_line(error)}") from None
+            for number, row in rows_of_batches(file.iter_batches(batch_size=1024), source):
+                yield row
+                read = number
+    except RowError:
+        raise
+    except arrow_errors() as error:
+        at = f" after row {read}" if read else ""
+        raise ValueError(f"{source}: not a readable parquet file{at}: {_one_line(error)}") from None
 
 
 def _read_folder(source: str, path: Path, split: str) -> Any:

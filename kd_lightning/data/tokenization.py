@@ -1,32 +1,25 @@
-"""Conversations -> token ids with a label mask, tokenized once and cached by `datasets`."""
+"""Rows of files -> token ids with a label mask, tokenized once and cached by `datasets`; loading a tokenizer."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.assets import resolve
-from kd_lightning.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Located
-from kd_lightning.data.conversation import Conversation, parse_row
+from kd_lightning.data.chat_template import PLAIN_TEMPLATE
+from kd_lightning.data.conversation import Conversation, parse_row, template_roles
 from kd_lightning.data.sources import cache_folder, fingerprint, read_rows
-from kd_lightning.data.text.encode import encode_end, encode_start
-from kd_lightning.models.hf_adapter import backend_state
+from kd_lightning.data.text.text_tokenizer import COUNTS, TextTokenizer
 from kd_lightning.models.pretrained import RemoteCodeError, from_pretrained
 
-VERSION = "2"
-"""Changes when the same settings give other token ids or labels."""
-CACHE_VERSION = "4"
+CACHE_VERSION = "5"
 """Changes when the columns of the cached data sets do, or when a row is read in another way."""
-COUNTS = ("unlocated", "excluded", "left_out", "control_tokens")
-"""Columns of a tokenized row that are summed up in the report."""
 PARALLEL_ROWS = 20_000
 """Data sets with more rows are tokenized by several processes."""
 
@@ -54,117 +47,12 @@ def load_tokenizer(name: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class TextTokenizer:
-    """Turns conversations into token ids; the same settings give the same fingerprint.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        chat_template: a Jinja template instead of the tokenizer's own.
-        template_kwargs: variables for the template.
-        max_length: longest sequence in tokens; longer ones are truncated on the right.
-        allow_special_tokens: special tokens inside the rows are tokens, for rows that are rendered already; False:
-            they are words, and only those of the chat template are tokens.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    chat_template: str | None = None
-    template_kwargs: dict[str, Any] | None = None
-    max_length: int = 512
-    allow_special_tokens: bool = False
-
-    @functools.cached_property
-    def chat(self) -> ChatTemplate:
-        """The chat template these texts are rendered with."""
-        return ChatTemplate(self.tokenizer, self.chat_template, self.template_kwargs, self.allow_special_tokens)
-
-    @property
-    def first_ids(self) -> list[int]:
-        """The token that the tokenizer puts before a plain text, if any."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and bos in self.tokenizer("a").input_ids[:1] else []
-
-    def tokenize(self, conversation: Conversation, chat: ChatTemplate | None = None) -> dict[str, Any]:
-        """Token ids of a conversation, which of them are labels, and figures for the report.
-
-        Returns:
-            `input_ids`, `label_mask`, `length`, `full_length` (at least so many tokens), `first_label` (-1: none),
-            `empty`, `unread` and the counts of `COUNTS`.
-
-        Raises:
-            ValueError: the chat template refuses the conversation.
-        """
-        if conversation.empty:  # a template may refuse a conversation that ends with a question
-            none: dict[str, Any] = {"input_ids": [], "label_mask": [], "length": 0, "full_length": 0, "first_label": -1}
-            return {**none, **dict.fromkeys(COUNTS, 0), "excluded": conversation.excluded, "unread": [], "empty": True}
-        if conversation.messages:
-            ids: list[int] = []
-            located = (chat or self.chat).locate(conversation)
-        else:
-            ids = self.first_ids
-            located = self._plain(conversation)
-        text, spans = located.text, located.spans
-        text = text[: spans[-1][1]] if located.open else text  # the end of sequence follows the answer directly
-        label_mask = [False] * len(ids)
-        found, is_whole = encode_start(self.tokenizer, text, spans, located.plain, self.max_length)
-        ids += [token for token, _ in found]
-        label_mask += [is_label for _, is_label in found]
-        eos = self.tokenizer.eos_token_id
-        if located.open and eos is not None and any(label_mask) and is_whole:
-            ids.append(eos)
-            label_mask.append(True)
-        if label_mask:
-            label_mask[0] = False  # no position predicts the first token
-        beyond = len(ids) if spans and not is_whole else -1  # the first label is none of these tokens
-        return {
-            "input_ids": ids[: self.max_length],
-            "label_mask": label_mask[: self.max_length],
-            "length": min(len(ids), self.max_length),
-            "full_length": len(ids),
-            "first_label": label_mask.index(True) if any(label_mask) else beyond,
-            "unlocated": located.unlocated,
-            "excluded": conversation.excluded,
-            "left_out": located.left_out,
-            "control_tokens": len(located.plain),
-            "unread": located.unread,
-            "empty": False,
-        }
-
-    def _plain(self, conversation: Conversation) -> Located:
-        """A prompt and its completion without a template; an end of sequence that is there already is not doubled."""
-        text, eos = conversation.prompt + conversation.completion, self.tokenizer.eos_token
-        spans = [(len(conversation.prompt), len(text))]
-        is_open = not text.endswith(eos or "\0")
-        control = self.chat.control_tokens
-        plain = control.ranges(text) if control else []
-        return Located(text, spans, open=is_open, plain=plain if is_open or not plain else plain[:-1])
-
-    def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
-        """The text before the last answer, and its token ids; of a longer one the last `max_length`."""
-        if conversation.messages:
-            first: list[int] = []
-            text, plain = self.chat.prompt(conversation)
-        else:
-            text, first = conversation.prompt, self.first_ids
-            control = self.chat.control_tokens
-            plain = control.ranges(text) if control else []
-        ids = first + encode_end(self.tokenizer, text, plain, self.max_length)
-        return text, ids[-self.max_length :]
-
-    def fingerprint(self) -> str:
-        """A digest of everything that the token ids depend on."""
-        inner = backend_state(self.tokenizer) or json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        settings = [
-            VERSION,
-            type(self.tokenizer).__name__,
-            inner,
-            {name: str(value) for name, value in self.tokenizer.special_tokens_map.items()},
-            self.chat_template or self.tokenizer.chat_template,
-            self.template_kwargs,
-            self.max_length,
-            *(["special tokens"] if self.allow_special_tokens else []),
-        ]
-        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+def masked_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id of padding; an added padding token may have no row in the embeddings, then that of another token."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad >= tokenizer.vocab_size:
+        return min(int(token) for token in (pad, eos, 0 if eos is None else eos) if token is not None)
+    return int(pad)
 
 
 def with_template(
@@ -194,29 +82,12 @@ def with_template(
     return tokenizer
 
 
-def prepare(sources: list[str], split: str, tokenizer: TextTokenizer, read: Reader | None = None) -> Any:
-    """All rows of the sources, tokenized: a `datasets.Dataset` that is cached on disk by its fingerprint.
-
-    Its columns are those of `TextTokenizer.tokenize`, and `row` (the fields, as JSON), `conversation` (as JSON),
-    `location` (file and line) and `row_id` (the row's number among all rows).
-
-    Args:
-        sources: files, folders and names.
-        split: which split of a folder or hub name.
-        tokenizer: how rows become token ids.
-        read: called with `split` and `sources`, yields these four columns; None: instructions and conversations.
-
-    Raises:
-        ValueError: a source or a row cannot be read, or the template refuses a row; the message has file and line.
-    """
-    return tokenize_rows(gather(read or read_conversations, split, {"sources": sources}), split, tokenizer)
-
-
 def gather(
     read: Reader,
     split: str,
     files: dict[str, list[str]],
     texts: tuple[str, ...] = ("row", "conversation", "location"),
+    roles: Sequence[str] = (),
     **settings: Any,
 ) -> Any:
     """The rows that a function reads from files, cached on disk until the function, a file or a setting changes.
@@ -226,6 +97,7 @@ def gather(
         split: which split of a folder or hub name.
         files: sources by the argument name of `read`.
         texts: names of the text columns.
+        roles: roles of the chat template that rows may have, in addition to the usual ones.
         settings: other arguments of `read`.
 
     Raises:
@@ -234,20 +106,21 @@ def gather(
     import datasets  # type: ignore[import-untyped]
 
     stamps = {name: [fingerprint(source, split) for source in sources] for name, sources in files.items()}
-    stamp = json_digest([CACHE_VERSION, read.__name__, split, stamps, texts, settings])
+    stamp = json_digest([CACHE_VERSION, read.__name__, split, stamps, texts, settings, *([roles] if roles else [])])
     try:
-        return datasets.Dataset.from_generator(
-            read,
-            features=datasets.Features(
-                {**{name: datasets.Value("string") for name in texts}, "row_id": datasets.Value("int64")}
-            ),
-            gen_kwargs={"split": split, **{name: tuple(sources) for name, sources in files.items()}, **settings},
-            cache_dir=cache_folder(),
-            split=datasets.NamedSplit(split),
-            fingerprint=stamp,
-        )
+        with template_roles(roles):
+            return datasets.Dataset.from_generator(
+                read,
+                features=datasets.Features(
+                    {**{name: datasets.Value("string") for name in texts}, "row_id": datasets.Value("int64")}
+                ),
+                gen_kwargs={"split": split, **{name: tuple(sources) for name, sources in files.items()}, **settings},
+                cache_dir=cache_folder(),
+                split=datasets.NamedSplit(split),
+                fingerprint=stamp,
+            )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
         raise
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 import torch
@@ -48,6 +48,14 @@ class ShardableTeacher(Protocol):
         """Replace the model by what `wrap` returns; called again, nothing happens."""
 
 
+class ShardableTeachers(Protocol):
+    """A teacher, which may be made of several."""
+
+    @property
+    def members(self) -> Mapping[str, ShardableTeacher]:
+        """The teachers that it is made of, by name; itself if it is not made of others."""
+
+
 class ShardableModule(Protocol):
     """What a strategy needs of the Lightning module."""
 
@@ -56,7 +64,7 @@ class ShardableModule(Protocol):
         """The student with its loss; None before `configure_model`."""
 
     @property
-    def teacher(self) -> ShardableTeacher | None:
+    def teacher(self) -> ShardableTeachers | None:
         """The teacher, if there is one."""
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
+
+from kd_lightning.distributed.signals import Handler
 
 
 def data_parallel_rank(trainer: Trainer | None) -> tuple[int, int]:
@@ -16,6 +22,15 @@ def data_parallel_rank(trainer: Trainer | None) -> tuple[int, int]:
     """
     kwargs = None if trainer is None else trainer.distributed_sampler_kwargs
     return (0, 1) if kwargs is None else (int(kwargs["rank"]), int(kwargs["num_replicas"]))
+
+
+def forward_context(trainer: Trainer | None) -> AbstractContextManager[None]:
+    """The precision in which the run's validation computes; that of the tensors without a Trainer.
+
+    Lightning enters it around its own steps only. Whatever runs a model in other hooks enters it here: baselines, the
+    results table, generation. Sharded layers that are gathered in bfloat16 cannot be run outside of it.
+    """
+    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
@@ -77,3 +92,29 @@ def gradients_are_bucket_views(strategy: Strategy) -> bool:
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether Lightning validates after the present training batch; it has no public method that says so."""
     return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(None))  # type: ignore[arg-type]
+
+
+def without_own_sigterm(trainer: Trainer) -> None:
+    """Let SIGTERM reach the handler that is installed already; call it before the Trainer registers its own.
+
+    Lightning's own handler broadcasts in the middle of whatever collective is running, and ends `fit` with status 0;
+    it has no switch.
+    """
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        pass
+
+    trainer._signal_connector._sigterm_notifier_fn = ignore  # type: ignore[method-assign, assignment]
+
+
+def replace_original_handlers(trainer: Trainer, handlers: Mapping[int, Handler]) -> None:
+    """Let the Trainer restore these handlers at its end instead of those that it found at its start."""
+    originals: Any = trainer._signal_connector._original_handlers  # no public access
+    originals.update({number: handler for number, handler in handlers.items() if number in originals})
+
+
+def is_launched_child(trainer: Trainer) -> bool:
+    """Whether the Trainer of another process has started this one."""
+    strategy = trainer.strategy
+    environment = strategy.cluster_environment if isinstance(strategy, ParallelStrategy) else None
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank != 0

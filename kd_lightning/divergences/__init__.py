@@ -4,12 +4,15 @@ from kd_lightning.divergences.alpha import AlphaBeta, AlphaDivergence
 from kd_lightning.divergences.base import (
     Composite,
     Divergence,
+    WeightedTokens,
     check_divergence,
     check_one_per_token,
+    described,
     evaluate,
     first_not_f_divergence,
 )
-from kd_lightning.divergences.kl import AdaptiveKL, ForwardKL, GeneralizedJSD, ReverseKL, SymmetricKL
+from kd_lightning.divergences.kl import AdaptiveKL, ForwardKL, GeneralizedJSD, ReverseKL, SymmetricKL, ToDi
+from kd_lightning.divergences.on_support import OnSupport
 from kd_lightning.divergences.total_variation import TotalVariation
 from kd_lightning.divergences.weighted_sum import WeightedSum
 
@@ -21,12 +24,16 @@ __all__ = [
     "Divergence",
     "ForwardKL",
     "GeneralizedJSD",
+    "OnSupport",
     "ReverseKL",
     "SymmetricKL",
+    "ToDi",
     "TotalVariation",
     "WeightedSum",
+    "WeightedTokens",
     "check_divergence",
     "check_one_per_token",
+    "described",
     "evaluate",
     "first_not_f_divergence",
 ]

@@ -12,11 +12,13 @@ A custom divergence is a class with one method:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Size, Tensor, nn
 
 from kd_lightning.schedules import numbers
+
+LONGEST_VALUE = 120  # characters of a value in an error message
 
 
 class Divergence(nn.Module, ABC):
@@ -62,6 +64,14 @@ class Divergence(nn.Module, ABC):
         """
         return {}
 
+    def weighted(self) -> dict[str, WeightedTokens]:
+        """The divergences inside this one that weight their tokens, by dotted path ("" for itself); by default none."""
+        return {}
+
+    def token_scores(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What each entry of `weighted` computes its weights from, by the same path, [...]; NaN where unused."""
+        return {}
+
     def extra_repr(self) -> str:
         """Constructor arguments."""
         return numbers(self)
@@ -71,7 +81,12 @@ class Composite(Divergence):
     """A divergence made of other divergences; it also receives `rows`, extra inputs per token.
 
     Its components are the divergences registered as its attributes. Override `components` to name others.
+
+    `columns`: entries of `rows` that it reads and the loss computes: "teacher_log_prob" and "student_log_prob", the
+    label's log-probability under each model at the temperature of the divergence.
     """
+
+    columns: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -90,6 +105,58 @@ class Composite(Divergence):
         """Every `Divergence` registered as an attribute, under the attribute's name."""
         return {name: part for name, part in self.named_children() if isinstance(part, Divergence)}
 
+    def weighted(self) -> dict[str, WeightedTokens]:
+        """Those of every divergence that is an attribute, or an entry of a list of modules that is one."""
+        return {_join(name, path): x for name, part in _inner(self) for path, x in part.weighted().items()}
+
+    def token_scores(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The scores of the same divergences, compared on the same two distributions."""
+        scores = ((name, part.token_scores(log_p, log_q, rows)) for name, part in _inner(self))
+        return {_join(name, path): x for name, found in scores for path, x in found.items()}
+
+
+class WeightedTokens(Composite):
+    """A divergence that weights its tokens, with a state that follows the weights of each optimizer step."""
+
+    @property
+    @abstractmethod
+    def moves(self) -> bool:
+        """Whether `update` changes the weights, so that values at two steps are not comparable."""
+
+    @abstractmethod
+    def weight_sums(self, scores: Tensor) -> Tensor:
+        """Sums over tokens that can be added over batches and ranks: [3 + bins].
+
+        Args:
+            scores: from `token_scores`, [N]; NaN: not measured.
+
+        Returns:
+            The sum of the weights, the number of tokens with a weight above 0, the number of tokens, and what else
+            `update` needs.
+        """
+
+    @abstractmethod
+    def update(self, sums: Tensor) -> None:
+        """Update after an optimizer step.
+
+        Args:
+            sums: `weight_sums` of all tokens of the step, on all ranks.
+        """
+
+
+def _inner(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Divergence]]:
+    """Divergences that are attributes of a module, or entries of its lists and dicts of modules, with their paths."""
+    for name, part in module.named_children():
+        if isinstance(part, Divergence):
+            yield prefix + name, part
+        elif isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            yield from _inner(part, f"{prefix}{name}.")
+
+
+def _join(name: str, path: str) -> str:
+    """A dotted path; the path may be empty."""
+    return f"{name}.{path}" if path else name
+
 
 def evaluate(divergence: Divergence, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
     """Value of any divergence, [...]; only a `Composite` receives the rows."""
@@ -101,8 +168,13 @@ def check_one_per_token(part: nn.Module, values: Tensor, shape: Size) -> Tensor:
     """The values, checked to be one per token.
 
     Raises:
-        ValueError: the shape differs, for example because `forward` does not sum over the vocabulary.
+        ValueError: they are no tensor, or the shape differs, for example because `forward` does not sum over the
+            vocabulary.
     """
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"{type(part).__name__} must return a tensor with one value per token, got {described(values)}"
+        )
     if values.shape != shape:
         raise ValueError(
             f"{type(part).__name__} must return one value per token, shape {list(shape)}, got {list(values.shape)}: "
@@ -119,4 +191,12 @@ def first_not_f_divergence(parts: Iterable[Divergence]) -> str | None:
 def check_divergence(name: str, divergence: object) -> None:
     """Raise a ValueError with the argument's name and value unless it is a `Divergence`."""
     if not isinstance(divergence, Divergence):
-        raise ValueError(f"{name} must be a Divergence, got {divergence!r}")
+        raise ValueError(f"{name} must be a Divergence, got {described(divergence)}")
+
+
+def described(value: object) -> str:
+    """A value that is refused, on one line of bounded length: a class by its name, anything else by its repr."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} (pass an instance of it, {value.__name__}(...))"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

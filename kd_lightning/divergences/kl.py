@@ -91,6 +91,28 @@ class GeneralizedJSD(Divergence):
 
 
 @final
+class ToDi(Divergence):
+    r"""\(\sum_v w_v\,p_v \log(p_v/q_v) + (1-w_v)\,q_v \log(q_v/p_v)\), \(w_v = \sigma(\log p_v - \log q_v)\).
+
+    Forward KL where the student gives a token too little probability, reverse KL where it gives too much. w has no
+    gradient. As w = p / (p + q), the value is \(\mathrm{KL}(p\|q) + \mathrm{KL}(q\|p)\), but the gradient is not that
+    of this sum. On a teacher's top-k log-probabilities value and gradient are those of ToDi on k + 1 outcomes.
+
+    Reference: Jung et al., arXiv 2505.16297.
+    """
+
+    is_f_divergence = True
+
+    def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Divergence per token."""
+        return functional.todi(log_p, log_q)
+
+    def components(self) -> dict[str, Divergence]:
+        """Forward and reverse KL."""
+        return {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL()}
+
+
+@final
 class AdaptiveKL(Divergence):
     r"""AKL: \(w\,\mathrm{KL}(p\|q) + (1-w)\,\mathrm{KL}(q\|p)\), w the top tokens' share of \(\sum|p-q|\).
 
@@ -111,7 +133,7 @@ class AdaptiveKL(Divergence):
     def __init__(self, mu: float = 0.5, head_rule: str = "covering") -> None:
         super().__init__()
         check_number("mu", mu, 0, 1, "(]")
-        if head_rule not in ("covering", "official"):
+        if not isinstance(head_rule, str) or head_rule not in ("covering", "official"):
             raise ValueError(f"head_rule must be 'covering' or 'official', got {head_rule!r}")
         self.mu = mu
         self.head_rule = head_rule

@@ -3,12 +3,19 @@ r"""Weighted sums of divergences."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast, final
 
 from torch import Tensor, nn
 
-from kd_lightning.divergences.base import Composite, Divergence, check_divergence, evaluate, first_not_f_divergence
+from kd_lightning.divergences.base import (
+    Composite,
+    Divergence,
+    check_divergence,
+    described,
+    evaluate,
+    first_not_f_divergence,
+)
 from kd_lightning.schedules import Schedule, Weight, check_number, value
 
 
@@ -26,6 +33,10 @@ class WeightedSum(Composite):
 
     def __init__(self, divergences: list[Divergence], weights: list[Weight]) -> None:
         super().__init__()
+        given: object
+        for name, given in (("divergences", divergences), ("weights", weights)):
+            if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+                raise ValueError(f"{name} must be a list, got {described(given)}")
         if not divergences or len(divergences) != len(weights):
             raise ValueError(
                 "divergences and weights must have the same length, at least 1, got "
@@ -34,9 +45,9 @@ class WeightedSum(Composite):
         for i, (divergence, weight) in enumerate(zip(divergences, weights, strict=True)):
             check_divergence(f"divergences[{i}]", divergence)
             if not isinstance(weight, Schedule):
-                check_number(f"weights[{i}]", weight, 0)
+                check_number(f"weights[{i}]", weight, 0, hint=" or a schedule")
         self.parts = nn.ModuleList(divergences)
-        self.weights = weights
+        self.weights = list(weights)
         self.schedules = nn.ModuleDict({str(i): w for i, w in enumerate(weights) if isinstance(w, Schedule)})
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:

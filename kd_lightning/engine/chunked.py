@@ -62,6 +62,29 @@ class ChunkedPass:
         self.values, _ = self.run(weights, ())
         return self.total(weights, summed)
 
+    def teacher_versions(self) -> list[int | Tensor]:
+        """What changes if a tensor of the teacher is changed in place."""
+        return [] if self.teacher is None else [_version(x) for x in self.teacher.inputs if x is not None]
+
+    def check_teacher_versions(self, before: Sequence[int | Tensor]) -> None:
+        """Check, before the loss is computed again, that the teacher's tensors have not been changed since.
+
+        Autograd does this for tensors that are saved for backward, but also where the gradient is known already: a
+        buffer that the user fills with the next batch's teacher logits would be refused.
+
+        Args:
+            before: `teacher_versions` of that time.
+
+        Raises:
+            RuntimeError: one was changed.
+        """
+        if any(bool(now != then) for now, then in zip(self.teacher_versions(), before, strict=True)):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                "teacher's logits, hidden states or LM head were changed between the loss and a backward that computes "
+                "it again (reduction 'none', or a second backward): call backward first, or pass a clone of them"
+            )
+
     def total(self, weights: Tensor, summed: bool) -> Tensor:
         """The losses of the last pass, summed or copied."""
         return (self.values["loss"] * weights).sum() if summed else self.values["loss"].clone()
@@ -89,7 +112,7 @@ class ChunkedPass:
             for x, need in zip(student.inputs, needs, strict=bool(needs))
         ]
         transforms = (student.transform, (1.0, None) if teacher is None else teacher.transform)
-        values = {name: torch.empty_like(weights) for name in self.token_loss.names(teacher is not None)}
+        values = {name: torch.empty_like(weights) for name in self.token_loss.outputs(teacher is not None)}
         with torch.autocast(device.type, enabled=False):
             for a in range(0, n, chunk or 1):
                 b = min(a + chunk, n)
@@ -105,6 +128,14 @@ class ChunkedPass:
                 if gradient:
                     student.add_gradients(z[: b - a], gradients, a, b)
         return values, gradients
+
+
+def _version(x: Tensor) -> int | Tensor:
+    """Autograd's counter of in-place changes; a checksum of a tensor made in inference mode, which has no counter."""
+    if not x.is_inference():
+        return x._version
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return x.detach().view(integers[x.element_size()]).sum(dtype=torch.int64)
 
 
 def _chunk_buffer(tokens: int, vocabulary: int, like: Tensor) -> Tensor:
@@ -133,6 +164,7 @@ class _Loss(torch.autograd.Function):
         ctx.chunked_pass, ctx.weights, ctx.summed = chunked_pass, weights, summed
         ctx.gradients = gradients if summed else None
         ctx.save_for_backward(*inputs)  # for their dtypes, and to detect in-place changes before a recomputation
+        ctx.teacher_versions = chunked_pass.teacher_versions()
         return chunked_pass.total(weights, summed)
 
     @staticmethod
@@ -141,6 +173,7 @@ class _Loss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         with torch.no_grad():
             if gradients is None:
+                ctx.chunked_pass.check_teacher_versions(ctx.teacher_versions)
                 weights = ctx.weights if ctx.summed else ctx.weights * upstream
                 _, gradients = ctx.chunked_pass.run(weights, ctx.needs_input_grad[3:])
             if ctx.summed:  # in place: g * upstream would allocate a second gradient of the LM head

@@ -9,6 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd_lightning.divergences import described
+from kd_lightning.schedules import check_number
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FACTORS = (1e-6, 1e6)  # of scales and soft-caps: products and their gradients stay far from the ends of fp32
 Transform = tuple[float, float | None]
 """Scale and soft-cap of an LM head."""
 
@@ -26,7 +31,7 @@ class Head:
             its shard of the logits and receives the others. None: W and b are complete.
 
     Raises:
-        ValueError: shapes do not match, scale is 0, or softcap is not positive.
+        ValueError: an argument is of another type or shape; |scale| or softcap is outside of [1e-6, 1e6].
     """
 
     weight: Tensor
@@ -51,16 +56,22 @@ class Head:
         return apply_transform(F.linear(hidden.float(), self.weight.float(), bias), self.transform)
 
     def __post_init__(self) -> None:
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            if not isinstance(tensor, Tensor) and (name == "weight" or tensor is not None):
+                raise ValueError(f"head {name} must be a torch.Tensor, got {described(tensor)}")
+            if tensor is not None and tensor.dtype not in FLOATS:
+                raise ValueError(f"head {name} must be one of {', '.join(map(str, FLOATS))}, got {tensor.dtype}")
         if self.weight.ndim != 2:
             raise ValueError(f"head weight must be [vocabulary, hidden width], got shape {list(self.weight.shape)}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(
                 f"head bias must be [{self.weight.shape[0]}], one per vocabulary entry, got {list(self.bias.shape)}"
             )
-        if self.scale == 0:
-            raise ValueError("head scale must not be 0")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"head softcap must be > 0 or None, got {self.softcap}")
+        check_number("head scale", self.scale, -FACTORS[1], FACTORS[1])
+        if abs(self.scale) < FACTORS[0]:
+            raise ValueError(f"head scale must be at least {FACTORS[0]:g} or at most -{FACTORS[0]:g}, got {self.scale}")
+        if self.softcap is not None:
+            check_number("head softcap", self.softcap, *FACTORS, hint=" or None")
 
 
 def apply_transform(products: Tensor, transform: Transform, out: Tensor | None = None) -> Tensor:

@@ -51,6 +51,33 @@ class LabelMask:
                 f"labels must be −100 or in [0, {vocabulary}), the vocabulary that both models share, got {label}"
             )
 
+    def index_in(self, other: Tensor | None) -> Tensor:
+        """Indices of the same tokens in the flattened labels of another input, [N]: the k-th of each response.
+
+        Args:
+            other: labels [B, T'] with as many labels in each response; None: these labels themselves.
+
+        Raises:
+            ValueError: the labels of a response are not as many, or the inputs have not as many responses.
+        """
+        if other is None:
+            return self.index
+        if other.dtype not in INTEGERS:
+            raise ValueError(f"teacher_labels must be integers, got {other.dtype}")
+        if other.ndim != len(self.shape) or other.shape[:-1] != self.shape[:-1]:
+            raise ValueError(
+                f"teacher_labels must have one row per row of labels, {list(self.shape[:-1])}, got shape "
+                f"{list(other.shape)}"
+            )
+        mask = other.reshape(len(self.lengths), other.shape[-1]).long() != IGNORE_INDEX
+        lengths = mask.sum(1)
+        for row in torch.nonzero(lengths != self.lengths)[:1].flatten().tolist():  # another wait for a GPU
+            raise ValueError(
+                f"teacher_labels must have as many labels in each row as labels, got {int(lengths[row])} in row {row}, "
+                f"where labels has {int(self.lengths[row])}"
+            )
+        return torch.nonzero_static(mask.reshape(-1), size=len(self.index)).squeeze(1)
+
     def column(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Values of the tokens with a label, [N]; floating-point ones in the given dtype.
 

@@ -39,6 +39,10 @@ class LogitSource(ABC):
                 student itself.
         """
 
+    def without_label(self) -> LogitSource:
+        """The same model's logits in a form that does not depend on the tokens' labels; by default these."""
+        return self
+
 
 class DifferentiableLogits(LogitSource):
     """Logits that pass a gradient on to their `inputs`: the student's."""

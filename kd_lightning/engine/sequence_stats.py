@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from kd_lightning.constants import SOURCES
-from kd_lightning.divergences import Divergence
+from kd_lightning.divergences import Divergence, ReverseKL
 from kd_lightning.engine.chunked import ChunkedPass
 from kd_lightning.engine.label_mask import LabelMask
 from kd_lightning.engine.logit_source import DifferentiableLogits, LogitSource
 from kd_lightning.engine.token_loss import TokenLoss
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.schedules import Schedule
-
-LABEL_COLUMNS = ("teacher_log_prob", "student_log_prob")
+from kd_lightning.token_weights import LABEL_COLUMNS, OF_TOKEN
 
 
 class Mean(NamedTuple):
@@ -80,6 +79,33 @@ def label_columns(
         values = negative_log_probs(student, teacher)
         nll = {"student_log_prob": values["student_nll"], "teacher_log_prob": values["teacher_nll"]}
     return {name: -mask.response_mean(nll[name]) for name in missing}
+
+
+def given_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The label's log-probabilities that the user has passed: they are used as they are, per token too."""
+    return {OF_TOKEN + name: columns[name] for name in LABEL_COLUMNS if name in columns}
+
+
+def baseline_columns(
+    loss: TokenLoss,
+    student: DifferentiableLogits,
+    teacher: LogitSource,
+    mask: LabelMask,
+    given: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    chunk: int | None,
+) -> dict[str, Tensor]:
+    """Reverse KL of the tokens if the label loss reads it and the teacher's logits depend on the labels; no gradient.
+
+    Otherwise it is computed in the pass itself. Arguments as in `label_columns`.
+    """
+    fixed = teacher.without_label()
+    if "reverse_kl" not in loss.label_loss.columns or "reverse_kl" in given or fixed is teacher:
+        return {}
+    t = loss.label_loss.temperature or loss.temperature
+    weights = torch.ones(len(mask.index), dtype=dtype, device=mask.index.device)
+    term = TokenLoss(ReverseKL(), CrossEntropy(), 0.0, t, False, {}, diagnostics=False, compile=False)
+    return {"reverse_kl": ChunkedPass(term, student, fixed, {"labels": mask.labels}, chunk).run(weights, ())[0]["kd"]}
 
 
 def response_gap(columns: Mapping[str, Tensor]) -> Tensor | None:

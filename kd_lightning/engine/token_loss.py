@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kd_lightning.divergences import Divergence, check_one_per_token, evaluate
+from kd_lightning.engine.block_logits import BlockLogits, label_columns_of, with_label_log_probs
 from kd_lightning.engine.compile import BREAK_EVEN, Compiled
-from kd_lightning.engine.head import Transform, apply_transform
-from kd_lightning.functional import FLOOR
+from kd_lightning.engine.head import Transform
+from kd_lightning.functional import FLOOR, reverse_kl
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.schedules import Weight, value
+from kd_lightning.token_weights import OF_TOKEN
 
 # Entries (tokens × vocabulary) of one block on a CPU, so that its temporaries stay in the cache. A compiled block has
 # at least 32 tokens: with fewer, inductor parallelizes inside a token, and its threads fork and join once per token and
@@ -68,6 +70,7 @@ class TokenLoss(nn.Module):
         self.factor = temperature**2 if square_temperature else 1.0
         self.monitors = nn.ModuleDict(monitors)
         self.diagnostics = diagnostics
+        self._reads = label_columns_of((objective,)), label_columns_of(monitors.values())
         self.compiled = Compiled(self.block, compile)
         # 1, 0, or −1 before the choice: a resumed run keeps the choice of the interrupted one.
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written to later
@@ -79,6 +82,10 @@ class TokenLoss(nn.Module):
         if self.diagnostics:
             names += ("student_nll", "teacher_nll", "agreement") if teacher else ("student_nll",)
         return names
+
+    def outputs(self, teacher: bool) -> tuple[str, ...]:
+        """Names of all that a block computes: the values, and the scores of the tokens' weights."""
+        return self.names(teacher) + (tuple(map(score_name, self.objective.weighted())) if teacher else ())
 
     def run_blocks_with(self, runner: Compiled) -> None:
         """Replace what computes the blocks, for example by one that computes a block of each size once."""
@@ -165,15 +172,16 @@ class TokenLoss(nn.Module):
         """Values of one block by name, [tokens]; z is overwritten by its gradient. Compiled as one graph."""
         columns = dict(rows)
         weights = columns.pop("weights")
-        student = _BlockLogits(z, columns.pop("student_label"), transforms[0])
-        teacher = None if y is None else _BlockLogits(y, columns.pop("teacher_label"), transforms[1])
+        student = BlockLogits(z, columns.pop("student_label"), transforms[0])
+        teacher = None if y is None else BlockLogits(y, columns.pop("teacher_label"), transforms[1])
         ce_weight = value(self.ce_weight, columns)
         t, label_t = self.temperature, self.label_loss.temperature or self.temperature
 
         values: dict[str, Tensor] = {}
+        label_rows = self._label_rows(columns, student, teacher, label_t)
         values["ce"], g = _differentiate(
             lambda log_q: check_one_per_token(
-                self.label_loss, self.label_loss(log_q.clamp_min(FLOOR), columns), log_q.shape
+                self.label_loss, self.label_loss(log_q.clamp_min(FLOOR), label_rows), log_q.shape
             ),
             student.label_log_prob(label_t),
             weights * ce_weight if gradient else None,
@@ -183,15 +191,19 @@ class TokenLoss(nn.Module):
             values["loss"] = values["ce"]
         else:
             log_p = teacher.log_probs(t)
+            kd_rows = with_label_log_probs(columns, self._reads[0], student, teacher, t)
             values["kd"], u = _differentiate(
-                lambda log_q: self.factor * evaluate(self.objective, log_p, log_q, columns),
+                lambda log_q: self.factor * evaluate(self.objective, log_p, log_q, kd_rows),
                 student.log_probs(t),
                 weights * (1 - ce_weight) if gradient and not _is_number(ce_weight, 1) else None,
             )
             values["loss"] = _mix(values["kd"], values["ce"], ce_weight)
+            for path, score in self.objective.token_scores(log_p, student.log_probs(t), kd_rows).items():
+                values[score_name(path)] = score
             log_p, log_q = (log_p, student.log_probs(t)) if t == 1 else (teacher.log_probs(1.0), student.log_probs(1.0))
+            monitor_rows = with_label_log_probs(columns, self._reads[1], student, teacher, 1.0)
             for name, monitor in self.monitors.items():
-                values[name] = evaluate(monitor, log_p, log_q, columns)  # type: ignore[arg-type]
+                values[name] = evaluate(monitor, log_p, log_q, monitor_rows)  # type: ignore[arg-type]
         if self.diagnostics:
             values["student_nll"] = -student.label_log_prob(1.0).clamp_min(FLOOR)
             if teacher is not None:
@@ -203,63 +215,23 @@ class TokenLoss(nn.Module):
             z.copy_(student.gradient(u, t, g, label_t) * slope_z)
         return values
 
+    def _label_rows(
+        self, columns: dict[str, Tensor], student: BlockLogits, teacher: BlockLogits | None, t: float
+    ) -> dict[str, Tensor]:
+        """What the label loss reads: the extra inputs, and what it declares to read of the teacher."""
+        if teacher is None:
+            return columns
+        reads = self.label_loss.columns
+        found = with_label_log_probs(columns, reads, student, teacher, t)
+        found |= {name: found[OF_TOKEN + name] for name in reads if OF_TOKEN + name in found}
+        if "reverse_kl" in reads and "reverse_kl" not in columns:
+            found["reverse_kl"] = reverse_kl(teacher.log_probs(t), student.log_probs(t))
+        return found
 
-class _BlockLogits:
-    """One model's tokens of a block: from products to log-probabilities at any temperature, and back to gradients."""
 
-    def __init__(self, products: Tensor, label_products: Tensor, transform: Transform) -> None:
-        self.scale, self.cap = transform
-        self.logits = apply_transform(products, transform)
-        self.label_logits = apply_transform(label_products, transform)
-        self.top = self.logits.amax(-1, keepdim=True)
-        self.shifted = self.logits - self.top  # at most 0: large logits cost no precision below
-        self.label_shifted = self.label_logits - self.top.squeeze(-1)
-        self._log_sums: dict[float, Tensor] = {}
-        self._log_probs: dict[float, Tensor] = {}
-
-    def _log_sum(self, t: float) -> Tensor:
-        if t not in self._log_sums:
-            self._log_sums[t] = _sum(torch.exp(_divided(self.shifted, t))).log()
-        return self._log_sums[t]
-
-    def log_probs(self, t: float) -> Tensor:
-        """Log softmax(x / t), [..., V], clamped at `FLOOR`."""
-        if t not in self._log_probs:
-            self._log_probs[t] = (_divided(self.shifted, t) - self._log_sum(t)).clamp_min(FLOOR)
-        return self._log_probs[t]
-
-    def label_log_prob(self, t: float) -> Tensor:
-        """The label's log-probability at t, [...], not clamped."""
-        return _divided(self.label_shifted, t) - self._log_sum(t).squeeze(-1)
-
-    def top_token(self) -> Tensor:
-        """The most probable token, [...]."""
-        return self.shifted.argmax(-1)
-
-    def slopes(self) -> tuple[Tensor | float, Tensor | float]:
-        """Derivatives of the logits, and of the label's, with respect to the products."""
-        return self._slope(self.logits), self._slope(self.label_logits)
-
-    def _slope(self, x: Tensor) -> Tensor | float:
-        return self.scale if self.cap is None else self.scale * (1 - (x / self.cap) ** 2)
-
-    def gradient(self, u: Tensor | None, t: float, g: Tensor, label_t: float) -> Tensor:
-        """Gradient with respect to the logits, without the term g / label_t of the label's entry.
-
-        Args:
-            u: gradient with respect to the log-probabilities at t; None: no objective.
-            t: temperature of the objective.
-            g: gradient with respect to the label's log-probability at label_t, [...].
-            label_t: temperature of the label loss.
-        """
-        g = g.unsqueeze(-1) / label_t
-        if u is None:
-            return -g * self.log_probs(label_t).exp()
-        q = self.log_probs(t).exp()
-        total = _sum(u) / _sum(q) / t  # q sums to 1 only up to rounding, and u − q Σu must sum to 0
-        if label_t == t:
-            return _divided(u, t) - q * (total + g)
-        return _divided(u, t) - q * total - g * self.log_probs(label_t).exp()
+def score_name(path: str) -> str:
+    """Name among the values of a block of what the weights at this path of the objective are computed from."""
+    return f"score {path}"
 
 
 def _differentiate(
@@ -278,17 +250,6 @@ def _differentiate(
         return values, torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(values, x, weights, allow_unused=True, materialize_grads=True)
     return values.detach(), gradient
-
-
-def _sum(x: Tensor) -> Tensor:
-    """Sum over the vocabulary, kept as a dimension; in fp32 inductor adds sequentially, which costs two digits."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu":
-        return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
-    return x.sum(-1, keepdim=True)
-
-
-def _divided(x: Tensor, t: float) -> Tensor:
-    return x if t == 1 else x / t
 
 
 def _is_number(weight: float | Tensor, number: float) -> bool:

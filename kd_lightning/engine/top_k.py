@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.divergences import Divergence
-from kd_lightning.engine.head import Transform, apply_transform
+from kd_lightning.divergences import Divergence, described
+from kd_lightning.engine.head import FLOATS, Transform, apply_transform
+from kd_lightning.engine.label_mask import INTEGERS
 from kd_lightning.engine.logit_source import LogitSource
 
 
@@ -34,12 +35,28 @@ class TopK:
         log_probs: their log-probabilities, [..., k].
         log_tail: logarithm of the total mass of all other tokens, [...].
         vocabulary: size of the teacher's vocabulary.
+
+    Raises:
+        ValueError: an argument is of another type or shape.
     """
 
     ids: Tensor
     log_probs: Tensor
     log_tail: Tensor
     vocabulary: int
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("ids", self.ids), ("log_probs", self.log_probs), ("log_tail", self.log_tail)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} of a TopK must be a torch.Tensor, got {described(tensor)}")
+            if (tensor.dtype in INTEGERS) != (name == "ids") or (name != "ids" and tensor.dtype not in FLOATS):
+                kind = "integers" if name == "ids" else "floating point"
+                raise ValueError(f"{name} of a TopK must be {kind}, got {tensor.dtype}")
+        if self.ids.shape != self.log_probs.shape or self.ids.shape[:-1] != self.log_tail.shape or not self.ids.ndim:
+            given = ", ".join(str(list(x.shape)) for x in (self.ids, self.log_probs, self.log_tail))
+            raise ValueError(f"a TopK must have ids [..., k], log_probs [..., k] and log_tail [...], got {given}")
+        if not isinstance(self.vocabulary, int) or isinstance(self.vocabulary, bool) or self.vocabulary < 1:
+            raise ValueError(f"vocabulary of a TopK must be an integer ≥ 1, got {described(self.vocabulary)}")
 
     @property
     def shape(self) -> torch.Size:
@@ -93,6 +110,16 @@ class TopKLogits(LogitSource):
         chunk.scatter_(-1, ids, -torch.inf)
         chunk += (self.known.log_tail[start:stop] - chunk.logsumexp(-1)).unsqueeze(-1)
         chunk.scatter_(-1, ids, self.known.log_probs[start:stop].to(chunk.dtype))
+
+    def without_label(self) -> TopKLogits:
+        """The top k − 1: the least probable known token is the k-th, or the label instead of it; it joins the rest."""
+        known = self.known
+        last = known.log_probs.argmin(-1, keepdim=True)
+        order = torch.arange(known.ids.shape[-1] - 1, device=last.device)
+        kept = order + (order >= last)  # all but the last
+        ids, log_probs = known.ids.gather(-1, kept), known.log_probs.gather(-1, kept)
+        log_tail = torch.logaddexp(known.log_tail, known.log_probs.gather(-1, last).squeeze(-1))
+        return TopKLogits(TopK(ids, log_probs, log_tail, known.vocabulary))
 
 
 def check_lower_bound(divergence: Divergence, monitors: Mapping[str, Divergence] | None = None) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kd_lightning.console import terminal_bar
 from kd_lightning.data.collate import left_pad
 from kd_lightning.generation.response_file import Response, ResponseFile
 from kd_lightning.models.generate import Sampling, generate, require_eos_token_ids
-from kd_lightning.models.hf_adapter import eos_token_ids
+from kd_lightning.models.hf_adapter import eos_token_ids, padding_id
 from kd_lightning.seeding import derive_seed
 
 WINDOW = 16
@@ -74,8 +75,7 @@ class BatchGenerator:
             prompts: token ids of all prompts.
             batches: the number of each batch, which determines its samples, and its row numbers.
         """
-        pad = self.tokenizer.pad_token_id
-        pad_id = eos_token_ids(self.model)[0] if pad is None else int(pad)
+        pad_id = padding_id(self.model, self.tokenizer.pad_token_id)
         device = self.device or next(self.model.parameters()).device
         for number, rows in batches:
             inputs = left_pad([prompts[row] for row in rows], pad_id)
@@ -112,7 +112,8 @@ def write_responses(
         A summary of all responses in the file, and the speed.
     """
     start, tokens = time.perf_counter(), 0
-    with tqdm(total=len(file.rows), initial=file.done, desc=title, disable=not bar) as shown:
+    style = {"total": len(file.rows), "initial": file.done, "desc": title, "disable": not bar, "leave": False}
+    with tqdm(**style, **terminal_bar()) as shown:
         for number, response in responses:
             if number < file.done:
                 continue

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.base import DistillationDataModule, GenerationRow
 from kd_lightning.data.collate import left_pad
-from kd_lightning.distributed.trainer import data_parallel_rank
+from kd_lightning.distributed.trainer import data_parallel_rank, forward_context
 from kd_lightning.models.generate import Sampling, generate
 
 
@@ -26,7 +26,8 @@ def greedy_responses(
 ) -> dict[int, str]:
     """Greedy responses to this rank's share of some rows, by their `index`.
 
-    A batch stops one token after its longest answer: a longer response matches none of them.
+    They are generated in the precision of the run. A batch stops one token after its longest answer: a longer response
+    matches none of them.
 
     Args:
         trainer: the Trainer of the run.
@@ -48,7 +49,8 @@ def greedy_responses(
         inputs = left_pad([row["prompt_ids"] for row in batch], datamodule.pad_id)
         longest = max(len(ids) for ids in tokenizer([row["answer"] for row in batch])["input_ids"]) + 1
         sampling = Sampling(min(max_new_tokens, longest), temperature=0.0)
-        tokens = generate(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), sampling)
+        with forward_context(trainer):
+            tokens = generate(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), sampling)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         responses |= {row["index"]: text.strip() for row, text in zip(own, texts, strict=False)}
     return responses

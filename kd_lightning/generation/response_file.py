@@ -22,7 +22,8 @@ class Response:
 
     Args:
         text: without the token that ends it.
-        finish_reason: "eos": the model ended it; "length": it was cut off at `max_new_tokens`. Servers may have others.
+        finish_reason: "eos": the model ended it; "length": it was cut off at `max_new_tokens`; "unknown": the server
+            gives none. Servers may have others.
         tokens: number of tokens, the one that ends it included.
     """
 
@@ -87,8 +88,12 @@ class ResponseFile:
         return len(self.responses)
 
     def __enter__(self) -> ResponseFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("r+b" if self.path.exists() else "x+b")
+        check_output(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("r+b" if self.path.exists() else "x+b")
+        except OSError as error:
+            raise ValueError(f"output {self.path} cannot be written to: {error.strerror}") from None
         try:
             _lock(self._file)
             self._read_existing()
@@ -127,8 +132,11 @@ class ResponseFile:
             lines.append(self._prefix(self.done) + _dump(last)[1:].encode() + b"\n")
             self.responses.append(following)
         if lines:
-            self._file.write(b"".join(lines))
-            self._file.flush()
+            try:
+                self._file.write(b"".join(lines))
+                self._file.flush()
+            except OSError as error:  # the disk is full, for example; Python leaves the path out
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _prefix(self, number: int) -> bytes:
         """The beginning of the line of a row."""
@@ -175,6 +183,36 @@ class ResponseFile:
         if was != self.model:
             return f"line {number + 1} was written by another model ({was}, not {self.model})"
         return f"line {number + 1} belongs to another row than in the data"
+
+
+def check_output(path: Path) -> None:
+    """Check, before any response is generated, that a file can be written; changes nothing.
+
+    Args:
+        path: of the file; missing folders above it are allowed, as they are created later.
+
+    Raises:
+        ValueError: it is a folder, a link to nothing, or not writable; it names what must change.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"output {path} is a link to {os.readlink(path)}, which does not exist: delete the link, or choose another "
+            "output"
+        )
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: pass the name of a file")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise ValueError(f"output {path}: {folder} is not a folder: choose another output")
+    try:
+        if path.exists():
+            path.open("r+b").close()
+        else:
+            probe = folder / f".writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output {path} cannot be written to: {error.strerror}: choose another output") from None
 
 
 def _lock(file: BinaryIO) -> None:

@@ -7,12 +7,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from kd_lightning.data.conversation import Conversation
+from kd_lightning.distributed.signals import StopRequest
 from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
-from kd_lightning.models.openai_client import OpenAIClient
+from kd_lightning.models.openai_client import OpenAIClient, valid_string
 from kd_lightning.seeding import derive_seed
 
 FINISH_REASONS = {"stop": "eos", "length": "length"}
+UNKNOWN = "unknown"
+"""The reason of a response where the server gives none."""
 
 
 class ServerGenerator:
@@ -61,7 +64,11 @@ class ServerGenerator:
         return self.client.request(path, body, parse_response, f"row {number + 1}")
 
     def generate(
-        self, conversations: Sequence[Conversation], start: int = 0, requests: int = 8
+        self,
+        conversations: Sequence[Conversation],
+        start: int = 0,
+        requests: int = 8,
+        request: StopRequest | None = None,
     ) -> Iterator[tuple[int, Response]]:
         """Responses with the numbers of their rows, in the order in which they finish. Closes the client.
 
@@ -69,8 +76,10 @@ class ServerGenerator:
             conversations: all prompts.
             start: number of the first row that is sent.
             requests: largest number of requests at a time, at least 1.
+            request: to stop: the requests that are sent are finished, and no more are sent.
         """
-        remaining = iter(range(start, len(conversations)))
+        request = request or StopRequest()
+        remaining = request.until_requested(range(start, len(conversations)))
         pending: dict[Future[Response], int] = {}
         pool = ThreadPoolExecutor(requests)
         try:
@@ -79,6 +88,8 @@ class ServerGenerator:
                     pending[pool.submit(self.respond, conversations[number], number)] = number
                     if len(pending) >= 2 * requests:
                         break
+                if request.signal:
+                    pending = {future: number for future, number in pending.items() if not future.cancel()}
                 if not pending:
                     return
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -97,12 +108,19 @@ class ServerGenerator:
 
 
 def parse_response(answer: Any) -> Response:
-    """The response in a decoded answer of the server; KeyError, TypeError or IndexError if it has none."""
+    """The response in a decoded answer of the server; the errors of an invalid one are those of `request`."""
     (choice, *_) = answer["choices"]
     text = choice["message"].get("content") if "message" in choice else choice["text"]
-    if text is not None and not isinstance(text, str):
-        raise TypeError
-    reason = str(choice["finish_reason"])
-    tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-    encodable = (text or "").encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, a file cannot
-    return Response(encodable, FINISH_REASONS.get(reason, reason), int(tokens))
+    reason = choice.get("finish_reason")
+    reason = UNKNOWN if reason is None else valid_string(reason) or UNKNOWN
+    tokens = (answer.get("usage") or {}).get("completion_tokens")
+    return Response("" if text is None else valid_string(text), FINISH_REASONS.get(reason, reason), _count(tokens))
+
+
+def _count(tokens: object) -> int:
+    """A number of tokens, 0 if the server reports none; ValueError if it is not such a number."""
+    if tokens is None:
+        return 0
+    if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or not 0 <= tokens < 2**53:
+        raise ValueError(f"completion_tokens must be a number of tokens, got {tokens!r}")
+    return int(tokens)

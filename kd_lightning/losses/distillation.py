@@ -8,22 +8,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.divergences import Divergence, check_divergence
+from kd_lightning.divergences import Divergence
 from kd_lightning.engine.chunked import ChunkedPass
 from kd_lightning.engine.compile import opaque_to_compile
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import LabelMask
 from kd_lightning.engine.logit_source import DifferentiableLogits, GivenLogits, LogitSource, ProjectedLogits
-from kd_lightning.engine.sequence_stats import label_columns, response_gap, response_means
-from kd_lightning.engine.token_loss import TokenLoss
+from kd_lightning.engine.sequence_stats import (
+    baseline_columns,
+    given_columns,
+    label_columns,
+    response_gap,
+    response_means,
+)
+from kd_lightning.engine.token_loss import TokenLoss, score_name
 from kd_lightning.engine.top_k import TopK, TopKLogits
 from kd_lightning.engine.validation import check_columns, check_devices, check_head, check_tokens, check_top_k
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
+from kd_lightning.losses.arguments import check_loss_arguments, check_monitors
 from kd_lightning.losses.loss_parts import LossParts
-from kd_lightning.schedules import Weight, check_weight
-
-REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
-RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap", "label_gradient")
+from kd_lightning.schedules import Schedule, Weight, check_flag
 
 
 class DistillationLoss(nn.Module):
@@ -36,7 +40,7 @@ class DistillationLoss(nn.Module):
     Args:
         objective: D, any `Divergence`, also your own; its parameters get no gradient.
         ce_weight: c, the share of the label loss, in [0, 1], or a schedule.
-        temperature: T > 0 divides both models' logits in D.
+        temperature: T in [0.001, 1000] divides both models' logits in D.
         reduction: "token_mean", "sequence_mean" (the mean over responses of their token means), "sum", or "none"
             (losses of tokens; backward computes everything again, with the schedules' values at that time).
         label_loss: L, evaluated at its own temperature; None: `CrossEntropy()`.
@@ -66,19 +70,10 @@ class DistillationLoss(nn.Module):
         compile: bool | None = None,
     ) -> None:
         super().__init__()
-        monitors = {} if monitors is None else monitors
-        for name, part in {"objective": objective, **{f"monitors[{k!r}]": v for k, v in monitors.items()}}.items():
-            check_divergence(name, part)
-        check_names(monitors)
-        check_weight("ce_weight", ce_weight)
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        if label_loss is not None and not isinstance(label_loss, LabelLoss):
-            raise ValueError(f"label_loss must be a LabelLoss or None, got {label_loss!r}")
-        if chunk is not None and chunk <= 0:
-            raise ValueError(f"chunk must be a number of tokens > 0 or None, got {chunk}")
+        check_loss_arguments(
+            objective, ce_weight, temperature, reduction, label_loss, square_temperature, chunk, compile
+        )
+        check_flag("diagnostics", diagnostics)
         self.reduction = reduction
         self.chunk = chunk
         self.token_loss = TokenLoss(
@@ -87,7 +82,7 @@ class DistillationLoss(nn.Module):
             ce_weight,
             temperature,
             square_temperature,
-            monitors,
+            check_monitors(monitors),
             diagnostics,
             compile,
         )
@@ -102,6 +97,17 @@ class DistillationLoss(nn.Module):
         """c, the share of the label loss: a number or a schedule."""
         return self.token_loss.ce_weight
 
+    def schedules(self) -> dict[str, Schedule]:
+        """Every schedule by its dotted path in the objective (or `ce_weight`)."""
+        found = {name: part for name, part in self.objective.named_modules() if isinstance(part, Schedule)}
+        return found | ({"ce_weight": self.ce_weight} if isinstance(self.ce_weight, Schedule) else {})
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss depends on the teacher: not at `ce_weight=1` with a label loss that reads nothing of it."""
+        labels_only = not isinstance(self.ce_weight, Schedule) and self.ce_weight == 1
+        return not labels_only or bool(self.token_loss.label_loss.columns)
+
     @opaque_to_compile
     def from_logits(
         self,
@@ -109,34 +115,40 @@ class DistillationLoss(nn.Module):
         teacher_logits: Tensor | TopK | None,
         labels: Tensor,
         rows: Mapping[str, Tensor] | None = None,
+        teacher_labels: Tensor | None = None,
     ) -> LossParts:
         """Loss from logits.
 
         Args:
             student_logits: [B, T, V] (or [T, V]), before any temperature.
-            teacher_logits: [B, T, Vt]; if Vt differs from V (padding), both are cut to the shared vocabulary and
-                normalized again. `TopK`: top-k log-probabilities. None: no teacher, with `ce_weight=1`.
+            teacher_logits: [B, T, Vt] ([B, Tt, Vt] with `teacher_labels`); if Vt differs from V (padding), both are
+                cut to the shared vocabulary and normalized again. `TopK`: top-k log-probabilities. None: no teacher,
+                with `ce_weight=1`.
             labels: integers [B, T] (or [T]: one response), aligned with the logits; −100: no label.
             rows: extra inputs per token of the objective and the label loss, [B, T], or [B] for all tokens of a
                 response.
+            teacher_labels: labels [B, Tt] in the teacher's own input, as many in each response as in `labels`: the
+                k-th of a response is the same token on both sides. None: `labels`.
 
         Raises:
             ValueError: shapes, devices or labels do not match.
         """
         check_tokens("student_logits", student_logits, labels)
-        vocabulary = student_logits.shape[-1]
+        vocabulary, where = student_logits.shape[-1], labels if teacher_labels is None else teacher_labels
         if isinstance(teacher_logits, TopK):
-            vocabulary = check_top_k(teacher_logits, vocabulary, labels)
+            vocabulary = check_top_k(teacher_logits, vocabulary, where)
         elif teacher_logits is not None:
-            check_tokens("teacher_logits", teacher_logits, labels)
+            check_tokens("teacher_logits", teacher_logits, where)
             vocabulary = min(vocabulary, teacher_logits.shape[-1])
         mask = LabelMask(labels, vocabulary)
+        index = mask.index_in(teacher_labels)
         student = GivenLogits(_flat(student_logits), mask.index, vocabulary)
         teacher: LogitSource | None = None
         if isinstance(teacher_logits, TopK):
-            teacher = TopKLogits(teacher_logits.select(mask.index))
+            teacher = TopKLogits(teacher_logits.select(index))
         elif teacher_logits is not None:
-            teacher = GivenLogits(_flat(teacher_logits.detach()), mask.index, vocabulary)
+            # `detach` shares its version counter with the user's tensor, by which a recomputation notices a change
+            teacher = GivenLogits(_flat(teacher_logits.detach()), index, vocabulary)
         return self._compute(student, teacher, mask, rows)
 
     @opaque_to_compile
@@ -148,6 +160,7 @@ class DistillationLoss(nn.Module):
         teacher_head: Head | Tensor | None,
         labels: Tensor,
         rows: Mapping[str, Tensor] | None = None,
+        teacher_labels: Tensor | None = None,
     ) -> LossParts:
         """Loss from hidden states, without materializing the logits of all tokens.
 
@@ -157,29 +170,32 @@ class DistillationLoss(nn.Module):
         Args:
             student_hidden: [B, T, H] (or [T, H]), after the last norm.
             student_head: a weight [V, H], or a `Head`.
-            teacher_hidden: [B, T, Ht]; `TopK`: top-k log-probabilities, without a head; None: no teacher, with
-                `ce_weight=1`.
+            teacher_hidden: [B, T, Ht] ([B, Tt, Ht] with `teacher_labels`); `TopK`: top-k log-probabilities, without a
+                head; None: no teacher, with `ce_weight=1`.
             teacher_head: a weight [Vt, Ht], or a `Head`.
             labels: as in `from_logits`.
             rows: as in `from_logits`.
+            teacher_labels: as in `from_logits`.
 
         Raises:
             ValueError: shapes, devices or labels do not match.
         """
         head = check_head("student", student_hidden, student_head, labels)
         vocabulary, other = head.vocabulary, None
+        where = labels if teacher_labels is None else teacher_labels
         if isinstance(teacher_hidden, TopK):
-            vocabulary = check_top_k(teacher_hidden, vocabulary, labels)
+            vocabulary = check_top_k(teacher_hidden, vocabulary, where)
         elif teacher_hidden is not None:
-            other = check_head("teacher", teacher_hidden, teacher_head, labels)
+            other = check_head("teacher", teacher_hidden, teacher_head, where)
             vocabulary = min(vocabulary, other.vocabulary)
         mask = LabelMask(labels, vocabulary)
+        index = mask.index_in(teacher_labels)
         student = ProjectedLogits(_flat(student_hidden), head, mask.index, vocabulary)
         teacher: LogitSource | None = None
         if isinstance(teacher_hidden, TopK):
-            teacher = TopKLogits(teacher_hidden.select(mask.index))
+            teacher = TopKLogits(teacher_hidden.select(index))
         elif teacher_hidden is not None and other is not None:
-            teacher = ProjectedLogits(_flat(teacher_hidden.detach()), other, mask.index, vocabulary)
+            teacher = ProjectedLogits(_flat(teacher_hidden.detach()), other, index, vocabulary)
         return self._compute(student, teacher, mask, rows)
 
     def _compute(
@@ -194,7 +210,7 @@ class DistillationLoss(nn.Module):
         check_devices(student=student.inputs, teacher=teacher.inputs if teacher else (), labels=(mask.index,))
         inputs = [x for model in (student, teacher) if model for x in model.inputs if x is not None]
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
-        columns = self._columns(student, teacher, mask, rows or {}, dtype)
+        columns = self._columns(student, teacher, mask, check_columns(rows), dtype)
         chunked = ChunkedPass(self.token_loss, student, teacher, columns | {"labels": mask.labels}, self.chunk)
         weights, divisor = self._weights(mask, dtype)
         if self.reduction == "none":
@@ -202,11 +218,13 @@ class DistillationLoss(nn.Module):
             loss = losses.new_zeros(mask.shape.numel()).index_copy(0, mask.index, losses).view(mask.shape)
         else:
             loss = chunked.loss(weights)
-        values = chunked.values
+        values = dict(chunked.values)
+        weighted = {} if teacher is None else self.objective.weighted()
+        token_weights = {path: x.weight_sums(values.pop(score_name(path))) for path, x in weighted.items()}
         if (gap := response_gap(columns)) is not None:
             values["gap"] = gap
         means = {} if teacher is None else response_means(self.token_loss, mask, columns)
-        return LossParts(loss, divisor, weights, values, means)
+        return LossParts(loss, divisor, weights, values, means, token_weights=token_weights)
 
     def _check_teacher(self, teacher: LogitSource | None) -> None:
         if teacher is not None:
@@ -225,10 +243,10 @@ class DistillationLoss(nn.Module):
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
         """Extra inputs of the tokens with a label, [N] each, with those that the loss computes for its schedules."""
-        check_columns(rows)
         columns = {name: mask.column(name, values, dtype) for name, values in rows.items()}
         if teacher is not None:
-            columns |= label_columns(self.token_loss, student, teacher, mask, columns, dtype, self.chunk)
+            arguments = (self.token_loss, student, teacher, mask, columns, dtype, self.chunk)
+            columns |= given_columns(columns) | label_columns(*arguments) | baseline_columns(*arguments)
         return columns
 
     def _weights(self, mask: LabelMask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -238,17 +256,6 @@ class DistillationLoss(nn.Module):
             return ones / mask.lengths[mask.response], (mask.lengths > 0).sum().to(dtype)
         divisor = mask.lengths.sum().to(dtype) if self.reduction == "token_mean" else ones.new_ones(())
         return ones, divisor
-
-
-def check_names(monitors: Mapping[str, Divergence]) -> None:
-    """Raise a ValueError unless every monitor has a name that no other value of the loss has."""
-    for name in monitors:
-        if name in RESERVED:
-            raise ValueError(f"monitors must not be named {', '.join(RESERVED)}, got {name!r}")
-        if not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise ValueError(
-                f"monitors must have names that are not empty, without a dot and no ModuleDict attribute, got {name!r}"
-            )
 
 
 def _flat(x: Tensor) -> Tensor:

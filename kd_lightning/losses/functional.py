@@ -11,6 +11,7 @@ from kd_lightning.divergences import Divergence
 from kd_lightning.engine.compile import opaque_to_compile
 from kd_lightning.engine.head import Head
 from kd_lightning.label_losses import LabelLoss
+from kd_lightning.losses.arguments import check_loss_arguments
 from kd_lightning.losses.distillation import DistillationLoss
 from kd_lightning.losses.loss_parts import LossParts
 from kd_lightning.schedules import Weight
@@ -29,6 +30,7 @@ def distillation_loss(
     rows: Mapping[str, Tensor] | None = None,
     label_loss: LabelLoss | None = None,
     square_temperature: bool = True,
+    teacher_labels: Tensor | None = None,
 ) -> Tensor:
     r"""Distillation loss from the logits of both models; 0 without labels.
 
@@ -38,11 +40,13 @@ def distillation_loss(
         labels: integers [B, T]; −100: no label.
         objective: any `Divergence`.
         ce_weight: share of the label loss, in [0, 1].
-        temperature: divides both models' logits in the divergence, > 0.
+        temperature: divides both models' logits in the divergence, in [0.001, 1000].
         reduction: "token_mean", "sequence_mean", "sum", or "none" (losses in the shape of the labels).
         rows: extra inputs per token of the objective and the label loss, [B, T] or [B].
         label_loss: the loss on the label's log-probability; None: `CrossEntropy()`.
         square_temperature: whether the divergence is multiplied by T².
+        teacher_labels: labels [B, Tt] in the teacher's own input; the k-th of a row is the same token on both sides.
+            None: `labels`.
 
     Returns:
         The loss, 0-d; [B, T] with reduction "none".
@@ -50,8 +54,9 @@ def distillation_loss(
     Raises:
         ValueError: an argument is out of range, or shapes do not match.
     """
-    loss = _loss(objective, ce_weight, temperature, reduction, label_loss, square_temperature, compile=False)
-    return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows), reduction)
+    settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
+    loss = _loss(*settings, chunk=None, compile=False)
+    return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows, teacher_labels), reduction)
 
 
 @opaque_to_compile
@@ -71,6 +76,7 @@ def fused_distillation_loss(
     square_temperature: bool = True,
     chunk: int | None = None,
     compile: bool | None = None,
+    teacher_labels: Tensor | None = None,
 ) -> Tensor:
     r"""`distillation_loss` from hidden states and LM heads, without materializing the logits of all tokens.
 
@@ -92,6 +98,7 @@ def fused_distillation_loss(
         square_temperature: whether the divergence is multiplied by T².
         chunk: tokens whose logits are in memory at a time; None: within a budget of bytes.
         compile: as in `DistillationLoss`; all calls with the same `objective` object share one compilation.
+        teacher_labels: as in `distillation_loss`.
 
     Returns:
         The loss, 0-d; [B, T] with reduction "none".
@@ -101,11 +108,26 @@ def fused_distillation_loss(
     """
     settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
     loss = _loss(*settings, chunk=chunk, compile=compile)
-    parts = loss.from_hidden(student_hidden, student_head, teacher_hidden, teacher_head, labels, rows)
+    parts = loss.from_hidden(student_hidden, student_head, teacher_hidden, teacher_head, labels, rows, teacher_labels)
     return _reduced(parts, reduction)
 
 
-_loss = functools.lru_cache(maxsize=16)(DistillationLoss)  # keeps the compiled loss between calls
+_cached = functools.lru_cache(maxsize=16)(DistillationLoss)  # keeps the compiled loss between calls
+
+
+def _loss(
+    objective: Divergence,
+    ce_weight: Weight,
+    temperature: float,
+    reduction: str,
+    label_loss: LabelLoss | None,
+    square_temperature: bool,
+    chunk: int | None,
+    compile: bool | None,
+) -> DistillationLoss:
+    settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
+    check_loss_arguments(*settings, chunk, compile)  # before the cache, which needs arguments that can be hashed
+    return _cached(*settings, chunk=chunk, compile=compile)
 
 
 def _reduced(parts: LossParts, reduction: str) -> Tensor:

@@ -24,6 +24,8 @@ class LossParts:
         by_response: means over responses if a schedule reads extra inputs per token: "gap", "teacher_gap" and
             "student_gap" (by the column `source`), and "schedule/PATH" for each such schedule.
         components: means over tokens of the components of the objective, where they were measured.
+        token_weights: sums over tokens by the path of each `Weighted` in the objective, for its `update`: the sum of
+            the weights, the tokens with a weight above 0, the tokens, and a histogram if the weight needs one.
     """
 
     loss: Tensor
@@ -32,6 +34,7 @@ class LossParts:
     values: dict[str, Tensor]
     by_response: dict[str, Mean] = field(default_factory=dict)
     components: dict[str, Mean] = field(default_factory=dict)
+    token_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,18 +12,22 @@ from torch.overrides import TorchFunctionMode
 
 from kd_lightning.engine.compile import Compiled
 from kd_lightning.engine.head import Head
+from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.backbone import SCALES, logits
 from kd_lightning.models.hf_adapter import (
     base_model,
     config_numbers,
     decoder,
+    enable_activation_checkpointing,
     output_embeddings,
     text_config,
     weight_and_bias,
 )
 from kd_lightning.models.loading import causal_lm_from_config
 from kd_lightning.models.lora import add_adapters
+from kd_lightning.models.model_checks import freeze_unreached
 from kd_lightning.module import DistillationModule
+from kd_lightning.teachers.base import CachedOutputs, Teacher
 from kd_lightning.teachers.hf import CausalLMTeacher
 
 PURE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -101,6 +105,53 @@ class FakeTeacher(CausalLMTeacher):
         return ""
 
 
+class FakeCachedTeacher(Teacher):
+    """A teacher whose outputs are read from a cache, on fake tensors.
+
+    Args:
+        outputs: their shapes.
+        fake: the mode that makes the LM head.
+    """
+
+    def __init__(self, outputs: CachedOutputs, fake: FakeTensorMode) -> None:
+        self.outputs = outputs
+        with fake:
+            self._head = None if outputs.head is None else Head(torch.empty(outputs.head, dtype=outputs.dtype))
+
+    @property
+    def name(self) -> None:
+        """None: nothing is read."""
+        return None
+
+    @property
+    def head(self) -> Head | None:
+        """The LM head; None if the top k are cached."""
+        return self._head
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Do nothing: there is nothing to read."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Do nothing: fake tensors are on no device."""
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [B, T, H]."""
+        assert self.outputs.head is not None
+        return torch.zeros(*batch["labels"].shape, self.outputs.head[1], dtype=self.outputs.dtype)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> TopK | Tensor:
+        """The top k of shape [B, T]; logits [B, T, V] if hidden states are cached."""
+        shape, outputs = batch["labels"].shape, self.outputs
+        if outputs.k is None:
+            return torch.zeros(*shape, outputs.vocabulary)
+        ids = torch.zeros(*shape, outputs.k, dtype=torch.int32)
+        return TopK(ids, torch.zeros(*shape, outputs.k, dtype=outputs.dtype), torch.zeros(shape), outputs.vocabulary)
+
+    def fingerprint(self) -> str:
+        """Empty: fake tensors have no values."""
+        return ""
+
+
 class OneBlockPerSize(Compiled):
     """A block of a loss that is computed once per size; its result stands for all other blocks of that size.
 
@@ -161,11 +212,14 @@ def set_fake_student(module: DistillationModule, precision: str, fake: FakeTenso
         if source.lora is not None:
             student = add_adapters(student, source.lora)
     _to_fake(student, fake)
+    freeze_unreached(student)
+    if source.gradient_checkpointing:
+        enable_activation_checkpointing(base_model(student), "gradient_checkpointing")
     module.loss.token_loss.run_blocks_with(OneBlockPerSize(module.loss.token_loss.block))
     module.model.set_student(student.train(), split_by_shapes)
 
 
-def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> bool:
+def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> list[nn.Module]:
     """Give a module its teacher, if it has one, on fake tensors.
 
     Args:
@@ -173,18 +227,28 @@ def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> bool:
         fake: the mode that makes the tensors.
 
     Returns:
-        Whether its layers stay in host memory.
+        The models whose layers stay in host memory.
 
     Raises:
-        ValueError: the teacher has no configuration, or cannot be built.
+        ValueError: a teacher has no configuration, or cannot be built.
     """
-    teacher = module.teacher
-    if teacher is None:
-        return False
-    if teacher.shares_student:
+    if module.teacher is None:
+        return []
+    on_host: list[nn.Module] = []
+    module.teacher = module.teacher.map_members(lambda member: _fake_teacher(member, module, fake, on_host))
+    return on_host
+
+
+def _fake_teacher(
+    teacher: Teacher, module: DistillationModule, fake: FakeTensorMode, on_host: list[nn.Module]
+) -> Teacher:
+    """A teacher that is not made of others, on fake tensors; a model with layers in host memory is added to a list."""
+    if teacher.starts_as_student:
         teacher.attach(module.run_context())
-        return False
-    source = teacher.config_source
+        return teacher
+    source, cached = teacher.config_source, teacher.cached_outputs
+    if cached is not None:
+        return FakeCachedTeacher(cached, fake)
     if source is None:
         raise ValueError(
             f"plan: {type(teacher).__name__} has no configuration to plan with: pass a model folder or name as teacher"
@@ -192,8 +256,9 @@ def set_fake_teacher(module: DistillationModule, fake: FakeTensorMode) -> bool:
     with torch.device("meta"):
         model = causal_lm_from_config(source.path, kwargs=source.kwargs, role="teacher")
     _to_fake(model, fake)
-    module.teacher = FakeTeacher(model, source.layers_on_host)
-    return source.layers_on_host
+    if source.layers_on_host:
+        on_host.append(model)
+    return FakeTeacher(model, source.layers_on_host)
 
 
 def _to_fake(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -50,7 +50,8 @@ def plan(module: DistillationModule, datamodule: L.LightningDataModule, trainer:
     )
     with fake_process_group(ranks):
         try:
-            StepSimulation(module, trainer, found, gpu).run()
+            own_input = isinstance(datamodule, DistillationDataModule) and datamodule.teacher_has_own_input
+            StepSimulation(module, trainer, found, gpu, own_input).run()
         except DynamicOutputShapeException:
             raise ValueError(
                 "plan: the computation of one of the models depends on values (such as the routing of tokens to "

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from kd_lightning.console import progress_bar
-from kd_lightning.distributed.dtensor import is_sharded
+from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX
+from kd_lightning.distributed.dtensor import is_sharded, local_shard
 from kd_lightning.distributed.fsdp2 import transformer_layers
 from kd_lightning.distributed.trainer import gradients_are_bucket_views
 from kd_lightning.engine import chunked as engine
@@ -25,8 +26,9 @@ from kd_lightning.memory_plan.tracker import ELSEWHERE, Tracker, nbytes
 from kd_lightning.models.hf_adapter import output_embeddings, weight_and_bias
 from kd_lightning.module import DistillationModule
 from kd_lightning.strategies import FSDP2Strategy
+from kd_lightning.teachers.base import Teacher
 
-COLUMNS = ("advantage", "old_log_prob", "importance", "teacher_token_log_prob")  # that response sources add
+COLUMNS = ("advantage", "old_log_prob", "importance")  # that response sources add
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes that DDP sends at a time
 
 
@@ -38,10 +40,13 @@ class StepSimulation:
         trainer: of as many CPU devices as there are ranks.
         plan: receives the figures.
         gpu: whether the plan is for GPUs.
+        own_input: whether the teacher has an input of its own; it is assumed to be as long as the student's.
     """
 
-    def __init__(self, module: DistillationModule, trainer: L.Trainer, plan: Plan, gpu: bool) -> None:
-        self.module, self.trainer, self.plan, self.gpu = module, trainer, plan, gpu
+    def __init__(
+        self, module: DistillationModule, trainer: L.Trainer, plan: Plan, gpu: bool, own_input: bool = False
+    ) -> None:
+        self.module, self.trainer, self.plan, self.gpu, self.own_input = module, trainer, plan, gpu, own_input
         self.strategy = trainer.strategy
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Tracker(self.fake)
@@ -71,12 +76,14 @@ class StepSimulation:
         precision = self.trainer.precision_plugin
         with precision.train_step_context():
             set_fake_student(module, precision.precision, self.fake)
-            layers_on_host = set_fake_teacher(module, self.fake)
+            on_host = set_fake_teacher(module, self.fake)
         if module.responses is not None:
             module.disable_rollout()
             self.plan.notes.append("generation of responses within a step, and its KV cache, are not included")
-        if layers_on_host and self.gpu and module.teacher is not None and module.teacher.model is not None:
-            self._count_layer_copies(module.teacher.model)
+        for model in on_host if self.gpu else ():
+            self._count_layer_copies(model)
+        if (count := len(self._teachers())) > 1:
+            self.plan.notes.append(f"the rows of a batch are assumed to name the {count} teachers in turn")
         if module.teacher_cache:
             self.plan.notes.append("the teacher is loaded only while its cache is written, before the first step")
 
@@ -115,19 +122,35 @@ class StepSimulation:
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.model.parameters() if parameter.requires_grad]
 
-    def _models(self) -> dict[str, nn.Module]:
-        models: dict[str, nn.Module] = {"student": self.module.model}
-        if self.module.teacher is not None and self.module.teacher.model is not None:
-            models["teacher"] = self.module.teacher.model
-        return models
+    def _teachers(self) -> list[Teacher]:
+        return [] if self.module.teacher is None else list(self.module.teacher.members.values())
+
+    def _tensors(self) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+        """Parameters and buffers of the student, and of all teachers without what they share with the student."""
+        student = self.module.model
+        own = {_storage(tensor) for tensor in (*student.parameters(), *student.buffers())}
+        models = [teacher.model for teacher in self._teachers() if teacher.model is not None]
+        states = [teacher.state for teacher in self._teachers() if teacher.state is not None]
+        parameters: list[Tensor] = [
+            x for model in (*models, *states) for x in model.parameters() if _storage(x) not in own
+        ]
+        heads = [t.head for t in self._teachers() if t.model is None and not t.shares_student]
+        parameters += [head.weight for head in heads if head is not None]  # of caches
+        buffers = [x for model in models for x in model.buffers() if _storage(x) not in own]
+        found: dict[str, tuple[list[Tensor], list[Tensor]]] = {
+            "student": (list(student.parameters()), list(student.buffers()))
+        }
+        if self._teachers():
+            found["teacher"] = (parameters, buffers)
+        return found
 
     # --------------------------------------------------------------------------------------------------------- the step
     def _name_memory(self, optimizer: Optimizer) -> None:
         """Name the memory that is held from step to step."""
         hold = self.tracker.hold
-        for name, model in self._models().items():
-            hold(ELSEWHERE if self.offloaded else f"{name}.parameters", model.parameters())
-            hold(f"{name}.buffers", model.buffers())
+        for name, (parameters, buffers) in self._tensors().items():
+            hold(ELSEWHERE if self.offloaded else f"{name}.parameters", parameters)
+            hold(f"{name}.buffers", buffers)
         hold(ELSEWHERE, self.on_host)
         hold(ELSEWHERE if self.offloaded else "student.optimizer", _state(optimizer))
         self._name_gradients()
@@ -166,6 +189,8 @@ class StepSimulation:
             module.on_before_optimizer_step(optimizer)
             module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
             optimizer.step()
+            if module.teacher is not None:
+                module.teacher.after_step()
 
     def _micro_batch(self, batch: dict[str, Tensor], index: int, optimizer: Optimizer, last: bool) -> None:
         """Forward and backward; as Lightning does, gradients are reset after the first forward of a window."""
@@ -181,10 +206,11 @@ class StepSimulation:
 
     def _size_tiles(self) -> None:
         """Use the tile size of the planned device, and recognize tiles by their width."""
-        models = {**self._models(), "student": self.module.model.student}
-        weights = [weight_and_bias(output_embeddings(model))[0] for model in models.values()]
-        vocabulary = min(len(weight) for weight in weights if weight is not None)
-        self.tracker.widths = {engine.padded_width(vocabulary): "tiles"}
+        own, teachers = _vocabulary(self.module.model.student), self._teachers()
+        others = [t.vocabulary if t.model is None else _vocabulary(t.model) for t in teachers if not t.shares_student]
+        vocabularies = [own if other is None else min(own, other) for other in others] or [own]
+        vocabulary = max(vocabularies)
+        self.tracker.widths = {engine.padded_width(width): "tiles" for width in vocabularies}
         loss = self.module.model.loss
         if self.gpu and loss.chunk is None:
             loss.chunk = engine.rows_per_chunk(vocabulary, torch.float32, torch.device("cuda"))
@@ -193,7 +219,11 @@ class StepSimulation:
         rows, length = self.plan.batch
         ids = torch.ones(rows, length, dtype=torch.long)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        if self.own_input:
+            batch |= {TEACHER_FIELDS[name]: column.clone() for name, column in batch.items()}
         batch["source"] = torch.arange(rows) * 2 // max(rows, 1) + 1  # one half from the teacher, one from the student
+        if (count := len(self._teachers())) > 1:
+            batch[TEACHER_INDEX] = torch.arange(rows) % count
         if self.module.responses is not None:
             batch |= {name: torch.zeros(rows, length) for name in COLUMNS}
         return batch
@@ -201,7 +231,7 @@ class StepSimulation:
     # ------------------------------------------------------------------------------------------------------ the figures
     def _write_figures(self, optimizer: Optimizer) -> None:
         plan, tracker = self.plan, self.tracker
-        held = {name: (nbytes(m.parameters()), nbytes(m.buffers())) for name, m in self._models().items()}
+        held = {name: (nbytes(one), nbytes(other)) for name, (one, other) in self._tensors().items()}
         parameters, buffers = held["student"]
         gradients, state = nbytes(self._gradients()), nbytes(_state(optimizer))
         plan.student = Holding(parameters, gradients, state, buffers)
@@ -229,6 +259,16 @@ def _buckets(gradients: list[Tensor]) -> int:
         if held >= limit:
             count, held, limit = count + 1, 0, BUCKET
     return count + (held > 0)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    weight, _ = weight_and_bias(output_embeddings(model))
+    assert weight is not None
+    return len(weight)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(local_shard(tensor).untyped_storage()._cdata)
 
 
 def _state(optimizer: Optimizer) -> list[Tensor]:

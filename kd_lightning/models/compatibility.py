@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from torch import nn
@@ -18,21 +18,18 @@ class LoadedRows(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the rows."""
 
-    def longest(self) -> int:
+    def longest(self, role: str = "student") -> int:
         """Number of tokens of the longest row."""
 
     def largest_id(self) -> int:
         """The largest token id in the rows."""
 
 
-def check_model_fits_data(
-    student: nn.Module, teacher: nn.Module | None, datamodule: LoadedRows | None
-) -> Iterator[str]:
-    """Check that both models can read every loaded row, and yield warnings.
+def check_models_fit_data(models: Mapping[str, nn.Module], datamodule: LoadedRows | None) -> Iterator[str]:
+    """Check that all models can read every loaded row, and yield warnings.
 
     Args:
-        student: a Hugging Face causal LM.
-        teacher: the teacher's model; None: it is not in this process.
+        models: Hugging Face causal LMs by role: `student`, `teacher`, or `teacher NAME`.
         datamodule: a data module with loaded rows; None: the rows are not checked.
 
     Raises:
@@ -40,9 +37,8 @@ def check_model_fits_data(
     """
     if datamodule is None:
         return
-    for role, model in (("student", student), ("teacher", teacher)):
-        if model is not None:
-            yield from _check(role, model, datamodule)
+    for role, model in models.items():
+        yield from _check(role, model, datamodule)
 
 
 def _check(role: str, model: nn.Module, datamodule: LoadedRows) -> Iterator[str]:
@@ -54,7 +50,7 @@ def _check(role: str, model: nn.Module, datamodule: LoadedRows) -> Iterator[str]
             f"token {largest} ({token!r}) of the data is outside of the {role}'s {known} embeddings: call "
             "resize_token_embeddings on the model, or do not add tokens to the tokenizer"
         )
-    positions, longest = max_positions(base_model(model)), datamodule.longest()
+    positions, longest = max_positions(base_model(model)), datamodule.longest(role.split()[0])
     if positions is None or longest <= positions:
         return
     text = f"a row has {longest} tokens and the {role} max_position_embeddings of {positions}: lower data.max_length"

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from kd_lightning.models.hf_adapter import eos_token_ids, max_positions
+from kd_lightning.engine.validation import TEMPERATURES, check_count
+from kd_lightning.models.hf_adapter import eos_token_ids, max_positions, padding_id
+from kd_lightning.schedules import check_number
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Sampling:
 
     Args:
         max_new_tokens: longest response, at least 1.
-        temperature: samples of softmax(logits / temperature), > 0; 0: greedy.
+        temperature: samples of softmax(logits / temperature), in [0.001, 1000]; 0: greedy.
         top_p: sample from the most likely tokens that together have this probability, in (0, 1].
 
     Raises:
@@ -32,12 +34,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number >= 0 (0: greedy), got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        check_count("max_new_tokens", self.max_new_tokens)
+        greedy = isinstance(self.temperature, (int, float)) and self.temperature == 0
+        if not greedy or isinstance(self.temperature, bool):
+            check_number("temperature", self.temperature, *TEMPERATURES, hint=", or 0 (greedy)")
+        check_number("top_p", self.top_p, 0, 1, "(]")
 
     def max_prompt_tokens(self, model: PreTrainedModel, max_length: int | None) -> int:
         """The longest prompt that leaves room for a response.
@@ -98,9 +99,7 @@ def generate(
     Returns:
         Response tokens, [B, up to max_new_tokens]; padding after the end of a response.
     """
-    config = model.generation_config
-    eos = config.eos_token_id
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
+    pad = padding_id(model, model.generation_config.pad_token_id)
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -167,24 +166,27 @@ class TeacherMixture(LogitsProcessor):
         model: the other model, a causal LM with the same tokens.
         share: a in [0, 1].
         temperature: of both distributions, > 0.
-        attention_mask: of the prompts, [B, T].
+        input_ids: the other model's prompts, padded on the left, [B, T].
+        attention_mask: of these prompts, [B, T].
     """
 
-    def __init__(self, model: PreTrainedModel, share: float, temperature: float, attention_mask: Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, share: float, temperature: float, input_ids: Tensor, attention_mask: Tensor
+    ) -> None:
         self.model = model
         self.share = share
         self.temperature = temperature
-        self.mask = attention_mask
+        self.prompt, self.mask = input_ids, attention_mask
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
         self._read = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits that the temperature of generation turns into the mixture."""
-        new = input_ids[:, self._read :]
-        grown = input_ids.shape[1] - self.mask.shape[1]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(new), grown)], 1)
-        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, self._read :]
+        new = self.prompt if self._cache is None else input_ids[:, self._read :]
+        if self._cache is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(new.shape)], 1)
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
         inputs: dict[str, Any] = {"input_ids": new, "attention_mask": self.mask, "use_cache": True}
         inputs["cache"] = self._cache
         if self._takes_positions:  # other models take them from the attention mask, or have none

@@ -6,11 +6,14 @@ and PEFT's models wrap the model that has them. Each function below asks for one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # importing transformers takes seconds
+    from jinja2 import Environment, Template
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -79,16 +82,28 @@ def eos_token_ids(model: PreTrainedModel) -> list[int]:
     return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
 
 
-def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+def padding_id(model: PreTrainedModel, pad: int | None) -> int:
+    """The token id of padding: `pad` if the model has an embedding for it, else the end of sequence or 0.
+
+    Padding is masked, but it is looked up: a padding token that was added to the tokenizer may have no embedding.
+    """
+    known = hasattr(model, "get_input_embeddings")  # not declared by a custom `nn.Module`
+    rows = (num_embeddings(input_embeddings(model)) if known else None) or 1 << 62
+    return next(token for token in (pad, *eos_token_ids(model), 0) if token is not None and 0 <= token < rows)
+
+
+def enable_activation_checkpointing(model: PreTrainedModel, argument: str = "activation_checkpointing") -> None:
     """Activation checkpointing: recompute the layers in backward.
+
+    Args:
+        model: the model.
+        argument: that the user has set, for the message.
 
     Raises:
         ValueError: the model does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):  # a custom `nn.Module` declares nothing
-        raise ValueError(
-            f"activation_checkpointing is not supported by {type(model).__name__}: set activation_checkpointing=False"
-        )
+        raise ValueError(f"{argument} is not supported by {type(model).__name__}: set {argument}=False")
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
@@ -120,3 +135,28 @@ def backend_state(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Everything that decides the tokens, as text; None for a tokenizer that is written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else str(backend.to_str())
+
+
+# ------------------------------------------------------------------------------------------------------ chat templates
+def chat_template_environment() -> Environment:
+    """The Jinja environment in which transformers compiles chat templates: a private function builds it."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template("").environment  # type: ignore[no-any-return]
+
+
+@contextmanager
+def replace_template_compiler(compile_template: Callable[[str], Template]) -> Iterator[None]:
+    """While it is entered, transformers compiles chat templates with this function.
+
+    `apply_chat_template` takes no environment: the limits on a template could only be had with a copy of all it does.
+    """
+    from transformers.utils import chat_template_utils
+
+    private: Any = chat_template_utils
+    original = private._compile_jinja_template
+    private._compile_jinja_template = compile_template
+    try:
+        yield
+    finally:
+        private._compile_jinja_template = original

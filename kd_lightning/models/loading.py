@@ -6,20 +6,21 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers as hf
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
-from torch import nn
 from transformers.utils import logging
 
 from kd_lightning.assets import resolve
+from kd_lightning.models.model_checks import Role, check_causal, check_finite, text_model_class
 from kd_lightning.models.pretrained import from_pretrained
+from kd_lightning.models.weight_files import check_weight_files
+from kd_lightning.reporting.redaction import secret_names
 
-Role = Literal["student", "teacher", "model"]  # "model": the only one
 auto: Any = hf  # the factories of transformers are not typed
 hf_log: Any = logging
 RESERVED = (
@@ -30,9 +31,9 @@ RESERVED = (
     "ignore_mismatched_sizes",
     "device_map",
 )
+CHECKPOINTING = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing")
 FILE_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 BUILD_ERRORS = (TypeError, ValueError, KeyError, AttributeError, ImportError, StrictDataclassError)
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -68,7 +69,7 @@ def load_causal_lm(
     path = resolve_model(name, role)
     _check_config(path, role, options)
     if init == "pretrained":
-        _check_weights(Path(path), role)
+        check_weight_files(Path(path), role, str(options.get("subfolder") or ""))
     try:
         with _quiet():
             model = _pretrained(path, role, options) if init == "pretrained" else _random(path, options)
@@ -114,13 +115,20 @@ def checked_kwargs(kwargs: Mapping[str, Any] | None, role: Role) -> dict[str, An
     """A copy of the user's arguments of `from_pretrained`, with `dtype` as a `torch.dtype`.
 
     Raises:
-        ValueError: an argument that the user must not set, or an unknown dtype.
+        ValueError: an argument that the user must not set, a secret, or an unknown dtype.
     """
     options = dict(kwargs or {})
-    for key in RESERVED:
+    trained = "set the module's gradient_checkpointing (--model.gradient_checkpointing true)"
+    reasons = dict.fromkeys(CHECKPOINTING, trained if role == "student" else "it is not trained")
+    reasons["trust_remote_code"] = "code of model repositories is never run"
+    for key in (*RESERVED, *CHECKPOINTING):
         if key in options:
-            reason = "code of model repositories is never run" if key == "trust_remote_code" else "it is set already"
-            raise ValueError(f"{role}_kwargs must not contain {key!r}: {reason}")
+            raise ValueError(f"{role}_kwargs must not contain {key!r}: {reasons.get(key, 'it is set already')}")
+    if found := next(secret_names(options), None):
+        raise ValueError(
+            f"{role}_kwargs.{found} must not be given, as secrets would be saved with the run: set the environment "
+            "variable HF_TOKEN instead"
+        )
     if "torch_dtype" in options:
         options.setdefault("dtype", options.pop("torch_dtype"))
     dtype = options.get("dtype")
@@ -153,35 +161,6 @@ def resolve_model(name: str, role: Role) -> str:
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
         raise ModelNotFoundError(f"{role} '{name}': no such folder")
     return path
-
-
-def check_finite(model: nn.Module, role: Role) -> None:
-    """Check that all parameters are finite.
-
-    Raises:
-        ValueError: one has NaN or inf; the message names the first.
-    """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            bad = "NaN" if torch.isnan(parameter).any() else "inf"
-            raise ValueError(f"{role}: the weights of '{name}' contain {bad}")
-
-
-def check_causal(model: hf.PreTrainedModel, role: Role) -> None:
-    """Check that a token does not change the logits before it: an encoder would see its own labels.
-
-    Raises:
-        ValueError: it does.
-    """
-    ids = torch.arange(8).repeat(2, 1).to(model.device)
-    ids[1, -1] = 0
-    with torch.no_grad():
-        one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
-    if (one - other).norm() > max(1e-4, 4 * torch.finfo(model.dtype).eps) * one.norm():
-        raise ValueError(
-            f"{role}: {type(model).__name__} attends to later tokens, so it is not a causal language model "
-            f"(some models become one with {role}_kwargs is_decoder: true)"
-        )
 
 
 def check_tokenizers(teacher: str, tokenizer: hf.PreTrainedTokenizerBase) -> None:
@@ -238,21 +217,11 @@ def _check_config(path: str, role: Role, options: dict[str, Any]) -> None:
         reason = "no such folder, and not available on the Hugging Face hub (misspelled, private, or no network)"
         raise ModelNotFoundError(f"{role} '{path}': {reason}") from None
     if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{role} '{path}' has model type {config.model_type!r}, which is not a causal language model")
-
-
-def _check_weights(folder: Path, role: Role) -> None:
-    """Check that a folder has weights that are safe to open; hub names are not checked."""
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
+        text = text_model_class(config, auto.MODEL_FOR_CAUSAL_LM_MAPPING)
+        inside = "" if text is None else f": save its text model alone ({text}) and pass that, or pass the loaded model"
         raise ValueError(
-            f"{role} '{folder}' has its weights in {pickles[0]}, which can run code when opened: only safetensors are "
-            "read (if you trust the file, load it with transformers and call `save_pretrained`)"
+            f"{role} '{path}' has model type {config.model_type!r}, which is not a causal language model{inside}"
         )
-    hint = ": pass --model.student_init random to start from its configuration" if role == "student" else ""
-    raise ValueError(f"{role} '{folder}' has no weights (model.safetensors){hint}")
 
 
 def _pretrained(path: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.modules.module import _IncompatibleKeys
 
 if TYPE_CHECKING:  # takes a second to import, and only a student with adapters needs it
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # takes a second to import, and only a student with adapters 
 
 
 ALL_LINEAR = "all-linear"
+ADAPTER_PAIR = re.compile(r"(\.lora_(?:embedding_)?)([AB])(?=\.)")  # in names of parameters
 PREFIX = "base_model.model."  # of parameter names inside a `PeftModel`
 
 
@@ -121,6 +124,25 @@ def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: part for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
+
+
+def adapters_are_zero(model: nn.Module) -> bool:
+    """Whether a model has adapters that change nothing: of each pair A and B one is zero, and nothing else is trained.
+
+    The adapters of DoRA are never zero in this sense: they scale each row by a quotient that is 1 up to rounding.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    pairs = {name: ADAPTER_PAIR.sub(lambda found: f"{found[1]}{'BA'['AB'.index(found[2])]}", name) for name in trained}
+    if not trained or any(partner == name or partner not in trained for name, partner in pairs.items()):
+        return False
+    return all(_is_zero(trained[name]) or _is_zero(trained[partner]) for name, partner in pairs.items())
+
+
+def _is_zero(parameter: Tensor) -> bool:
+    try:
+        return not parameter.any()
+    except DataDependentOutputException:  # a fake tensor of a plan, whose adapters are new
+        return True
 
 
 @contextmanager

@@ -12,7 +12,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
+
+from kd_lightning.models.http_exchange import AnswerTooLargeError, HTTPExchange, SlowAnswerError, StatusError
+from kd_lightning.reporting.redaction import MASK, SHORTEST, print_message, redact_text
 
 T = TypeVar("T")
 
@@ -22,7 +25,10 @@ FIRST_PATIENCE = 10.0
 """Seconds of retries until the first answer of a server: its address may be misspelled."""
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 """HTTP status codes of errors that can pass."""
-MAX_BYTES = 1 << 26
+QUICK_SECONDS = 60.0
+"""Seconds for an answer to a request that generates nothing, such as the list of models; less if `timeout` is."""
+LEAST_SECONDS = 10.0
+"""Seconds, at least, for an answer to arrive in full after its first byte; more if `patience` is."""
 MAX_INVALID = 3
 """Invalid answers to one request before it fails."""
 
@@ -48,6 +54,10 @@ class _TransientError(Exception):
         self.retry_after = retry_after
 
 
+class _SlowError(_TransientError):
+    """An answer has not arrived in full in time: the failure began with the request."""
+
+
 class OpenAIClient:
     """HTTP client of an OpenAI-compatible server. Threads can share it.
 
@@ -56,16 +66,20 @@ class OpenAIClient:
     Args:
         url: address of the server, with or without `/v1`.
         patience: seconds of retries while the server does not answer.
-        timeout: seconds to wait for one answer.
+        timeout: seconds for one answer, from the connection to its last byte.
 
     Raises:
-        ValueError: `url` is not an address.
+        ValueError: `url` is not an address, or holds a password or a key; the key of the environment cannot be sent.
     """
 
     def __init__(self, url: str, patience: float = 180.0, timeout: float = 600.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"server must be an address such as http://localhost:8000/v1, got {url!r}")
+        parts = _split(url)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(
+                f"server must be an address without a password and without ?arguments, got one at {parts.hostname!r}: "
+                "remove them, and set the environment variable OPENAI_API_KEY to the key"
+            )
+        _key()
         self.url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
         self.patience = patience
         self.timeout = timeout
@@ -80,7 +94,7 @@ class OpenAIClient:
         """
 
         def parse(answer: Any) -> list[str]:
-            return [str(model["id"]) for model in answer["data"]]
+            return [valid_string(model["id"]) for model in answer["data"]]
 
         try:
             return self.request("models", None, parse, "the list of models", min(self.patience, FIRST_PATIENCE))
@@ -88,6 +102,23 @@ class OpenAIClient:
             if error.status not in (404, 405, 501):  # not implemented by some servers
                 raise
             return []
+
+    def max_length(self, model: str) -> int | None:
+        """The longest sequence that a served model reads, in tokens (`max_model_len`); None: the server does not say.
+
+        Raises:
+            ValueError: the server refuses or does not answer.
+        """
+
+        def parse(answer: Any) -> int | None:
+            return next((entry.get("max_model_len") for entry in answer["data"] if entry["id"] == model), None)
+
+        try:
+            return self.request("models", None, parse, "the list of models", min(self.patience, FIRST_PATIENCE))
+        except RequestRefusedError as error:
+            if error.status not in (404, 405, 501):  # not implemented by some servers
+                raise
+            return None
 
     def select_model(self, name: str | None) -> str:
         """The name of a served model; None: the only one that is served.
@@ -114,8 +145,8 @@ class OpenAIClient:
         Args:
             path: below `/v1`, such as `completions`.
             body: sent as JSON; None: a GET request.
-            parse: takes the result from the decoded answer; KeyError, TypeError, IndexError, AttributeError or
-                ValueError: the answer is invalid.
+            parse: takes the result from the decoded answer; KeyError, TypeError, IndexError, AttributeError,
+                ArithmeticError or ValueError: the answer is invalid.
             what: the request in error messages, such as `row 3`.
             patience: seconds of retries; None: those of the client.
 
@@ -126,15 +157,17 @@ class OpenAIClient:
         patience = self.patience if patience is None else patience
         failing_since, pause, invalid = None, FIRST_WAIT, 0
         while True:
-            retry_after = 0.0
+            retry_after, started = 0.0, time.monotonic()
             try:
-                content = self._attempt(path, body, what)
+                content = self._attempt(path, body, what, max(patience, LEAST_SECONDS))
             except _TransientError as error:
                 reason, retry_after = str(error), error.retry_after
+                if failing_since is None and isinstance(error, _SlowError):
+                    failing_since = started
             else:
                 try:
-                    return parse(json.loads(content))
-                except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+                    return parse(_decoded(content))
+                except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError):
                     invalid += 1
                     reason = f"invalid answer: {_shorten(content)}"
                     if invalid == MAX_INVALID:
@@ -156,53 +189,123 @@ class OpenAIClient:
         """Cancel the retries of other threads. The client must not be used afterwards."""
         self._closed.set()
 
-    def _attempt(self, path: str, body: Mapping[str, Any] | None, what: str) -> bytes:
-        """Send a request once; `_TransientError` if it fails in a way that can pass."""
+    def _attempt(self, path: str, body: Mapping[str, Any] | None, what: str, seconds: float) -> bytes:
+        """Send a request once; `_TransientError` if it fails in a way that can pass.
+
+        Args:
+            path: below `/v1`.
+            body: sent as JSON.
+            what: the request in error messages.
+            seconds: for the answer to arrive in full after its first byte.
+        """
         try:
-            return self._send(path, body)
-        except urllib.error.HTTPError as error:
-            reason = _http_reason(error)
+            timeout = min(self.timeout, QUICK_SECONDS) if body is None else self.timeout
+            content = HTTPExchange(self._request(path, body), timeout, seconds).content(self._closed)
+        except StatusError as error:
+            reason = _status_reason(error)
             if error.code not in RETRIED:
                 raise RequestRefusedError(f"server {self.url} refused {what}: {reason}", error.code) from None
-            raise _TransientError(reason, _retry_after(error)) from None
+            raise _TransientError(reason, error.retry_after) from None
+        except SlowAnswerError as error:
+            raise _SlowError(str(error)) from None
+        except AnswerTooLargeError as error:
+            raise ValueError(f"server {self.url}, {what}: {error}") from None
         except urllib.error.URLError as error:
-            raise _TransientError(str(error.reason) or type(error).__name__) from None
+            raise _TransientError(_one_line(str(error.reason)) or type(error).__name__) from None
         except (OSError, http.client.HTTPException) as error:
-            raise _TransientError(str(error) or type(error).__name__) from None
+            raise _TransientError(_one_line(str(error)) or type(error).__name__) from None
+        if content is None:
+            raise ValueError(f"server {self.url}: {what} was canceled")
+        return _without_key(content, SHORTEST)
 
-    def _send(self, path: str, body: Mapping[str, Any] | None) -> bytes:
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> urllib.request.Request:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := _key():
             request.add_unredirected_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            content: bytes = answer.read(MAX_BYTES)
-        return content
+        return request
 
     def _warn(self, reason: str, patience: float) -> None:
         """Print the first failure."""
         if not self._warned:
             self._warned = True
-            print(f"server {self.url}: {reason}; retrying for up to {patience:.0f} s", file=sys.stderr)
+            text = f"server {self.url}: {reason}; retrying for up to {patience:.0f} s"
+            print_message(text, sys.stderr)
 
 
-def _http_reason(error: urllib.error.HTTPError) -> str:
-    """Status code and text of an HTTP error."""
+def valid_string(value: object) -> str:
+    """A text in an answer, as a file can hold it; TypeError for any other value."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of a server's address.
+
+    Raises:
+        ValueError: it is not one.
+    """
     try:
-        content = error.read(MAX_BYTES)
-    except (OSError, http.client.HTTPException):
-        content = b""
-    return f"HTTP {error.code} {_shorten(content) if content else error.reason}"
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port):
+            return parts
+    except ValueError:  # such as a port that is no number
+        pass
+    shown = redact_text(url if "://" in url else f"://{url}").removeprefix("://")
+    raise ValueError(f"server must be an address such as http://localhost:8000/v1, got {shown!r}")
+
+
+def _key() -> str:
+    """The key in the environment; empty if there is none.
+
+    Raises:
+        ValueError: it cannot be sent in a header.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("the environment variable OPENAI_API_KEY must be one line of ASCII characters")
+    return key
+
+
+def _without_key(content: bytes, shortest: int) -> bytes:
+    """An answer of a server that may echo the headers of its request, without the key in them.
+
+    Args:
+        content: the answer.
+        shortest: a shorter key stays: it is more likely an ordinary word.
+    """
+    key = _key()
+    if len(key) < shortest:
+        return content
+    forms = {key, json.dumps(key)[1:-1], key.replace("/", r"\/"), quote(key, safe=""), quote(key)}
+    for form in sorted(forms, key=len, reverse=True):
+        content = content.replace(form.encode(), MASK.encode())
+    return content
+
+
+def _decoded(content: bytes) -> Any:
+    """The decoded JSON of an answer; ValueError or RecursionError if it is none."""
+    return json.loads(content, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _status_reason(error: StatusError) -> str:
+    """Status code and text of an HTTP error, or where it redirects to."""
+    if error.location is not None:
+        text = f"it redirects to {error.location}, which would lose the request: pass the address of that server"
+        return f"HTTP {error.code}: {_one_line(text)}"
+    return f"HTTP {error.code} {_shorten(error.content) if error.content else _one_line(error.reason)}"
 
 
 def _shorten(content: bytes) -> str:
-    text = " ".join(content.decode("utf-8", "replace").split())
+    text = _one_line(_without_key(content, 4)[:4096].decode("utf-8", "replace"))
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    """Seconds that the server asks to wait, at most 60."""
-    try:
-        return max(0.0, min(float(error.headers.get("Retry-After", 0)), 60.0))
-    except ValueError:
-        return 0.0
+def _one_line(text: str) -> str:
+    """A text of a server as one line, without secrets."""
+    return redact_text(" ".join(_without_key(text.encode("utf-8", "replace"), 4).decode().split()))

@@ -1,4 +1,4 @@
-"""Figures and tables: matplotlib figures for TensorBoard and notebooks, Markdown for reports."""
+"""Figures of matplotlib, for TensorBoard, notebooks and reports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from kd_lightning.console import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,9 +31,9 @@ def curves(
     axes = figure.add_subplot()
     for name, line in lines.items():
         if line:
-            axes.plot(*zip(*line, strict=True), label=name)
+            axes.plot(*zip(*line, strict=True), label=_label(name))
     for i, (name, level) in enumerate((levels or {}).items()):
-        axes.axhline(level, linestyle="--", color=f"{0.2 + 0.25 * i % 0.8:.2f}", linewidth=1, label=name)
+        axes.axhline(level, linestyle="--", color=f"{0.2 + 0.25 * i % 0.8:.2f}", linewidth=1, label=_label(name))
     axes.set_xlabel("optimizer step")
     axes.set_title(title)
     axes.legend(fontsize="small")
@@ -104,13 +106,7 @@ def as_markdown(figure: Figure, text: str) -> str:
     return f"![{text}](data:image/png;base64,{base64.b64encode(out.getvalue()).decode()})"
 
 
-def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown.
-
-    Args:
-        header: title of each column.
-        cells: text of each cell, row by row.
-    """
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
-    plain = ([text.replace("\n", " ").replace("|", "\\|") for text in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in plain)
+def _label(name: str) -> str:
+    """A name as matplotlib shows it unchanged: a dollar sign would start a formula, an underscore hides a label."""
+    text = printable(" ".join(name.split())).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

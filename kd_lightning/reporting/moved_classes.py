@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -35,13 +35,77 @@ MOVED_CLASSES = {
 }
 
 
+# PyTorch's schedulers, by path or by name -> ours, whose lengths can follow the run.
+SCHEDULERS = "kd_lightning.training.learning_rate.schedulers."
+WITH_LENGTH: tuple[str, ...] = (
+    "PolynomialLR",
+    "LinearLR",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "StepLR",
+)
+WITH_LENGTH += ("MultiStepLR", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau")
+REPLACED = {f"{path}{name}": SCHEDULERS + name for name in WITH_LENGTH for path in ("", "torch.optim.lr_scheduler.")}
+REPLACED |= {"lightning.pytorch.cli.ReduceLROnPlateau": f"{SCHEDULERS}ReduceLROnPlateau"}
+REPLACED |= {"WarmupLR": f"{SCHEDULERS}WarmupLR"}
+
+# Functions of transformers that build a scheduler -> the schedule's name in `transformers.get_scheduler`.
+WARMUP_FUNCTIONS = {
+    "get_linear_schedule_with_warmup": "linear",
+    "get_cosine_schedule_with_warmup": "cosine",
+    "get_cosine_with_hard_restarts_schedule_with_warmup": "cosine_with_restarts",
+    "get_polynomial_decay_schedule_with_warmup": "polynomial",
+    "get_constant_schedule": "constant",
+    "get_constant_schedule_with_warmup": "constant_with_warmup",
+    "get_inverse_sqrt_schedule": "inverse_sqrt",
+    "get_cosine_with_min_lr_schedule_with_warmup": "cosine_with_min_lr",
+    "get_cosine_with_min_lr_schedule_with_warmup_lr_rate": "cosine_warmup_with_min_lr",
+    "get_wsd_schedule": "warmup_stable_decay",
+}
+
+
 def update_class_paths(config: T) -> T:
-    """A copy of a config, or of a part of it, in which every class that moved has its present path."""
+    """A copy of a config, or of a part of it, in which every class that moved or is replaced has its present path."""
     updated: object = config
     if isinstance(config, str):
-        updated = MOVED_CLASSES.get(config, config)
+        updated = MOVED_CLASSES.get(config) or REPLACED.get(config) or config
     elif isinstance(config, dict):
-        updated = {name: update_class_paths(value) for name, value in config.items()}
+        updated = {
+            name: update_class_paths(named_schedule(value) if name == "lr_scheduler" else value)
+            for name, value in _warmup(config).items()
+        }
     elif isinstance(config, list):
         updated = [update_class_paths(value) for value in config]
     return updated  # type: ignore[return-value]
+
+
+def named_schedule(value: object) -> object:
+    """A scheduler by a name of `transformers.get_scheduler`, or by the path of its function, as a class with arguments.
+
+    Args:
+        value: of `lr_scheduler`; anything else than such a name or path is returned unchanged.
+    """
+    if value in ("reduce_lr_on_plateau", "plateau"):
+        return {"class_path": f"{SCHEDULERS}ReduceLROnPlateau"}
+    if isinstance(value, str) and value in WARMUP_FUNCTIONS.values():
+        return {"class_path": f"{SCHEDULERS}WarmupLR", "init_args": {"name": value}}
+    return _warmup({"class_path": value}) if isinstance(value, str) and _function(value) else value
+
+
+def _function(path: object) -> str:
+    """Name of the schedule that a function of transformers builds; empty for any other path."""
+    if not isinstance(path, str) or not path.startswith(("transformers.", "get_")):
+        return ""
+    return WARMUP_FUNCTIONS.get(path.rpartition(".")[2], "")
+
+
+def _warmup(config: dict[str, Any]) -> dict[str, Any]:
+    """A class with arguments; one that is a function of transformers becomes `WarmupLR` of its name."""
+    name = _function(config.get("class_path"))
+    if not name:
+        return config
+    given = dict(config.get("init_args") or {})
+    steps = {key: given.pop(key) for key in ("num_warmup_steps", "num_training_steps") if key in given}
+    extra = {"scheduler_specific_kwargs": given} if given else {}
+    return {"class_path": f"{SCHEDULERS}WarmupLR", "init_args": {"name": name, **steps, **extra}}

@@ -14,6 +14,7 @@ import yaml
 
 from kd_lightning.paths import expand_path
 from kd_lightning.reporting.moved_classes import update_class_paths
+from kd_lightning.reporting.redaction import redact_config
 
 NOT_THE_METHOD = (
     "seed_everything",
@@ -76,7 +77,7 @@ class RunFolder:
             )
         if not isinstance(known, dict):
             raise ValueError(f"{rows} must map each split to a line of text, got {known!r}")
-        return cls(root, flatten_config(read), table, curves(root), known)
+        return cls(root, flatten_config(redact_config(read)), table, curves(root), known)
 
     @property
     def step(self) -> int:

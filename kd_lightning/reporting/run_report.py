@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kd_lightning.constants import moves_objective
-from kd_lightning.reporting.figures import as_markdown, curves, markdown_table
+from kd_lightning.reporting.figures import as_markdown, curves
+from kd_lightning.reporting.markdown import code_block, code_span, markdown_table, markdown_text
 from kd_lightning.reporting.run_dir import HEADINGS, RunFolder, formatted_results
 
 SETUP: tuple[str, ...] = (
@@ -26,20 +27,23 @@ CHARTS = {
 }
 
 
-def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str, str]]) -> str:
+def page(
+    run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str, str]], notes: Iterable[str] = ()
+) -> str:
     """The text of the report.
 
     Args:
         run: the run's folder.
         rows: the data module's report: counts of rows by split.
         samples: test rows, each with its prompt, its answer and the responses by name of the model.
+        notes: further warnings.
     """
-    out = [f"# {run.root.name}"]
+    out = [f"# {markdown_text(run.root.name)}"]
     if run.results is not None:
         out += ["## Test rows", markdown_table(["", *HEADINGS.values()], formatted_results(run.results))]
     if answers := list(_answers(run)):
         out += ["## Responses to test rows", markdown_table(["", "student", "teacher"], answers)]
-    found = list(warnings(run, rows))
+    found = [*map(markdown_text, notes), *warnings(run, rows)]
     out += ["## Warnings", "\n".join(f"- {text}" for text in found) or "None."]
     figures = list(_figures(run))
     out += ["## Curves", *(figures or ["No logger saved TensorBoard events or a metrics.csv in this folder."])]
@@ -51,10 +55,10 @@ def page(run: RunFolder, rows: dict[str, dict[str, int]], samples: list[dict[str
         counts = [[split, *(str(found.get(name, 0)) for name in columns)] for split, found in rows.items()]
         out += ["## Rows", markdown_table(["split", *columns], counts)]
     setup = {name: value for name, value in run.config.items() if value is not None and name.startswith(SETUP)}
-    out += ["## Setup", markdown_table(["argument", "value"], [[f"`{k}`", f"`{v}`"] for k, v in setup.items()])]
+    out += ["## Setup", markdown_table(["argument", "value"], [[code_span(k), code_span(v)] for k, v in setup.items()])]
     config = shlex.quote(str(run.root / "config.yaml"))
     command = f"kd-lightning fit --config {config} --trainer.default_root_dir ANOTHER_FOLDER"
-    out += ["## Reproduce", f"```sh\n{command}\n```"]
+    out += ["## Reproduce", code_block(command, "sh")]
     return "\n\n".join(out) + "\n"
 
 
@@ -112,4 +116,4 @@ def _figures(run: RunFolder) -> Iterator[str]:
 def _cell(text: str) -> str:
     """A text shortened to fit one cell of a table."""
     line = " ".join(text.split())
-    return (line if len(line) <= 160 else line[:159] + "…").replace("<", "&lt;")
+    return line if len(line) <= 160 else line[:159] + "…"

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.constants import IGNORE_INDEX, teacher_view
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.engine.head import Head
@@ -29,7 +29,7 @@ from kd_lightning.models.generate import (
     require_eos_token_ids,
 )
 from kd_lightning.models.hf_adapter import max_positions, text_config
-from kd_lightning.rollout.batches import Batch, append, prompts
+from kd_lightning.rollout.batches import Batch, append, append_for_teacher, live_tokens, prompts
 from kd_lightning.seeding import derive_seed
 from kd_lightning.teachers.base import StudentModel, Teacher, generating_model
 
@@ -42,9 +42,21 @@ class ResponseSource(nn.Module, ABC):
 
     Attributes:
         sampling: how the student generates; None: it does not.
+        columns: names of the columns that it adds to the batch for the losses; None: not declared.
     """
 
     sampling: Sampling | None = None
+    columns: tuple[str, ...] | None = None
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether some steps train on the responses of the data; by default not."""
+        return False
+
+    @property
+    def replays(self) -> bool:
+        """Whether responses are trained on again in later steps; by default not."""
+        return False
 
     @abstractmethod
     def forward(self, batch: Batch, context: RolloutContext) -> Batch:
@@ -150,19 +162,22 @@ class RolloutContext:
         student: Any = self.model.student
         labeled = next_token_mask(batch["labels"]).any(1)
         ids, mask = prompts(batch)
-        room = (max_positions(student) or ids.shape[1] + sampling.max_new_tokens) - ids.shape[1]
+        own_ids, own_mask = prompts(dict(teacher_view(batch)))
+        room = min(self._room(student, ids), self._room(generating_model(self.teacher), own_ids))
         tokens = self.model.call(
             generate,
             student,
             ids,
             mask,
-            dataclasses.replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, room))),
+            dataclasses.replace(sampling, max_new_tokens=int(max(1, min(sampling.max_new_tokens, room)))),
             seed=self.number("write", self.batch, self.rank),
-            processors=self._processors(mask, sampling, teacher_share),
+            processors=self._processors((own_ids, own_mask), sampling, teacher_share),
             together=teacher_share > 0 and self.ranks > 1,
         )
         ends = torch.tensor(require_eos_token_ids(student), device=tokens.device)
-        generated = append(batch, (ids, mask), tokens, ends, labeled, self.max_length)
+        live = live_tokens(tokens, ends, labeled)
+        generated = append(batch, (ids, mask), tokens, live, self.max_length)
+        generated |= append_for_teacher(batch, generated, tokens, live)
         labels = generated["labels"][labeled]
         lengths = labels.ne(IGNORE_INDEX).sum(1)
         finished = torch.isin(labels, ends).any(1)
@@ -172,11 +187,18 @@ class RolloutContext:
         self.seconds += time.perf_counter() - began
         return generated
 
-    def _processors(self, mask: Tensor, sampling: Sampling, teacher_share: float) -> list[Any]:
+    @staticmethod
+    def _room(model: Any, ids: Tensor) -> float:
+        """Number of tokens that a model can read after these prompts."""
+        limit = None if model is None else max_positions(model)
+        return float("inf") if limit is None else limit - ids.shape[1]
+
+    def _processors(self, prompt: tuple[Tensor, Tensor], sampling: Sampling, teacher_share: float) -> list[Any]:
         if teacher_share > 0:
-            return [TeacherMixture(unsharded_model(self.teacher), teacher_share, sampling.temperature or 1.0, mask)]
-        head = None if self.teacher is None else self.teacher.head
-        return [RestrictVocabulary(head.vocabulary)] if head is not None and head.vocabulary < self.vocabulary else []
+            teacher = unsharded_model(self.teacher)
+            return [TeacherMixture(teacher, teacher_share, sampling.temperature or 1.0, *prompt)]
+        known = None if self.teacher is None else self.teacher.vocabulary
+        return [RestrictVocabulary(known)] if known is not None and known < self.vocabulary else []
 
     @property
     def vocabulary(self) -> int:
@@ -198,10 +220,11 @@ class RolloutContext:
         loss = DistillationLoss(
             ForwardKL(), ce_weight=1.0, temperature=temperature, label_loss=_LogProb(), compile=False
         )
-        labels = batch["labels"][:, 1:]
-        labeled = labels != IGNORE_INDEX
-        found = []
-        for hidden, head in (self.model.call(self._student_states, batch), self._teacher_states(batch)):
+        labeled = batch["labels"][:, 1:] != IGNORE_INDEX
+        found, own = [], teacher_view(batch)
+        students = self.model.call(self._student_states, batch)
+        for (hidden, head), view in ((students, batch), (self._teacher_states(own), own)):
+            labels = view["labels"][:, 1:]  # the k-th label of a row is the same token on both sides
             if head is None:
                 values = loss.from_logits(hidden, None, labels).values["ce"]
             else:
@@ -227,7 +250,7 @@ class RolloutContext:
         finally:
             student.train(training)
 
-    def _teacher_states(self, batch: Batch) -> tuple[Tensor, Head | None]:
+    def _teacher_states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Head | None]:
         if self.teacher is None:
             raise ValueError("the reward is the teacher's log-probability, and there is no teacher: pass one")
         width, head = self.vocabulary, self.teacher.head
@@ -270,6 +293,7 @@ class _LogProb(LabelLoss):
     """The label's log-probability itself, at the loss's temperature."""
 
     temperature = None
+    columns = ()
 
     def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         return log_q_label

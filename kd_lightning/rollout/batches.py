@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kd_lightning.constants import IGNORE_INDEX, SOURCES
+from kd_lightning.constants import IGNORE_INDEX, SOURCES, TEACHER_FIELDS, teacher_view
 
 Batch = dict[str, Tensor]
 
@@ -29,12 +29,40 @@ def prompts(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch["input_ids"].gather(1, order)[:, -width:], mask[:, -width:].long()
 
 
+def live_tokens(tokens: Tensor, ends: Tensor, labeled: Tensor) -> Tensor:
+    """Which tokens are part of a response: up to and including the first end; none of rows that get no response.
+
+    Args:
+        tokens: responses [B, N].
+        ends: tokens that end a response.
+        labeled: rows that get a response, [B].
+    """
+    over = torch.isin(tokens, ends).int()
+    return (over.cumsum(1) - over == 0) & labeled.unsqueeze(1)
+
+
+def append_for_teacher(batch: Batch, generated: Batch, tokens: Tensor, live: Tensor) -> Batch:
+    """The fields of the teacher's own input for generated responses; none if the batch has no such input.
+
+    Args:
+        batch: of the data.
+        generated: from `append`; a response that is truncated there is cut after the same token.
+        tokens: responses [B, N].
+        live: which of these tokens are part of the response, [B, N].
+    """
+    if TEACHER_FIELDS["labels"] not in batch:
+        return {}
+    view = dict(teacher_view(batch))
+    kept = generated["labels"].ne(IGNORE_INDEX).sum(1, keepdim=True)
+    own = append(view, prompts(view), tokens, live & (live.cumsum(1) <= kept))
+    return {TEACHER_FIELDS[name]: own[name] for name in TEACHER_FIELDS}
+
+
 def append(
     batch: Batch,
     prompt: tuple[Tensor, Tensor],
     tokens: Tensor,
-    ends: Tensor,
-    labeled: Tensor,
+    live: Tensor,
     max_length: int | None = None,
 ) -> Batch:
     """Prompts and responses in the form of a batch of the data, padded on the right.
@@ -42,13 +70,11 @@ def append(
     Args:
         batch: of the data, for its columns with one value per row.
         prompt: ids and mask of the prompts, padded on the left.
-        tokens: responses [B, N]; tokens after an end are ignored.
-        ends: tokens that end a response.
-        labeled: rows that get a response, [B].
+        tokens: responses [B, N].
+        live: which of these tokens are part of the response, [B, N].
         max_length: longest row; longer ones are truncated.
     """
-    over = torch.isin(tokens, ends).int()
-    live = (over.cumsum(1) - over == 0) & labeled.unsqueeze(1)  # up to and including the first end
+    labeled = live.any(1)
     mask = torch.cat([prompt[1].bool(), live], 1)
     labels = torch.cat([torch.full_like(prompt[0], IGNORE_INDEX), tokens.masked_fill(~live, IGNORE_INDEX)], 1)
     ids = torch.cat([prompt[0], tokens], 1)
@@ -78,13 +104,14 @@ def gather_rows(batch: Batch, ranks: int, gather: Callable[[Tensor], Sequence[Te
     if ranks == 1:
         return batch
     gather = gather or _all_gather
-    shape = torch.tensor(batch["labels"].shape, device=batch["labels"].device)
-    shapes = torch.stack(list(gather(shape)))
-    rows, width = (int(size) for size in shapes.amax(0))
+    own = [name for name in TEACHER_FIELDS.values() if name in batch]
+    sizes = torch.tensor([*batch["labels"].shape, *(batch[name].shape[1] for name in own[:1])])
+    shapes = torch.stack(list(gather(sizes.to(batch["labels"].device))))
+    rows, width, *own_width = (int(size) for size in shapes.amax(0))
     skip = len(shapes) // ranks
     found: Batch = {}
     for name, column in sorted(batch.items()):
-        padded = pad_rows(column, rows, width, name)
+        padded = pad_rows(column, rows, own_width[0] if name in own else width, name)
         parts = [part[:count] for part, count in zip(gather(padded), shapes[:, 0].tolist(), strict=True)]
         found[name] = torch.cat(parts[::skip])
     return found
@@ -93,7 +120,7 @@ def gather_rows(batch: Batch, ranks: int, gather: Callable[[Tensor], Sequence[Te
 def pad_rows(column: Tensor, rows: int, width: int, name: str) -> Tensor:
     """The column padded to this number of rows and, if it has tokens, to this width; padding has no labels."""
     shape = (rows, width) if column.ndim == 2 else (rows,)
-    out = column.new_full(shape, IGNORE_INDEX if name == "labels" else 0)
+    out = column.new_full(shape, IGNORE_INDEX if name in ("labels", TEACHER_FIELDS["labels"]) else 0)
     out[tuple(slice(size) for size in column.shape)] = column
     return out
 

@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS
+from kd_lightning.engine.validation import check_count, check_temperature
 from kd_lightning.models.generate import Sampling
 from kd_lightning.rollout.base import ResponseSource, RolloutContext, unsharded_model
 from kd_lightning.rollout.batches import Batch, gather_rows
 from kd_lightning.rollout.replay import ReplayBuffer
-from kd_lightning.schedules import Weight, check_number, check_weight, value
+from kd_lightning.schedules import Weight, check_flag, check_number, check_weight, value
 from kd_lightning.teachers.base import Teacher
 
 
@@ -42,7 +43,7 @@ class MiniLLM(ResponseSource):
         reward_scale: rewards are divided by it (the authors' code: 0.5), > 0.
         reward_clip: bound of the absolute reward after that (the authors' code: 100), > 0; None: none.
         max_new_tokens: longest response, at least 1.
-        temperature: of sampling and of rewards, > 0; the loss's `temperature` should be the same.
+        temperature: of sampling and of rewards, in [0.001, 1000]; the loss's `temperature` should be the same.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -51,6 +52,7 @@ class MiniLLM(ResponseSource):
     """
 
     sampling: Sampling
+    columns = ("advantage", "old_log_prob", "importance")
 
     def __init__(
         self,
@@ -69,14 +71,15 @@ class MiniLLM(ResponseSource):
         super().__init__()
         check_weight("teacher_share", teacher_share, "[)", per_row=False)
         for name, number in (("rollout_steps", rollout_steps), ("inner_epochs", inner_epochs)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+            check_count(name, number)
+        for name, flag in (("length_norm", length_norm), ("include_current", include_current)):
+            check_flag(name, flag)
         check_number("discount", discount, 0, 1)
         check_number("reward_scale", reward_scale, 0, ends="(]")
         if reward_clip is not None:
             check_number("reward_clip", reward_clip, 0, ends="(]")
-        check_number("temperature", temperature, 0, ends="(]")
-        if whiten not in ("no", "counted", "padded"):
+        check_temperature("temperature", temperature)
+        if not isinstance(whiten, str) or whiten not in ("no", "counted", "padded"):
             raise ValueError(f"whiten must be 'no', 'counted' or 'padded', got {whiten!r}")
         self.teacher_share = teacher_share
         self.rollout_steps, self.inner_epochs = rollout_steps, inner_epochs
@@ -85,6 +88,11 @@ class MiniLLM(ResponseSource):
         self.reward_scale, self.reward_clip = reward_scale, reward_clip
         self.sampling = Sampling(max_new_tokens, temperature)
         self.memory = ReplayBuffer(None)
+
+    @property
+    def replays(self) -> bool:
+        """Whether rollouts are trained on more than once."""
+        return self.inner_epochs > 1
 
     def check(self, student: nn.Module, teacher: Teacher | None, max_length: int | None) -> None:
         """Check the models before step 0."""
@@ -103,7 +111,9 @@ class MiniLLM(ResponseSource):
                 self.memory.push(gather_rows(batch, context.ranks))
             return batch
         if self.memory.filled == 0:  # no row had a prompt to respond to
-            return {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX), **self._columns(batch)}
+            names = [name for name in ("labels", TEACHER_FIELDS["labels"]) if name in batch]
+            empty = {name: torch.full_like(batch[name], IGNORE_INDEX) for name in names}
+            return {**batch, **empty, **self._columns(batch)}
         order = context.order(self.memory.filled, context.step - turn)
         size = len(batch["labels"])
         first = (turn * context.accumulate + context.micro) * size * context.ranks

@@ -27,6 +27,7 @@ class OnPolicy(ResponseSource):
     """
 
     sampling: Sampling
+    columns = ()
 
     def __init__(
         self, share: Weight = 0.5, max_new_tokens: int = 128, temperature: float = 1.0, top_p: float = 1.0
@@ -36,6 +37,11 @@ class OnPolicy(ResponseSource):
         self.share = share
         self.sampling = Sampling(max_new_tokens, temperature, top_p)
         self._decided = (-1, False)
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether the share is not the number 1."""
+        return self.share != 1
 
     def forward(self, batch: Batch, context: RolloutContext) -> Batch:
         """Responses of the student or those of the data, by the random number of the step."""

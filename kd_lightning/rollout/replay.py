@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.constants import TEACHER_FIELDS, teacher_view
 from kd_lightning.distributed.checkpoint_io import ResizableState
 from kd_lightning.engine.label_mask import next_token_mask
+from kd_lightning.engine.validation import check_count
 from kd_lightning.models.generate import Sampling
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import Batch, gather_rows, pad_rows
@@ -30,8 +32,8 @@ class ReplayBuffer(nn.Module, ResizableState):
 
     def __init__(self, capacity: int | None) -> None:
         super().__init__()
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        if capacity is not None:
+            check_count("capacity", capacity)
         self.capacity = capacity
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
 
@@ -73,8 +75,9 @@ class ReplayBuffer(nn.Module, ResizableState):
     def rows(self, index: Tensor) -> Batch:
         """The rows at `index` as a batch, as wide as the longest of them."""
         found = {name: column[index.to(column.device)] for name, column in self.columns.items()}
-        width = int(found["attention_mask"].sum(1).max())
-        found = {name: column[:, :width] if column.ndim == 2 else column for name, column in found.items()}
+        width, own = (int(mask["attention_mask"].sum(1).max()) for mask in (found, teacher_view(found)))
+        widths = dict.fromkeys(found, width) | dict.fromkeys(TEACHER_FIELDS.values(), own)
+        found = {name: column[:, : widths[name]] if column.ndim == 2 else column for name, column in found.items()}
         return {name: column.long() if column.dtype == torch.int32 else column for name, column in found.items()}
 
     def resize_to(self, state: Mapping[str, Tensor]) -> None:
@@ -118,6 +121,9 @@ class AdaptiveReplay(ResponseSource):
     """
 
     sampling: Sampling
+    columns = ()
+    uses_data = True
+    replays = True
     threshold: Tensor
     previous: Tensor
     heard: Tensor
@@ -137,6 +143,7 @@ class AdaptiveReplay(ResponseSource):
         check_number("threshold", threshold, 0, 1)
         check_number("rise", rise, 0, 1, "(]")
         check_number("tolerance", tolerance, 0)
+        check_count("capacity", capacity)
         self.fresh_share: Weight = Linear(1.0, 0.0) if fresh_share is None else fresh_share
         check_weight("fresh_share", self.fresh_share, per_row=False)
         self.rise, self.tolerance = rise, tolerance

@@ -6,5 +6,18 @@ from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.teachers.offloaded import OffloadedTeacher
+from kd_lightning.teachers.routed import RoutedTeacher
+from kd_lightning.teachers.self_teacher import SelfTeacher
+from kd_lightning.teachers.served import ServerTeacher
 
-__all__ = ["AdapterOffTeacher", "CachedTeacher", "HFTeacher", "OffloadedTeacher", "Teacher", "body_and_head"]
+__all__ = [
+    "AdapterOffTeacher",
+    "CachedTeacher",
+    "HFTeacher",
+    "OffloadedTeacher",
+    "RoutedTeacher",
+    "SelfTeacher",
+    "ServerTeacher",
+    "Teacher",
+    "body_and_head",
+]

@@ -1,13 +1,16 @@
-"""The student with its adapters disabled, as the teacher."""
+"""Teachers that compute with the student's own weights, such as the student with its adapters disabled."""
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.distributed.dtensor import tensor_digest as tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import body_and_head as body_and_head
@@ -19,17 +22,18 @@ from kd_lightning.teachers.base import Teacher as Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 
 
-class AdapterOffTeacher(Teacher):
-    """The student itself with its adapters disabled: the model it started as, without a second copy.
-
-    Raises:
-        ValueError: when the run starts, the student has no adapters.
-    """
+class StudentTeacher(Teacher, ABC):
+    """The student itself, without dropout and gradient. A subclass decides what it computes, by a context manager."""
 
     shares_student = True
+    starts_as_student = True
 
     def __init__(self) -> None:
         self._student: StudentModel | None = None
+
+    @abstractmethod
+    def as_teacher(self, student: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the student computes what the teacher does."""
 
     @property
     def name(self) -> None:
@@ -41,10 +45,13 @@ class AdapterOffTeacher(Teacher):
         """The student's LM head; None if the student cannot be split."""
         return self._attached().head()
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether the student is sharded."""
+        return any(is_sharded(parameter) for parameter in self._attached().student.parameters())
+
     def attach(self, run: RunContext) -> None:
         """Keep the student."""
-        if not adapter_layers(run.student.student):
-            raise ValueError("teacher AdapterOffTeacher needs a student with adapters: pass --model.lora.r")
         self._student = run.student
 
     def load(self, device: torch.device | str = "cpu") -> None:
@@ -62,24 +69,43 @@ class AdapterOffTeacher(Teacher):
         """
         student = self._attached()
         if student.body is None:
-            raise ValueError("the student cannot be split into body and head: ask AdapterOffTeacher for its logits")
-        with adapters_disabled(student.student), eval_mode(student.student):
+            raise ValueError("the student cannot be split into body and head: ask its teacher for logits")
+        with self.as_teacher(student.student), eval_mode(student.student):
             return hidden_states(student.body, batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, T, V]."""
         student = self._attached().student
-        with adapters_disabled(student), eval_mode(student):
+        with self.as_teacher(student), eval_mode(student):
             return logits(student, batch["input_ids"], batch["attention_mask"])
+
+    def _attached(self) -> StudentModel:
+        if self._student is None:
+            name = type(self).__name__
+            raise ValueError(f"teacher {name} is not attached to a student yet: call `attach(run)` first")
+        return self._student
+
+
+class AdapterOffTeacher(StudentTeacher):
+    """The student itself with its adapters disabled: the model it started as, without a second copy.
+
+    Raises:
+        ValueError: when the run starts, the student has no adapters.
+    """
+
+    def as_teacher(self, student: nn.Module) -> AbstractContextManager[None]:
+        """The student with its adapters disabled."""
+        return adapters_disabled(student)
+
+    def attach(self, run: RunContext) -> None:
+        """Keep the student."""
+        if not adapter_layers(run.student.student):
+            raise ValueError("teacher AdapterOffTeacher needs a student with adapters: pass --model.lora.r")
+        super().attach(run)
 
     def fingerprint(self) -> str:
         """SHA-256 over all tensors that do not belong to an adapter."""
         student = self._attached().student
         frozen = ((name, p) for name, p in student.named_parameters() if not p.requires_grad)
         return tensor_digest(itertools.chain(frozen, student.named_buffers()))
-
-    def _attached(self) -> StudentModel:
-        if self._student is None:
-            raise ValueError("teacher AdapterOffTeacher is not attached to a student yet: call `attach(run)` first")
-        return self._student

@@ -22,6 +22,10 @@ class StudentModel(Protocol):
     student: nn.Module
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the student has logits for."""
+
+    @property
     def body(self) -> nn.Module | None:
         """The module that returns the student's hidden states; None if the model cannot be split there."""
 
@@ -43,11 +47,27 @@ class TokenizedData(Protocol):
     def text_tokenizer(self) -> Any:
         """The `TextTokenizer` that turned the rows into tokens."""
 
+    @property
+    def teacher_has_own_input(self) -> bool:
+        """Whether the teacher reads something else than the student."""
+
     def every_row(self, split: str) -> Iterable[dict[str, Tensor]]:
         """Batches that together hold every row of a split once (this rank's share of them)."""
 
     def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of each of these rows."""
+
+    def longest(self, role: str = "student") -> int:
+        """Number of tokens of the longest row, as a role reads it."""
+
+    def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
+        """Call `callback(batch)` with each batch before the one in front of it is trained on."""
+
+    def add_index_column(self, name: str, field: str, values: Sequence[str], default: str | None = None) -> None:
+        """Give every batch a column [B]: the index of each row's field among these values."""
+
+    def index_column(self, name: str, split: str) -> Mapping[int, int]:
+        """The index of every row of a split, by `row_ids`, in a column of `add_index_column`."""
 
 
 def _same(x: Tensor) -> Tensor:
@@ -90,6 +110,37 @@ class ConfigSource:
     layers_on_host: bool = False
 
 
+@dataclass(frozen=True)
+class CachedOutputs:
+    """Shapes of a teacher's outputs that are read from a cache, for `plan`.
+
+    Args:
+        vocabulary: number of tokens that the distributions cover.
+        dtype: of the outputs.
+        head: shape [V, H] of the LM head; None: the top k are cached.
+        k: number of cached tokens; None: hidden states are cached.
+    """
+
+    vocabulary: int
+    dtype: torch.dtype
+    head: tuple[int, int] | None = None
+    k: int | None = None
+
+
+@dataclass(frozen=True)
+class TeacherShare:
+    """A teacher and the rows of a batch that it teaches.
+
+    Args:
+        teacher: not made of others.
+        rows: indices of the rows, [n]; None: all rows. Without any, the teacher must be run all the same, as other
+            ranks wait for it; the results are not used.
+    """
+
+    teacher: Teacher
+    rows: Tensor | None = None
+
+
 class Teacher(ABC):
     """The source of the teacher's distribution. A plain object: never in a `state_dict`, a summary, or under DDP.
 
@@ -101,10 +152,12 @@ class Teacher(ABC):
         model: the Hugging Face causal LM in this process, once loaded; None if there is none. A custom teacher may
             set it: the model is then also checked against the data and used for generation.
         shares_student: whether it computes with the student's own weights.
+        starts_as_student: whether it is made from the student when it is attached, and equal to it then.
     """
 
     model: nn.Module | None = None
     shares_student: bool = False
+    starts_as_student: bool = False
 
     @property
     @abstractmethod
@@ -128,8 +181,33 @@ class Teacher(ABC):
         return self.model is not None
 
     @property
+    def members(self) -> Mapping[str, Teacher]:
+        """The teachers that it is made of, by name; a teacher that is not made of others is its own only member."""
+        return {"": self}
+
+    @property
+    def state(self) -> nn.Module | None:
+        """Tensors that belong into the checkpoint of the run; None if there are none. Available once attached."""
+        return None
+
+    @property
+    def knows_all_tokens(self) -> bool:
+        """Whether it gives full distributions; False: only their top k tokens."""
+        return True
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether all ranks must run it equally often, as parameters that it computes with are sharded."""
+        return False
+
+    @property
     def config_source(self) -> ConfigSource | None:
         """Where its model's configuration is; None if `plan` has nothing to build it from."""
+        return None
+
+    @property
+    def cached_outputs(self) -> CachedOutputs | None:
+        """Shapes of what it reads instead of computing; None if it computes, or there is no cache yet."""
         return None
 
     @abstractmethod
@@ -150,6 +228,35 @@ class Teacher(ABC):
             ValueError: the teacher does not fit the run.
         """
 
+    def check_data(self, data: TokenizedData) -> None:  # noqa: B027 - most teachers read any rows
+        """Check the rows before the first step, and ask for the columns that it reads; `attach` calls it.
+
+        Raises:
+            ValueError: a row cannot be used.
+        """
+
+    def check_cacheable(self) -> None:  # noqa: B027 - most teachers can be cached
+        """Check that its outputs can be cached before the run.
+
+        Raises:
+            ValueError: they change during the run, or cannot be in one cache.
+        """
+
+    def after_step(self) -> None:  # noqa: B027 - most teachers do not change
+        """Follow the student, which has taken an optimizer step."""
+
+    def shares(self, batch: Mapping[str, Tensor]) -> list[TeacherShare]:
+        """The teachers of the rows of a batch: this one for all rows, unless it is made of others."""
+        return [TeacherShare(self)]
+
+    def member_indices(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """The number of each row's teacher among `members`, [B]; None if it is not made of others."""
+        return None
+
+    def map_members(self, function: Callable[[Teacher], Teacher]) -> Teacher:
+        """The same teacher with `function(member)` for every member; for one that is not made of others, of itself."""
+        return function(self)
+
     def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:  # noqa: B027 - most teachers have nothing to shard
         """Let a strategy shard the parameters over ranks; a second call does nothing.
 
@@ -169,6 +276,15 @@ class Teacher(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes with any weight: teachers with equal fingerprints give equal results."""
+
+
+def models_by_role(student: nn.Module, teacher: Teacher | None) -> dict[str, nn.Module]:
+    """The student, and the teachers' models in this process, by what messages call them."""
+    found = {"student": student}
+    for name, member in ({} if teacher is None else teacher.members).items():
+        if member.model is not None:
+            found[f"teacher {name!r}" if name else "teacher"] = member.model
+    return found
 
 
 def generating_model(teacher: Teacher | None) -> nn.Module | None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.console import progress_bar
+from kd_lightning.constants import teacher_view
+from kd_lightning.distributed.signals import StopRequest, finish_on_signal, stop
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, top_k
+from kd_lightning.folder_lock import folder_lock, remove_leftovers
 from kd_lightning.teachers.base import Teacher, TokenizedData
 from kd_lightning.teachers.cache_format import (
     DTYPES,
@@ -65,6 +71,8 @@ def fill_cache(
 ) -> CacheManifest:
     """Write a teacher's outputs for every row of the data; rows that are cached already are left as they are.
 
+    The folder is locked meanwhile. After Ctrl-C and SIGTERM the present batch is finished and written.
+
     Args:
         folder: new, or a cache of the same teacher, tokenizer, template and length.
         teacher: loaded.
@@ -79,9 +87,48 @@ def fill_cache(
         bar: whether to show progress.
 
     Raises:
-        ValueError: an argument is out of its range, or the folder is another cache's.
+        ValueError: an argument is out of its range, another process writes to the folder, or it is another cache's.
+        KeyboardInterrupt: Ctrl-C was pressed on any rank; raised on every rank.
+        Terminated: the same after SIGTERM.
     """
-    ranks, head = ranks or Ranks(), teacher.head  # all ranks ask together: it may be sharded
+    ranks = ranks or Ranks()
+    with _locked(folder, ranks), finish_on_signal(f"interrupted: finishing this batch of {folder}") as request:
+        return _fill(folder, teacher, data, student_vocabulary, (kind, dtype, k), shard_bytes, ranks, bar, request)
+
+
+@contextmanager
+def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 holds the lock of the folder, and has removed what killed runs left half-written in it.
+
+    Raises:
+        ValueError: on every rank: another process holds the lock.
+    """
+    problem: ValueError | OSError | None = None
+    with ExitStack() as lock:
+        if ranks.rank == 0:
+            try:
+                lock.enter_context(folder_lock(folder, rank_zero_info))
+                remove_leftovers([folder])
+            except (ValueError, OSError) as error:
+                problem = error
+        if ranks.sum_over_ranks(torch.tensor(float(problem is not None))):
+            raise problem or ValueError(f"{folder} cannot be written to: see the error of rank 0")
+        yield
+
+
+def _fill(
+    folder: Path,
+    teacher: Teacher,
+    data: TokenizedData,
+    student_vocabulary: int,
+    stored: tuple[str, str | None, int],
+    shard_bytes: int,
+    ranks: Ranks,
+    bar: bool,
+    request: StopRequest,
+) -> CacheManifest:
+    kind, dtype, k = stored
+    head = teacher.head  # all ranks ask together: it may be sharded
     manifest = _manifest(teacher, head, data, student_vocabulary, kind, dtype, k)
     if (folder / MANIFEST).exists():
         there = CacheManifest.read(folder)
@@ -97,8 +144,8 @@ def fill_cache(
     found = {}
     for split in data.splits:
         reader, digest = CacheReader(folder, manifest.digest), DataDigest()  # a row may be in two splits
-        for batch in progress_bar(data.every_row(split), f"Teacher, {split}", shown=bar):
-            _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks)
+        for batch in map(teacher_view, progress_bar(data.every_row(split), f"Teacher, {split}", shown=bar)):
+            _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks, request)
         writer.flush()
         digest.sums = ranks.sum_over_ranks(digest.sums)
         found[split] = str(digest)
@@ -142,18 +189,23 @@ def cache_teacher(
 
 def _add_new_rows(
     teacher: Teacher,
-    batch: dict[str, Tensor],
+    batch: Mapping[str, Tensor],
     manifest: CacheManifest,
     reader: CacheReader,
     writer: CacheWriter,
     digest: DataDigest,
     ranks: Ranks,
+    request: StopRequest,
 ) -> None:
     """Add the new rows of a batch. If one is new, the whole batch is computed: the last bits depend on all of it."""
     keys, lengths = row_keys(batch), next_token_mask(batch["labels"]).sum(1)
     digest.add(keys[lengths > 0])
     new = (lengths > 0) & (reader.find(keys) < 0)
-    if not ranks.sum_over_ranks(new.any().long()):  # a sharded teacher runs on all ranks together
+    some_new, stopped = ranks.sum_over_ranks(torch.tensor([int(new.any()), int(request.signal > 0)])).tolist()
+    if stopped:
+        writer.flush()
+        raise stop(request.signal or signal.SIGTERM)
+    if not some_new:  # a sharded teacher runs on all ranks together
         return
     tokens = _outputs(teacher, batch, manifest)
     chosen = new.repeat_interleave(lengths)
@@ -162,14 +214,16 @@ def _add_new_rows(
 
 
 @torch.no_grad()
-def _outputs(teacher: Teacher, batch: dict[str, Tensor], manifest: CacheManifest) -> dict[str, Tensor]:
+def _outputs(teacher: Teacher, batch: Mapping[str, Tensor], manifest: CacheManifest) -> dict[str, Tensor]:
     """The teacher's outputs at labeled tokens of a batch, by name, on the CPU."""
     head, mask = teacher.head, next_token_mask(batch["labels"])
     device = torch.device("cpu") if head is None else head.weight.device
     moved = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
     where = mask.to(device)
-    output = _full_logits(teacher, moved) if head is None else teacher.hidden(moved)
+    output = teacher.logits(moved) if head is None else teacher.hidden(moved)
     output = output[:, :-1][where]
+    if isinstance(output, TopK):
+        return _stored(output, manifest)
     if manifest.kind == "hidden":
         return {"hidden": output.to(DTYPES[manifest.dtype]).cpu()}
     labels = moved["labels"][:, 1:][where]
@@ -177,18 +231,25 @@ def _outputs(teacher: Teacher, batch: dict[str, Tensor], manifest: CacheManifest
     for rows, wanted in zip(torch.split(output, LOGIT_ROWS), torch.split(labels, LOGIT_ROWS), strict=True):
         logits = rows if head is None else head.logits(rows)
         found.append(top_k(logits[:, : manifest.vocabulary], wanted, manifest.k or 1))
+    columns = zip(*((x.ids, x.log_probs, x.log_tail) for x in found), strict=True)
+    ids, log_probs, log_tail = (torch.cat(parts) for parts in columns)
+    return _stored(TopK(ids, log_probs, log_tail, manifest.vocabulary), manifest)
+
+
+def _stored(known: TopK, manifest: CacheManifest) -> dict[str, Tensor]:
+    """The top k of a teacher that knows no more, as they are cached.
+
+    Raises:
+        ValueError: another number of tokens is to be cached.
+    """
+    given = known.ids.shape[-1]
+    if given != manifest.k:
+        raise ValueError(f"k must be {given}, the number of tokens that the teacher gives, got {manifest.k}")
     return {
-        "ids": torch.cat([x.ids for x in found]).int().cpu(),
-        "log_probs": torch.cat([x.log_probs for x in found]).to(DTYPES[manifest.dtype]).cpu(),
-        "log_tail": torch.cat([x.log_tail for x in found]).cpu(),
+        "ids": known.ids.int().cpu(),
+        "log_probs": known.log_probs.to(DTYPES[manifest.dtype]).cpu(),
+        "log_tail": known.log_tail.cpu(),
     }
-
-
-def _full_logits(teacher: Teacher, batch: dict[str, Tensor]) -> Tensor:
-    logits = teacher.logits(batch)
-    if isinstance(logits, TopK):
-        raise ValueError(f"teacher {type(teacher).__name__} gives the top k tokens only and cannot be cached")
-    return logits
 
 
 def _manifest(

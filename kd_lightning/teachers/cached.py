@@ -14,14 +14,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from kd_lightning.constants import teacher_view
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, check_lower_bound
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.paths import expand_path
-from kd_lightning.teachers.base import RunContext, Teacher, TokenizedData
+from kd_lightning.teachers.base import CachedOutputs, RunContext, Teacher, TokenizedData
 from kd_lightning.teachers.cache_format import (
+    DTYPES,
+    MANIFEST,
     CacheManifest,
     CacheReader,
     DataDigest,
@@ -76,9 +79,26 @@ class CachedTeacher(Teacher):
         return self.description.vocabulary
 
     @property
+    def knows_all_tokens(self) -> bool:
+        """Whether hidden states are cached."""
+        return self.description.kind == "hidden"
+
+    @property
     def head(self) -> Head | None:
         """The teacher's LM head; None if only the top k are cached."""
         return self._head
+
+    @property
+    def cached_outputs(self) -> CachedOutputs | None:
+        """Shapes of what is cached; None if there is no cache yet."""
+        folder = Path(self.path)
+        if not (folder / MANIFEST).exists():
+            return None
+        found = self.description
+        if found.kind == "top_k":
+            return CachedOutputs(found.vocabulary, DTYPES[found.dtype], k=found.k)
+        vocabulary, width = read_head(folder)["weight"].shape
+        return CachedOutputs(found.vocabulary, DTYPES[found.dtype], head=(vocabulary, width))
 
     def attach(self, run: RunContext) -> None:
         """Compare teacher, tokenizer, template, length and rows of the cache with those of the run."""
@@ -112,7 +132,7 @@ class CachedTeacher(Teacher):
         reader = self._opened()
         for split in data.splits:
             digest, missing = DataDigest(), []
-            for batch in data.every_row(split):
+            for batch in map(teacher_view, data.every_row(split)):
                 keys, labeled = row_keys(batch), next_token_mask(batch["labels"]).any(1)
                 digest.add(keys[labeled])
                 missing += batch["row_ids"][labeled & (reader.find(keys) < 0)].tolist()
@@ -186,6 +206,7 @@ def tokenizer_digests(data: TokenizedData) -> dict[str, Any]:
     """Tokenizer, chat template and length of the data, as fields of a `CacheManifest`."""
     text = data.text_tokenizer
     template = [text.chat_template or text.tokenizer.chat_template, text.template_kwargs]
+    template += [text.written_date] if text.written_date is not None else []
     tokenizer = dataclasses.replace(text, chat_template="-", template_kwargs=None, max_length=0)
     return {
         "tokenizer": tokenizer.fingerprint(),

@@ -17,10 +17,11 @@ from kd_lightning.engine.head import Head
 from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.backbone import head_settings, hidden_states, with_current_weights
 from kd_lightning.models.backbone import logits as logits
-from kd_lightning.models.hf_adapter import name_or_path
-from kd_lightning.models.loading import ModelNotFoundError, check_finite, checked_kwargs, load_causal_lm
+from kd_lightning.models.hf_adapter import base_model, name_or_path
+from kd_lightning.models.loading import ModelNotFoundError, checked_kwargs, load_causal_lm
+from kd_lightning.models.model_checks import check_finite
 from kd_lightning.subclasses import concrete_subclasses
-from kd_lightning.teachers.base import ConfigSource, Teacher
+from kd_lightning.teachers.base import ConfigSource, RunContext, Teacher, models_by_role
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 
 
@@ -96,7 +97,8 @@ class CausalLMTeacher(Teacher, ABC):
         try:
             return load_causal_lm(self._source, kwargs=self.kwargs, role="teacher")
         except ModelNotFoundError as error:
-            classes = ", ".join(sorted(leaf.__name__ for leaf in concrete_subclasses(Teacher)))
+            names = (leaf.__name__ for leaf in concrete_subclasses(Teacher))
+            classes = ", ".join(sorted(name for name in names if not name.startswith("_")))
             raise ModelNotFoundError(f"{error}, and no class of that name (there is {classes})") from None
 
     def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -108,6 +110,20 @@ class CausalLMTeacher(Teacher, ABC):
     def is_sharded(self) -> bool:
         """Whether a strategy has sharded the model."""
         return self._gathered is not None
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether a strategy has sharded the model."""
+        return self.is_sharded
+
+    def attach(self, run: RunContext) -> None:
+        """Check that it is not the student itself.
+
+        Raises:
+            ValueError: it is the same object.
+        """
+        if self._source in (run.student.student, base_model(run.student.student)):
+            raise ValueError("student and teacher must be two objects, as the teacher is frozen: pass SelfTeacher()")
 
     @torch.no_grad()
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -173,9 +189,9 @@ def as_teacher(teacher: Any, kwargs: dict[str, Any] | None = None) -> Teacher | 
 
 def parameter_counts(student: nn.Module, teacher: Teacher | None) -> str:
     """Numbers of parameters of student and teacher, as one line of a log."""
-    parameters = list(student.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    text = f"student: {sum(p.numel() for p in parameters):,} parameters, {trainable:,} trainable"
-    if teacher is None or teacher.model is None:
-        return text
-    return f"{text}, teacher: {sum(p.numel() for p in teacher.model.parameters()):,} parameters"
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    models = models_by_role(student, teacher)
+    counts = {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
+    text = f"student: {counts['student']:,} parameters, {trainable:,} trainable"
+    others = (role for role, model in models.items() if model is not student)
+    return ", ".join([text, *(f"{role}: {counts[role]:,} parameters" for role in others)])

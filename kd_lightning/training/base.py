@@ -37,12 +37,12 @@ class StudentTeacherModule(L.LightningModule, ABC):
     @property
     @abstractmethod
     def labels_only(self) -> bool:
-        """Whether the training loss is the label loss alone, so that no step runs the teacher."""
+        """Whether the training loss reads nothing of a teacher, so that no step runs it."""
 
     @property
     @abstractmethod
     def objective_moves(self) -> bool:
-        """Whether a schedule changes the objective, so that its values at two steps are not comparable."""
+        """Whether the objective changes during training, so that its values at two steps are not comparable."""
 
     @property
     @abstractmethod
@@ -60,4 +60,4 @@ class StudentTeacherModule(L.LightningModule, ABC):
 
     @abstractmethod
     def evaluate_batch(self, batch: dict[str, Tensor]) -> LossParts:
-        """Loss, monitors and diagnostics of one batch, without gradient and in eval mode."""
+        """Loss, monitors and diagnostics of one batch, without gradient, in eval mode and in the run's precision."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.console import progress_bar, progress_bar_enabled
+from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.teachers.base import Teacher
@@ -32,16 +33,19 @@ def evaluate_batch(
 def evaluated_batches(
     trainer: L.Trainer, module: StudentTeacherModule, loader: Iterable[Any], numbers: Iterable[int]
 ) -> Iterator[dict[str, Tensor]]:
-    """Values of each labeled token, by name, batch by batch.
+    """Values of each labeled token, by name, batch by batch, as validation computes them.
 
     Args:
-        trainer: of the run: moves the batches to its device.
+        trainer: of the run: moves the batches to its device, and sets the precision.
         module: evaluates them.
         loader: gives the batches.
         numbers: counts the batches; it ends first.
     """
     for _, batch in zip(numbers, loader, strict=False):
-        yield module.evaluate_batch(trainer.strategy.batch_to_device(batch)).values
+        batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+        with forward_context(trainer):
+            values = module.evaluate_batch(batch).values
+        yield values
 
 
 def limited_batches(loader: Any, limit: int | float) -> int:

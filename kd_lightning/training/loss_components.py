@@ -34,7 +34,7 @@ class PartialKL(Divergence):
 
     def __init__(self, part: str, mu: float = 0.5) -> None:
         super().__init__()
-        if part not in ("head", "tail"):
+        if not isinstance(part, str) or part not in ("head", "tail"):
             raise ValueError(f"part must be 'head' or 'tail', got {part!r}")
         check_number("mu", mu, 0, 1, "(]")
         self.part = part

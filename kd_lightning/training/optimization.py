@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
+from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.distributed.grad_norm import gradient_norm
-from kd_lightning.distributed.trainer import data_parallel_rank, log_every_n_steps
+from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run, log_every_n_steps
+from kd_lightning.divergences import WeightedTokens
 from kd_lightning.engine.sequence_stats import Mean
-from kd_lightning.losses import LossParts
+from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.schedules import Schedule
 from kd_lightning.training.accumulation import AccumulationWindow
+from kd_lightning.training.arguments import check_optimizer
 from kd_lightning.training.base import StudentTeacherModule
-from kd_lightning.training.finite_check import NonFiniteLossCheck
-from kd_lightning.training.gradients import clip_sharded_gradients, parameters_of, scale_gradients
+from kd_lightning.training.finite_check import NonFiniteLossCheck, non_finite_terms
+from kd_lightning.training.gradients import (
+    check_restored_optimizer,
+    clip_sharded_gradients,
+    learning_rate,
+    parameters_of,
+    scale_gradients,
+)
+from kd_lightning.training.learning_rate.monitors import check_callbacks, check_monitor, checkpoint_monitor
+from kd_lightning.training.learning_rate.run_length import (
+    has_validation,
+    schedule_notes,
+    steps_of_run,
+    validation_note,
+)
+from kd_lightning.training.learning_rate.schedulers import steps_given
+
+NEVER = 2**62  # epochs
 
 
 class AccumulatingModule(StudentTeacherModule):
@@ -39,13 +62,24 @@ class AccumulatingModule(StudentTeacherModule):
         super().__init__()
         self.optimizer_callable, self.lr_scheduler_callable = optimizer, lr_scheduler
         self._configured_lr = 0.0
+        self._plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        self.run_notes: list[str] = []  # what of the configuration does not fit the run's length
         self._window = AccumulationWindow(reduction)
         self._means: dict[str, Tensor] = {}
         self._finite_check = NonFiniteLossCheck()
 
+    @property
+    @abstractmethod
+    def loss(self) -> DistillationLoss:
+        """The training loss."""
+
     @abstractmethod
     def schedules(self) -> dict[str, Schedule]:
         """Every schedule of the run by its dotted path."""
+
+    @abstractmethod
+    def weighted(self) -> dict[str, WeightedTokens]:
+        """Every divergence of the training objective that weights its tokens, by its dotted path."""
 
     @abstractmethod
     def row_locations(self, row_ids: list[int]) -> str:
@@ -60,11 +94,98 @@ class AccumulatingModule(StudentTeacherModule):
                 "pass lora"
             )
         optimizer = self.optimizer_callable(parameters)
-        self._configured_lr = float(optimizer.param_groups[0]["lr"])
+        data = datamodule_of(self._trainer)
+        steps = None if self._trainer is None else steps_of_run(self._trainer, data)
+        scheduler = self._scheduler(optimizer, steps)
+        if self._trainer is not None:
+            self.run_notes = self._checked(self._trainer, data, scheduler)
+            for note in self.run_notes:
+                rank_zero_info(note)
+        self._configured_lr = learning_rate(optimizer)  # a scheduler may set another one than the optimizer's
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int | None) -> dict[str, Any] | None:
+        """The scheduler as Lightning takes it; None if there is none."""
         if self.lr_scheduler_callable is None:
-            return optimizer
-        scheduler = {"scheduler": self.lr_scheduler_callable(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+            return None
+        try:
+            with steps_given(steps):
+                scheduler = self.lr_scheduler_callable(optimizer)
+        except ValueError as error:
+            raise ValueError(f"model.lr_scheduler: {error}") from error
+        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return {"scheduler": scheduler, "interval": "step"}
+        self._plateau = scheduler
+        # Lightning would call it after every step or epoch, validated or not: it only saves and restores it
+        return {"scheduler": scheduler, "interval": "epoch", "frequency": NEVER, "monitor": "val/kd", "strict": False}
+
+    def check_run(self, trainer: L.Trainer, datamodule: DistillationDataModule | None) -> list[str]:
+        """Check scheduler and callbacks against the length of a run and the metrics it logs, before step 0.
+
+        Args:
+            trainer: of the run.
+            datamodule: its data, if they are of this package.
+
+        Returns:
+            What does not fit, one line each.
+
+        Raises:
+            ValueError: the run would fail.
+        """
+        scheduler = None
+        if self.lr_scheduler_callable is not None:
+            optimizer = self.optimizer_callable([nn.Parameter(torch.zeros(2, 2))])
+            scheduler = self._scheduler(optimizer, steps_of_run(trainer, datamodule))
+        return self._checked(trainer, datamodule, scheduler)
+
+    def _checked(
+        self, trainer: L.Trainer, datamodule: DistillationDataModule | None, scheduler: Mapping[str, Any] | None
+    ) -> list[str]:
+        """What of a scheduler, of validation and of the callbacks does not fit the run."""
+        steps = steps_of_run(trainer, datamodule)
+        short = validation_note(trainer, datamodule, steps)
+        validates = has_validation(trainer, datamodule)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a helper of Lightning
+        check_callbacks(callbacks, self, validates and not short)
+        notes = [short] if validates and short else []
+        if scheduler is not None and scheduler["interval"] == "epoch":
+            monitor = self._plateau_monitor(callbacks)
+            check_monitor("model.lr_scheduler.monitor", monitor, self, validates and not short)
+        if scheduler is not None and steps and not is_fast_dev_run(trainer):
+            notes += schedule_notes(scheduler["scheduler"], steps)
+        return notes
+
+    def _plateau_monitor(self, callbacks: Iterable[L.Callback]) -> str:
+        """The metric that `ReduceLROnPlateau` watches."""
+        given = self._plateau.monitor if isinstance(self._plateau, MonitoredReduceLROnPlateau) else None
+        return given or checkpoint_monitor(callbacks, self)
+
+    def on_train_start(self) -> None:
+        """Check what was restored from a checkpoint."""
+        check_restored_optimizer(self.trainer.optimizers[0], self._configured_lr)
+        if self.trainer.ckpt_path is None or self.trainer.max_steps < 1:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            for note in schedule_notes(config.scheduler, steps_of_run(self.trainer, datamodule_of(self.trainer)) or 0):
+                if note not in self.run_notes:
+                    self.run_notes.append(note)
+                    rank_zero_info(note)
+
+    def on_validation_epoch_end(self) -> None:
+        """Give the monitored metric to `ReduceLROnPlateau`, before checkpoints are saved."""
+        if self._plateau is None or self.trainer.sanity_checking or self.trainer.state.fn != "fit":
+            return
+        monitor = self._plateau_monitor(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if (value := self.trainer.callback_metrics.get(monitor)) is not None:
+            self._plateau.step(float(value))
+
+    def check_optimizer(self) -> None:
+        """Check the arguments of optimizer and scheduler, before the student is loaded.
+
+        Raises:
+            ValueError: they refuse an argument, or a learning rate would not be a finite number of at least 0.
+        """
+        check_optimizer(self.optimizer_callable, self.lr_scheduler_callable)
 
     # ---------------------------------------------------------------------------------------------------- the window
     def accumulate(self, batch: dict[str, Tensor], parts: LossParts, notes: Mapping[str, Mean]) -> None:
@@ -76,7 +197,7 @@ class AccumulatingModule(StudentTeacherModule):
             notes: other values to log, each as a sum and a count.
         """
         self._window.add(batch, parts, notes)
-        self._finite_check.remember(self.trainer.global_step, batch.get("row_ids"), parts.loss)
+        self._finite_check.remember(self.trainer.global_step, batch, parts)
 
     def take_means(self) -> dict[str, Tensor]:
         """The means of the window that has just stepped, once; empty within a window."""
@@ -119,8 +240,10 @@ class AccumulatingModule(StudentTeacherModule):
         return summed * data_parallel_rank(self.trainer)[1] / self.trainer.world_size
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then update the schedules: at the end of the batch, checkpoints are already written."""
+        """Step, then let the teacher follow and update the schedules; at the end of the batch would be after saving."""
         super().optimizer_step(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher.after_step()
         total = self.trainer.estimated_stepping_batches
         progress = (self.trainer.global_step + 1) / total if total and total != float("inf") else 0.0
         # Lightning's epoch skips a number at a resume; num_training_batches is infinite for endless data
@@ -128,6 +251,9 @@ class AccumulatingModule(StudentTeacherModule):
         stats = {**self._means, "epoch": torch.tensor(passes)}
         for schedule in self.schedules().values():
             schedule.update(min(progress, 1.0), stats)
+        for path, part in self.weighted().items():
+            if (sums := self._means.get(f"weight_sums/{path}")) is not None:  # None: the teacher was not run
+                part.update(sums)
 
     # ----------------------------------------------------------------------------------- checks of states and losses
     def check_finite(self) -> None:
@@ -136,7 +262,19 @@ class AccumulatingModule(StudentTeacherModule):
         Raises:
             ValueError: it is NaN or infinite.
         """
-        self._finite_check.check(self.row_locations)
+        self._finite_check.check(self.row_locations, self.non_finite_terms)
+
+    def non_finite_terms(self, batch: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> str:
+        """Which of teacher logits, student logits, divergence and label loss are not finite.
+
+        Args:
+            batch: that was trained on.
+            values: the two terms of the loss, per token with a label.
+        """
+        teacher = None if self.labels_only else self.teacher
+        sharded = any(is_sharded(parameter) for parameter in self.parameters())
+        with forward_context(self._trainer):
+            return non_finite_terms(self.loss, teacher, batch, values, run_teacher=not sharded)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the loss of the previous step."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
-from kd_lightning.losses import DistillationLoss, LossParts, check_names
+from kd_lightning.losses import DistillationLoss, LossParts, check_monitors
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.schedules import Schedule
+from kd_lightning.teachers.base import Teacher
 from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
+from kd_lightning.training.teacher_setup import member_names, tokens_by_member
 
 TRAINING = ("loss", "kd", "ce", "student_share", "grad_norm")  # means that are logged as `train/NAME`
 
@@ -23,7 +25,8 @@ class EvaluationReporter:
 
     Args:
         loss: the training loss.
-        has_teacher: whether there is a teacher.
+        teacher: None: there is none. All values are also logged for each teacher that it is made of, as
+            `val/NAME/MEMBER`.
         monitors: divergences to measure, by name; None: forward and reverse KL, JSD, total variation, and forward KL
             on the top of the teacher's distribution; without a teacher none.
 
@@ -38,11 +41,14 @@ class EvaluationReporter:
         ValueError: the name of a monitor is not allowed.
     """
 
-    def __init__(self, loss: DistillationLoss, has_teacher: bool, monitors: Mapping[str, Divergence] | None) -> None:
+    def __init__(
+        self, loss: DistillationLoss, teacher: Teacher | None, monitors: Mapping[str, Divergence] | None
+    ) -> None:
+        has_teacher = teacher is not None
         default = monitors is None and has_teacher
-        measured = _default_monitors() if default else dict(monitors or {})
-        check_names(measured)
+        measured = _default_monitors() if default else check_monitors(monitors)
         self.has_teacher = has_teacher
+        self._teacher = teacher if member_names(teacher) else None  # another one may be unloaded by a cache
         self.divergences = measured
         self.monitors = nn.ModuleDict(measured)
         self.metrics = nn.ModuleDict()
@@ -60,7 +66,8 @@ class EvaluationReporter:
     def names(self) -> tuple[str, ...]:
         """Names of the values that validation logs as `val/NAME`."""
         names = self.loss.token_loss.names(self.has_teacher)
-        return tuple("ce" if name == "student_nll" else name for name in names if name not in ("loss", "ce"))
+        totals = ["ce" if name == "student_nll" else name for name in names if name not in ("loss", "ce")]
+        return (*totals, *(f"{name}/{member}" for name in totals for member in member_names(self._teacher)))
 
     @staticmethod
     def values(parts: LossParts) -> dict[str, Tensor]:
@@ -78,6 +85,30 @@ class EvaluationReporter:
         metric = self.metrics[key]
         assert isinstance(metric, TokenMean)
         return key, metric
+
+    def update(
+        self, stage: str, values: Mapping[str, Tensor], batch: Mapping[str, Tensor], device: torch.device
+    ) -> Iterator[tuple[str, str, TokenMean]]:
+        """Add the values of a batch to the metrics of a stage.
+
+        Args:
+            stage: `val` or `test`.
+            values: of each labeled token, by name, [N].
+            batch: the batch.
+            device: of the run.
+
+        Yields:
+            Name that is logged, path of the metric, and metric.
+        """
+        members = list(zip(member_names(self._teacher), tokens_by_member(self._teacher, batch), strict=True))
+        for name, value in values.items():
+            found = {f"{stage}/{name}": (name, value)}
+            for number, (member, own) in enumerate(members):
+                found[f"{stage}/{name}/{member}"] = (f"{name}/{number}", value[own])  # no dots in names of modules
+            for logged, (key_name, chosen) in found.items():
+                key, metric = self.metric(stage, key_name, device)
+                metric.update(chosen)
+                yield logged, f"evaluation.{key}", metric
 
     def mean(self, stage: str, name: str) -> float | None:
         """The mean of one value in the stage so far; None if it was not measured."""
@@ -98,6 +129,7 @@ class EvaluationReporter:
         names = (*TRAINING, *sorted(notes))
         scalars = {f"train/{name}": means[name] for name in names if name in means}
         scalars |= {name: means[name] for name in means if name.startswith(PREFIX)}
+        scalars |= {f"train/{name}": means[name] for name in means if name.startswith(("token_weight", "tokens_kept"))}
         for path, schedule in schedules.items():
             value = means.get(f"schedule/{path}", schedule())
             if value.ndim == 0:

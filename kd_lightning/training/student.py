@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX, teacher_view
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.fsdp2 import ShardableStudent
 from kd_lightning.distributed.vocab_parallel import head_on_rank
@@ -17,14 +18,23 @@ from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.models.backbone import body_and_head, head_settings, hidden_states, logits, with_current_weights
-from kd_lightning.models.hf_adapter import name_or_path, output_embeddings, weight_and_bias
-from kd_lightning.models.loading import check_causal, check_finite, load_causal_lm
+from kd_lightning.models.hf_adapter import (
+    base_model,
+    enable_activation_checkpointing,
+    name_or_path,
+    output_embeddings,
+    weight_and_bias,
+)
+from kd_lightning.models.loading import checked_kwargs, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
-from kd_lightning.teachers.base import Teacher
+from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
+from kd_lightning.teachers.base import Teacher, TeacherShare
+from kd_lightning.teachers.routed import rows_of
 from kd_lightning.training.loss_components import component_sums
+from kd_lightning.training.routed_pass import RoutedPass
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
-NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids")
+NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids", TEACHER_INDEX, *TEACHER_FIELDS.values())
 Split = Callable[[Any], tuple[nn.Module, Head]]  # a model into its body and its LM head
 
 
@@ -37,12 +47,20 @@ class StudentSource:
         init: `pretrained` or `random`.
         kwargs: arguments of `from_pretrained`.
         lora: adapters to add; None: all parameters are trained.
+        gradient_checkpointing: whether activations are recomputed in backward.
+
+    Raises:
+        ValueError: an argument in `kwargs` is refused.
     """
 
     model: Any
     init: str = "pretrained"
     kwargs: dict[str, Any] | None = None
     lora: LoRA | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        checked_kwargs(self.kwargs, "student")
 
     @property
     def name(self) -> str | None:
@@ -53,8 +71,8 @@ class StudentSource:
         """Load the student.
 
         Returns:
-            The model in train mode, and the digest of its base weights if a checkpoint can leave them out: with
-            adapters on weights that can be loaded again. None otherwise.
+            The model in train mode, without a gradient for what text does not reach; and the digest of its base weights
+            if a checkpoint can leave them out: with adapters on weights that can be loaded again. None otherwise.
         """
         student, base_digest = self.model, None
         if isinstance(student, str):
@@ -66,6 +84,10 @@ class StudentSource:
             if isinstance(self.model, str) and self.init == "pretrained":
                 base_digest = tensor_digest(student.named_parameters())
             student = add_adapters(student, self.lora)
+        if frozen := freeze_unreached(student):
+            rank_zero_info(f"student: {frozen}")
+        if self.gradient_checkpointing:
+            enable_activation_checkpointing(base_model(student), "gradient_checkpointing")
         return student.train(), base_digest
 
 
@@ -80,6 +102,7 @@ class ForwardPass:
         teacher_head: the teacher's LM head.
         labels: [B, T].
         columns: extra inputs per token, [B, T] or [B].
+        teacher_labels: labels in the teacher's own input, [B, Tt]; None: its input is the student's.
     """
 
     student: Tensor
@@ -88,13 +111,19 @@ class ForwardPass:
     teacher_head: Head | None
     labels: Tensor
     columns: Mapping[str, Tensor]
+    teacher_labels: Tensor | None = None
+
+    @property
+    def knows_all_tokens(self) -> bool:
+        """Whether the teacher's full distribution is known, if there is a teacher."""
+        return not isinstance(self.teacher, TopK)
 
     def loss(self, loss: DistillationLoss) -> LossParts:
         """A loss of these outputs."""
         if self.student_head is None:
-            return loss.from_logits(self.student, self.teacher, self.labels, self.columns)
-        teacher, head = self.teacher, self.teacher_head
-        return loss.from_hidden(self.student, self.student_head, teacher, head, self.labels, self.columns)
+            return loss.from_logits(self.student, self.teacher, self.labels, self.columns, self.teacher_labels)
+        models = (self.student, self.student_head, self.teacher, self.teacher_head)
+        return loss.from_hidden(*models, self.labels, self.columns, self.teacher_labels)
 
 
 class StudentWithLoss(ShardableStudent):
@@ -169,7 +198,8 @@ class StudentWithLoss(ShardableStudent):
         """Undivided loss of one batch; the prediction at position t is compared with the label at t + 1.
 
         Args:
-            batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T].
+            batch: `input_ids`, `attention_mask`, `labels` of shape [B, T], and columns of shape [B] or [B, T]; if the
+                teacher has an input of its own, the fields of `TEACHER_FIELDS` of shape [B, Tt].
             teacher: run without gradient; None if the loss does not use it.
             loss: another loss on the same models (for evaluation); None: the training loss.
             components: a loss whose monitors are measured on the same outputs as well; their means are added to
@@ -177,27 +207,66 @@ class StudentWithLoss(ShardableStudent):
         """
         outputs = self._run_models(batch, teacher)
         parts = outputs.loss(loss or self.loss)
-        if components is not None and teacher is not None and not isinstance(outputs.teacher, TopK):
+        if components is not None and teacher is not None and outputs.knows_all_tokens:
             with torch.no_grad():
                 parts.components.update(component_sums(components, outputs.loss(components)))
         return parts
 
-    def _run_models(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:
-        """Run the teacher, then the student; hidden states if possible, else full logits."""
+    def _run_models(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass | RoutedPass:
+        """Run the teachers, then the student; hidden states if possible, else full logits."""
+        shares = [] if teacher is None else teacher.shares(batch)
+        if len(shares) > 1:
+            return self._run_routed(batch, shares)
+        return self._run_pair(batch, shares[0].teacher if shares else None)
+
+    def _run_pair(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:
+        """Run a teacher on all rows, then the student."""
         inputs = {name: batch[name] for name in MODEL_INPUTS}
-        labels, columns = batch["labels"][:, 1:], _columns(batch)
+        columns = _columns(batch, teacher is not None)
         head, teacher_head = self.head(), None if teacher is None else teacher.head
         known: Tensor | TopK | None = None
         if teacher is not None and (head is None or teacher_head is None):
-            known, teacher_head = teacher.logits(batch)[:, :-1], None
+            known, teacher_head = teacher.logits(teacher_view(batch))[:, :-1], None
         if head is None or self.body is None or isinstance(known, Tensor):
-            return ForwardPass(logits(self.student, **inputs)[:, :-1], None, known, None, labels, columns)
+            return ForwardPass(logits(self.student, **inputs)[:, :-1], None, known, None, *columns)
         if teacher is not None and teacher_head is not None:
-            known = teacher.hidden(batch)[:, :-1]
-        return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, labels, columns)
+            known = teacher.hidden(teacher_view(batch))[:, :-1]
+        return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, *columns)
+
+    def _run_routed(self, batch: dict[str, Tensor], shares: list[TeacherShare]) -> RoutedPass:
+        """Run each teacher on its rows, then the student once on all rows."""
+        head = self.head()
+        known = [(share.rows, *self._run_teacher(batch, share, head)) for share in shares]
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        if head is None or self.body is None:
+            outputs, head = logits(self.student, **inputs)[:, :-1], None
+        else:
+            outputs = hidden_states(self.body, **inputs)[:, :-1]
+        passes = []
+        for rows, teacher, teacher_head in known:
+            if rows is None or not len(rows):  # run for the other ranks
+                continue
+            own, columns = outputs[rows], _columns(rows_of(batch, rows))
+            if head is not None and isinstance(teacher, Tensor) and teacher_head is None:
+                passes.append((rows, ForwardPass(head.logits(own), None, teacher, None, *columns)))
+            else:
+                passes.append((rows, ForwardPass(own, head, teacher, teacher_head, *columns)))
+        return RoutedPass(passes, batch["labels"][:, 1:])
+
+    @staticmethod
+    def _run_teacher(
+        batch: dict[str, Tensor], share: TeacherShare, head: Head | None
+    ) -> tuple[Tensor | TopK, Head | None]:
+        """Hidden states and LM head of a teacher on its rows, or its distribution without a head."""
+        own, teacher_head = teacher_view(rows_of(batch, share.rows)), share.teacher.head
+        if head is None or teacher_head is None:
+            return share.teacher.logits(own)[:, :-1], None
+        return share.teacher.hidden(own)[:, :-1], teacher_head
 
 
-def _columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Extra inputs per token of a batch, shifted like the labels."""
+def _columns(batch: dict[str, Tensor], has_teacher: bool = True) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """Labels, extra inputs per token, and labels of the teacher's own input if any, each without the first token."""
     columns = {name: column for name, column in batch.items() if name not in NOT_COLUMNS}
-    return {name: column[:, 1:] if column.ndim == 2 else column for name, column in columns.items()}
+    own = batch.get(TEACHER_FIELDS["labels"]) if has_teacher else None
+    shifted = {name: column[:, 1:] if column.ndim == 2 else column for name, column in columns.items()}
+    return batch["labels"][:, 1:], shifted, None if own is None else own[:, 1:]

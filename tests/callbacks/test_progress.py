@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,7 +20,9 @@ import pytest
 
 import runs
 from kd_lightning.callbacks.progress import PlainProgress, StepBar, progress
+from kd_lightning.cli.preflight import CHECKS
 from kd_lightning.cli.program import main
+from kd_lightning.console import BAR_FORMAT, terminal_bar
 from locations import ROOT
 
 
@@ -47,8 +56,70 @@ def test_the_bar_shows_the_step_among_all_steps() -> None:
     )
     found = bar.get_metrics(trainer, L.LightningModule())
     assert found == {"step": "0/7"}
-    bar._trainer = trainer
-    assert bar._get_train_description(3).strip() == "Epoch 3"
+
+
+@pytest.mark.slow
+def test_in_a_terminal_every_bar_overwrites_itself_and_is_closed_before_the_table(tmp_path: Path) -> None:
+    data = ["--data.train", str(runs.little_data(tmp_path)), "--data.batch_size", "8"]
+    given = words(tmp_path)[:-2]  # with the closing table
+    given += ["--trainer.val_check_interval", "2", "--results.max_new_tokens", "2"]
+    given += ["--generation.every_n_validations", "1", "--generation.rows", "4", "--generation.max_new_tokens", "2"]
+    text = in_a_terminal([sys.executable, "-m", "kd_lightning", *given, *data, "--trainer.limit_test_batches", "2"])
+    lines = screen(text)
+    table = next(number for number, line in enumerate(lines) if "exact match" in line)
+    assert not any("%|" in line for line in lines[table:])
+    (training,) = (line for line in lines if "%|" in line and "Tokenizing" not in line)
+    assert training.startswith("Epoch 0: 100%|") and "step=4/4" in training and len(training) <= 100
+    for title in ("Test batches", "Validation batches", "Validation", "Answers, val", "student before answers"):
+        assert f"{title}" in text
+
+
+def screen(text: str) -> list[str]:
+    """The lines that a terminal shows after this text, from the first one on."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[\d;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", text):
+        if part == "\x1b[A":
+            row = max(row - 1, 0)
+        elif part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif part[0] != "\x1b":
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines]
+
+
+def in_a_terminal(command: list[str]) -> str:
+    """What a command writes to a terminal with 100 columns."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    with subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment) as process:
+        os.close(child)
+        found = b""
+        with contextlib.suppress(OSError):  # the terminal is closed when the process ends
+            while part := os.read(parent, 1 << 16):
+                found += part
+    os.close(parent)
+    assert process.returncode == 0, found.decode()
+    return found.decode()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_have_one_style_in_a_terminal_and_none_in_a_log(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream)
+    assert terminal_bar().get("file") is (stream if terminal else None)
+    bar = StepBar()
+    bar.enable()
+    bars = [bar.init_sanity_tqdm(), bar.init_train_tqdm(), bar.init_test_tqdm(), bar.init_predict_tqdm()]
+    assert {one.bar_format == BAR_FORMAT for one in bars} == {terminal}
+    for one in reversed(bars):
+        one.close()
 
 
 COUNTING = """
@@ -88,7 +159,8 @@ def test_the_program_sets_lines_before_anything_shows_a_bar() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "title", "total"), [("preflight", "Preflight", 12), ("plan", "Planning", 5), ("compare", "Runs", 2)]
+    ("command", "title", "total"),
+    [("preflight", "Preflight", len(CHECKS)), ("plan", "Planning", 5), ("compare", "Runs", 2)],
 )
 def test_commands_say_how_far_they_are(
     command: str, title: str, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

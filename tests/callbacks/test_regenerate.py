@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 
 import runs
 from generated_runs import ROWS, contrastive, seqkd
+from kd_lightning import DistillationModule
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.program import main
-from kd_lightning.data import IGNORE_INDEX, PromptDataModule
+from kd_lightning.data import IGNORE_INDEX, ContrastiveDataModule, PromptDataModule
 from kd_lightning.generation.batch_generator import BatchGenerator
 from kd_lightning.generation.response_file import Response
 from refusals import refused
@@ -125,6 +127,40 @@ def test_new_words_of_the_student_before_each_pass(data: Path, tmp_path: Path) -
     killed_when(contrastive(root, data), root / "responses" / "student-pass-0001.0-of-1.jsonl", 300)
     assert main(contrastive(root, data, "--ckpt_path", "last")) == 0
     assert same(whole, root)
+
+
+def test_a_second_fit_with_one_data_module_generates_each_pass_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, str, int]] = []
+    generate_pass = Regeneration.generate_pass
+
+    def counted(self: Regeneration, trainer: L.Trainer, module: L.LightningModule, number: int) -> None:
+        calls.append((fit, self.side, number))
+        generate_pass(self, trainer, module, number)
+
+    monkeypatch.setattr(Regeneration, "generate_pass", counted)
+    rows = runs.little_data(tmp_path, rows=8)
+    datamodule = ContrastiveDataModule(
+        str(rows), responses="generate", tokenizer="asset:student", batch_size=4, max_length=128
+    )
+    common: dict[str, Any] = {"max_new_tokens": 3, "keep_unfinished": True}
+    for fit in range(2):
+        callbacks: list[L.Callback] = [Regeneration("teacher", "once", **common), Regeneration("student", **common)]
+        trainer = L.Trainer(
+            accelerator="cpu",
+            default_root_dir=tmp_path / str(fit),
+            max_epochs=2,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(DistillationModule("asset:student", "asset:teacher"), datamodule=datamodule)
+    each = [(side, number) for number in range(2) for side in ("teacher", "student")]
+    assert calls == [(fit, side, number) for fit in range(2) for side, number in each]
 
 
 @pytest.mark.parametrize("said", [Response("", "eos", 1), Response("and and", "length", 8)], ids=["empty", "endless"])

@@ -15,7 +15,7 @@ from kd_lightning.cli.program import main
 from refusals import refused
 
 ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
-    "temperature 0": (["--model.temperature", "0"], ["temperature", "0", ">"]),
+    "temperature 0": (["--model.temperature", "0"], ["temperature", "got 0.0", "[0.001, 1000]"]),
     "temperature negative": (["--model.temperature=-1"], ["temperature", "-1"]),
     "ce_weight above 1": (["--model.ce_weight", "1.5"], ["ce_weight", "1.5"]),
     "ce_weight below 0": (["--model.ce_weight=-0.1"], ["ce_weight", "-0.1"]),

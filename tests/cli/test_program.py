@@ -43,3 +43,16 @@ def test_threads_wait_asleep_unless_the_user_says_how_they_wait(mine: dict[str, 
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     expected = mine or {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     assert shown.stdout.split() == [str(expected.get(name)) for name in names]
+
+
+def test_help_opens_with_what_most_runs_set_and_lists_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    opening = text.splitlines()[:40]
+    for name in ("config", "model.student", "model.teacher", "model.objective", "model.optimizer.lr", "data.train"):
+        assert any(f"--{name} " in line for line in opening), name
+    for name in ("data.max_length", "data.group_by_length", "data.chat_template", "data.num_workers"):
+        assert f"--{name}\n" in text
+    assert text.index("--model.student MODEL") < text.index("--data.max_length") < text.index("--print_config")
+    assert "(default: true)" in text

@@ -49,13 +49,13 @@ def test_last_is_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     newer = save(folder / "epoch=0-step=7.ckpt", 7, seconds=200)
     (folder / ".epoch=0-step=9.ckpt.123.part").write_bytes(newer.read_bytes()[:700])
     save(folder / "best.ckpt", 9, seconds=400)
-    assert checkpoint_path("last", tmp_path) == str(newer)
+    assert checkpoint_path("last", tmp_path / "checkpoints") == str(newer)
     os.utime(last, (200, 200))  # the same time: both hold the same step
-    assert checkpoint_path("last", tmp_path) == str(last)
+    assert checkpoint_path("last", tmp_path / "checkpoints") == str(last)
     for path in (last, newer):
         path.unlink()
     with pytest.raises(ValueError, match=r"--ckpt_path last: .*checkpoints has no \*\.ckpt to resume from"):
-        checkpoint_path("last", tmp_path)
+        checkpoint_path("last", tmp_path / "checkpoints")
 
 
 def test_checkpoints_with_weights_only_are_not_resumed(tmp_path: Path) -> None:
@@ -64,11 +64,11 @@ def test_checkpoints_with_weights_only_are_not_resumed(tmp_path: Path) -> None:
     checkpoint = content()
     del checkpoint["optimizer_states"]
     AtomicCheckpointIO().save_checkpoint(checkpoint, folder / "weights.ckpt")
-    assert checkpoint_path("last", tmp_path) == str(path)
-    assert checkpoint_path("last", tmp_path, resume=False) == str(folder / "weights.ckpt")
+    assert checkpoint_path("last", tmp_path / "checkpoints") == str(path)
+    assert checkpoint_path("last", tmp_path / "checkpoints", resume=False) == str(folder / "weights.ckpt")
     path.unlink()
     with pytest.raises(ValueError, match=r"weights\.ckpt holds weights only"):
-        checkpoint_path("last", tmp_path)
+        checkpoint_path("last", tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "epoch=1-step=2.ckpt"])
@@ -111,7 +111,7 @@ def test_a_foreign_or_damaged_file_is_refused_by_name(kind: str, tmp_path: Path)
     FOREIGN[kind](path)
     for name in ("last", str(path)):
         with pytest.raises(ValueError, match=r"last\.ckpt") as refusal:
-            checkpoint_path(name, tmp_path)
+            checkpoint_path(name, tmp_path / "checkpoints")
         text = str(refusal.value)
         assert "\n" not in text and "weights_only" not in text and "trust" not in text, text
         assert len(text) < 400
@@ -123,7 +123,7 @@ def test_the_refusal_of_the_newest_names_the_one_before(tmp_path: Path) -> None:
     older = save(tmp_path / "checkpoints" / "epoch=0-step=4.ckpt", 4, seconds=10)
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(ValueError, match=r"last\.ckpt .*the file is empty \(the one before it is ") as refusal:
-        checkpoint_path("last", tmp_path)
+        checkpoint_path("last", tmp_path / "checkpoints")
     assert str(older) in str(refusal.value)
 
 

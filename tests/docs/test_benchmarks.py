@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from locations import ROOT
+from scoring_server import ScoringServer
 
 FOLDER = ROOT / "benchmarks"
 
@@ -191,7 +192,7 @@ def test_methods_beside_their_controls_go_on_where_they_were(
 
 
 def test_every_method_that_ships_is_compared(script: Any) -> None:
-    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"lora", "sft"}
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"lora", "sft", "self_distillation"}
     assert shipped == {words[0] for words in script("compare_methods").METHODS.values()}
 
 
@@ -249,3 +250,24 @@ def test_waiting_threads_are_compared_with_the_default(script: Any, tmp_path: Pa
     record = json.loads((tmp_path / "waiting.json").read_text())
     assert set(record["results"]) == set(waiting.POLICIES)
     assert "| default | 1.00 [1.00–1.00] |" in (tmp_path / "waiting.md").read_text()
+
+
+def test_the_page_on_a_server(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with ScoringServer(max_model_len=512) as server:
+        script("on_server").main([server.url, "--rows", "4", "--top_k", "5"])
+    text = capsys.readouterr().out
+    assert "form: prompt_logprobs; max_model_len: 512" in text
+    assert "test at the start: passed" in text
+    assert "| 8 | 4 |" in text
+
+
+@pytest.mark.slow
+def test_self_distillation_is_compared_with_labels(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    benchmark = script("self_distillation")
+    benchmark.main(["--steps", "2", "--runs", "labels only", "--output", str(tmp_path)])
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    assert found["teacher"]["exact_match"] > found["student_before"]["exact_match"]
+    assert "| labels only | 2 | 1 |" in (tmp_path / "report.md").read_text()

@@ -31,6 +31,9 @@ CONFIGS = (
     "distillm",
     "distillm2",
     "minillm",
+    "opd",
+    "eopd",
+    "self_distillation",
 )
 
 

@@ -36,7 +36,9 @@ class MyDivergence(SquaredHellinger):
     pass
 """
 PARSE = """
-import json, sys
+import json, os, sys
+os.cpu_count = lambda: 64  # the pages speak of machines with eight GPUs
+os.sched_getaffinity = lambda process: set(range(64))
 from kd_lightning.cli import program as cli
 from kd_lightning.cli import trainer_cli
 sys.path.append("")

@@ -99,8 +99,11 @@ def test_finite_differences(reduction: str) -> None:
     [
         ({"weight": torch.zeros(3)}, r"head weight must be \[vocabulary, hidden width\], got shape \[3\]"),
         ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"head bias must be \[3\].*got \[2\]"),
-        ({"weight": torch.zeros(3, 2), "scale": 0.0}, "head scale must not be 0"),
-        ({"weight": torch.zeros(3, 2), "softcap": 0.0}, "head softcap must be > 0 or None, got 0.0"),
+        ({"weight": torch.zeros(3, 2), "scale": 0.0}, "head scale must be at least 1e-06 or at most -1e-06, got 0.0"),
+        (
+            {"weight": torch.zeros(3, 2), "softcap": 0.0},
+            r"head softcap must be a number in \[1e-06, 1e\+06\] or None, got 0.0",
+        ),
     ],
 )
 def test_a_head_that_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:

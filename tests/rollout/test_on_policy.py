@@ -170,11 +170,11 @@ def test_a_mixture_is_the_sum_of_both(kind: str) -> None:
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     greedy = Sampling(8, temperature=0.0)
-    whole = generate(student, ids, mask, greedy, processors=[TeacherMixture(teacher, 1.0, 1.0, mask)])
+    whole = generate(student, ids, mask, greedy, processors=[TeacherMixture(teacher, 1.0, 1.0, ids, mask)])
     assert torch.equal(whole, generate(teacher, ids, mask, greedy))
     assert not torch.equal(whole, generate(student, ids, mask, greedy))
 
-    processor = TeacherMixture(teacher, 0.3, 2.0, mask)
+    processor = TeacherMixture(teacher, 0.3, 2.0, ids, mask)
     scores = torch.randn(3, 80)
     with torch.no_grad():
         for width in (6, 7, 9):  # the teacher reads on from what it has read

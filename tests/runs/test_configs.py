@@ -29,7 +29,10 @@ def scalars(root: Path) -> dict[str, list[float]]:
 def test_a_config(name: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     often = ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
-    train = ["--data.train", str(runs.little_data(tmp_path))]  # some configs generate responses to all of it first
+    train = [
+        "--data.train",
+        str(runs.little_data(tmp_path, config=name)),
+    ]  # some configs generate responses to all of it first
     assert main([*runs.little(root, name, steps=3), *often, *train]) == 0
     found = scalars(root)
     logged = {f"val/{key}" for key in VALIDATION} | {"train/loss", "train/kd", "train/ce", "train/student_share"}

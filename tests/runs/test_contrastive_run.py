@@ -50,7 +50,7 @@ def last(root: Path) -> dict[str, Any]:
 
 def test_a_resumed_run_is_the_untouched_one_with_the_gaps_it_follows(tmp_path: Path) -> None:
     train = write(tmp_path / "pairs.jsonl", rows(14))  # four batches a pass, the last one short
-    every = ["--checkpoint.every_n_train_steps", "1"]
+    every = ["--checkpoint.every_n_train_steps", "1", "--model.lr_scheduler.init_args.total_iters", "2000"]
     for root, steps in (("whole", 10), ("cut", 6)):
         assert main([*words(tmp_path / root, train, steps, *every)]) == 0
     again = [*words(tmp_path / "cut", train, 10, *every), "--ckpt_path", "last", "--export.overwrite", "true"]

@@ -176,6 +176,7 @@ def test_resumed_equals_untouched(config: str, tmp_path: Path) -> None:
     if config == "distillm":
         common += ["--model.responses.threshold", "0.7", "--model.responses.capacity", "9"]
         common += ["--model.responses.tolerance", "0.0", "--model.optimizer.lr", "0.03"]
+        common += ["--model.lr_scheduler.init_args.total_iters", "2000"]  # the rate stays high: validation worsens
     if config == "minillm":  # the kept step lies among an epoch of old rollouts
         common += ["--model.responses.inner_epochs", "4", "--model.responses.rollout_steps", "2"]
     root = tmp_path / "root"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 
 import runs
 from kd_lightning.cli.program import main
 from kd_lightning.folder_lock import folder_lock, lock_problem
+from locations import ROOT, SUPPORT
 
 
 @pytest.mark.slow
@@ -99,3 +105,64 @@ def test_a_second_run_is_refused_and_leftovers_of_killed_runs_are_removed(
     assert main(words) == 0
     assert not any(path.exists() for path in leftovers) and lock_problem(root) is None
     assert not (root / ".lock").exists()
+
+
+def test_a_folder_for_checkpoints_elsewhere_is_resumed_from_locked_and_cleaned(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    words = [*runs.little(root, steps=3), "--data.train", str(runs.little_data(tmp_path))]
+    words += ["--checkpoint.dirpath", str(elsewhere), "--checkpoint.every_n_train_steps", "1"]
+    assert main([*words, "--trainer.max_steps", "2"]) == 0
+    assert (elsewhere / "last.ckpt.sha256").is_file() and not list((root / "checkpoints").glob("*.ckpt"))
+    (elsewhere / "last.ckpt").unlink()  # as a kill between two files leaves it
+    leftovers = [elsewhere / ".last.ckpt.17.part", elsewhere / ".last.ckpt.part", root / ".student.part"]
+    leftovers[0].touch()
+    for path in leftovers[1:]:
+        path.mkdir()
+    with folder_lock(elsewhere):
+        for command in (words, ["preflight", *words[1:]]):
+            assert main([*command, "--ckpt_path", "last"]) == 1
+            assert f"{elsewhere} is in use by process" in "".join(capfd.readouterr())
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    assert not any(path.exists() for path in leftovers) and not (elsewhere / ".lock").exists()
+    last = elsewhere / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-9] + bytes(9))
+    capfd.readouterr()
+    assert main([*words, "--trainer.max_steps", "4", "--ckpt_path", "last"]) == 1
+    assert "last.ckpt is" in capfd.readouterr().err
+
+
+class SmallFiles(L.Callback):
+    """A file-size limit that the events exceed, from the first step on."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (events,) = Path(trainer.default_root_dir).glob("tensorboard/events*")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size + 300,) * 2)
+
+
+@pytest.mark.slow
+def test_a_limit_that_the_curves_reach_is_one_line(tmp_path: Path) -> None:
+    words = [*runs.little(tmp_path / "root", steps=30), "--data.train", str(runs.little_data(tmp_path))]
+    words += ["--trainer.log_every_n_steps", "1", "--trainer.callbacks", "test_run_files.SmallFiles"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "runs"), str(SUPPORT)])
+    command = [sys.executable, "-m", "kd_lightning", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "File too large" in line)
+    assert str(tmp_path / "root") in line
+
+
+def test_a_folder_that_is_given_twice_in_another_spelling_is_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("alpha", "beta"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"data: {{}}\nseed_everything: {name}\nmodel: {{x: {name}}}\n")
+    (tmp_path / "link").symlink_to("alpha")
+    assert main(["compare", "~/alpha", str(tmp_path / "alpha"), "$RUNS/alpha", "link", "./alpha/", "beta"]) == 0
+    out = capsys.readouterr().out
+    assert "Left out" not in out and out.count("alpha") == 1

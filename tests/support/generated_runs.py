@@ -8,10 +8,12 @@ from pathlib import Path
 import runs
 
 ROWS = 48
+SCHEDULE = ["--model.lr_scheduler.init_args.total_iters", "2000"]  # the same for runs of any length
 
 
 def seqkd(root: Path, data: Path, *more: str, steps: int = 8) -> list[str]:
     words = [*runs.little(root, "seqkd", steps=steps), "--data.train", str(data), "--data.batch_size", "8"]
+    words += SCHEDULE
     return [*words, "--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k=-1", *more]
 
 
@@ -32,5 +34,13 @@ def contrastive(root: Path, data: Path, *more: str, steps: int = 14) -> list[str
     place = words.index("--config")
     del words[words.index("--data.batch_size") :][:2]
     words[place + 2 : place + 2] = ["--config", str(config)]
-    words += ["--data.batch_size", "8", "--data.val", "asset:validation", "--trainer.limit_test_batches", "0"]
+    words += [
+        "--data.batch_size",
+        "8",
+        "--data.val",
+        "asset:validation",
+        "--trainer.limit_test_batches",
+        "0",
+        *SCHEDULE,
+    ]
     return [*words, "--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k=-1", *more]

@@ -50,10 +50,15 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def little_data(folder: Path, rows: int = 48) -> Path:
+def bundled(split: str, config: str = "quickstart") -> Path:
+    """The bundled file of a split that a shipped config reads."""
+    return Path(resolve(f"asset:{'context_' if config == 'self_distillation' else ''}{split}"))
+
+
+def little_data(folder: Path, rows: int = 48, config: str = "quickstart") -> Path:
     """A file with the first rows of the bundled training data."""
     path = folder / "train.jsonl"
-    lines = Path(resolve("asset:train")).read_text(encoding="utf-8").splitlines()[:rows]
+    lines = bundled("train", config).read_text(encoding="utf-8").splitlines()[:rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

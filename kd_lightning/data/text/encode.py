@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from kd_lightning.data.text.long_rows import first_size
 from kd_lightning.models.hf_adapter import has_offsets
 
 Span = tuple[int, int]
-SHORT_TEXT = 100_000
-"""Texts of at most so many characters are always tokenized in full."""
 MARGIN = 64  # tokens near a cut of the text may differ from those of the whole text
 
 
@@ -52,19 +51,27 @@ def encode_start(
 
     The work is bounded for a text that is much longer.
     """
-    size = max(SHORT_TEXT, 16 * length)
+    size = first_size(length)
     while size < len(text):
-        inside = [span for span in plain if span[1] <= size]
-        found = list(encode(tokenizer, text[:size], spans, inside))
-        if len(found) >= length + MARGIN:
-            return found[:-MARGIN], False
+        found = encode_part(tokenizer, text[:size], spans, plain, length)
+        if found is not None:
+            return found, False
         size *= 4
     return list(encode(tokenizer, text, spans, plain)), True
 
 
+def encode_part(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], plain: Sequence[Span], length: int
+) -> list[tuple[int, bool]] | None:
+    """At least the first `length` tokens of a text of which only the beginning is given; None if it is too short."""
+    inside = [span for span in plain if span[1] <= len(text)]
+    found = list(encode(tokenizer, text, spans, inside))
+    return found[:-MARGIN] if len(found) >= length + MARGIN else None
+
+
 def encode_end(tokenizer: PreTrainedTokenizerBase, text: str, plain: Sequence[Span], length: int) -> list[int]:
     """The last `length` tokens of a text, with bounded work for a text that is much longer."""
-    size = max(SHORT_TEXT, 16 * length)
+    size = first_size(length)
     while size < len(text):
         cut = len(text) - size
         inside = [(start - cut, end - cut) for start, end in plain if start >= cut]

@@ -11,12 +11,13 @@ from kd_lightning.data.conversation import Conversation, Message, text_of
 SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Fields of an assistant's turn that are part of what it says."""
 _BASE = ("role", "content", "tool_call_id")
+_USUAL = ("user", "assistant", "system")
 _BREAKS = re.compile(r"\n|<[^<>\n]{1,40}>")
 Render = Callable[[Conversation], str]
 
 
 def unread_fields(conversation: Conversation, render: Render) -> list[str]:
-    """Names of the fields that do not change the rendered text, once for each turn that has them; and `tools`.
+    """Names of the fields that do not change the text, once for each turn that has them; `tools`, and roles.
 
     Args:
         conversation: turns.
@@ -28,11 +29,15 @@ def unread_fields(conversation: Conversation, render: Render) -> list[str]:
             names[name] = names.get(name, 0) + 1
     if conversation.tools:
         names["tools"] = names.get("tools", 0) + 1
-    if not names:
+    roles = {message["role"] for message in conversation.messages} - set(_USUAL)
+    if not names and not roles:
         return []
     text = render(conversation)
-    if not _is_same(conversation, set(names), render, text):
+    if names and not _is_same(conversation, set(names), render, text):
         names = {name: count for name, count in names.items() if _is_same(conversation, {name}, render, text)}
+    for role in sorted(roles):
+        if _is_same(conversation, {role}, render, text, as_user=True):
+            names[f"role {role!r}"] = sum(message["role"] == role for message in conversation.messages)
     return [name for name, count in sorted(names.items()) for _ in range(count)]
 
 
@@ -73,8 +78,12 @@ def _contains(text: str, words: str) -> bool:
     return True
 
 
-def _is_same(conversation: Conversation, names: set[str], render: Render, text: str) -> bool:
+def _is_same(conversation: Conversation, names: set[str], render: Render, text: str, as_user: bool = False) -> bool:
+    """Whether the text is the same without these fields; with `as_user`, with turns of these roles as the user's."""
+
     def without(message: Message) -> Message:
+        if as_user:
+            return {**message, "role": "user"} if message["role"] in names else message
         return {name: value for name, value in message.items() if name not in names}
 
     turns = [without(message) for message in conversation.messages]

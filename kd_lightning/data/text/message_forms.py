@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kd_lightning.data.conversation import Message, text_of, with_objects
+from kd_lightning.data.text.rendering import EndlessTemplateError
 
 PROBE = "qzProbeInzq"
 _PART_AS_TEXT = re.compile(r"""["']type["']\s*:\s*["']text["']""")
@@ -56,6 +57,8 @@ class MessageForms:
             before, after = around.get(role, ([question, answer], []))
             try:
                 text = self._render([*before, turn, *after])
+            except EndlessTemplateError:
+                raise
             except ValueError:  # unknown: then a string is the usual form
                 text = "" if parts else PROBE
             self._reads[role, parts] = PROBE in text and not _PART_AS_TEXT.search(text)

@@ -3,22 +3,12 @@ r"""Objectives D(a ‖ b), where a and b are two of teacher p, student q and ass
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import final
 
-import torch
 from torch import Tensor
 
 from kd_lightning.assistants import AlphaMixture, ArithmeticMixture, Assistant, GeometricMixture
-from kd_lightning.constants import SOURCES
-from kd_lightning.divergences import (
-    Composite,
-    Divergence,
-    ForwardKL,
-    check_divergence,
-    evaluate,
-    first_not_f_divergence,
-)
-from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_weight, column, value
+from kd_lightning.divergences import Composite, Divergence, ForwardKL, check_divergence, described, evaluate
+from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_flag, check_weight
 
 ROLES = ("teacher", "student", "assistant")
 
@@ -48,10 +38,12 @@ class Objective(Composite):
         super().__init__()
         check_divergence("divergence", divergence)
         if assistant is not None and not isinstance(assistant, Assistant):
-            raise ValueError(f"assistant must be an Assistant or None, got {assistant!r}")
-        pair = tuple(pair)  # type: ignore[assignment]
-        if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= set(ROLES):
-            raise ValueError(f"pair must be two different names of {', '.join(ROLES)}, got {pair!r}")
+            raise ValueError(f"assistant must be an Assistant or None, got {described(assistant)}")
+        check_flag("detach_assistant", detach_assistant)
+        named = isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] != pair[1]
+        if not named or any(name not in ROLES for name in pair):
+            raise ValueError(f"pair must be two different names of {', '.join(ROLES)}, got {described(pair)}")
+        pair = tuple(pair)  # type: ignore[assignment]  # a list in a config
         if ("assistant" in pair) != (assistant is not None):
             given = "no assistant" if assistant is None else f"the assistant {type(assistant).__name__}"
             raise ValueError(f"pair must contain 'assistant' if and only if one is given, got {pair!r} and {given}")
@@ -64,12 +56,22 @@ class Objective(Composite):
 
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
         """Divergence per token."""
+        return evaluate(self.divergence, *self._compared(log_p, log_q, rows), rows)
+
+    def _compared(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The two distributions, as log-probabilities."""
         parts = {"teacher": log_p, "student": log_q}
         if self.assistant is not None:
             log_r = self.assistant(log_p, log_q, rows)
             parts["assistant"] = log_r.detach() if self.detach_assistant else log_r
         a, b = self.pair
-        return evaluate(self.divergence, parts[a], parts[b], rows)
+        return parts[a], parts[b]
+
+    def token_scores(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The scores of the divergence's weights, which see a and b."""
+        if not self.weighted():
+            return {}
+        return super().token_scores(*self._compared(log_p, log_q, rows), rows)
 
     @property
     def is_f_divergence(self) -> bool:
@@ -172,82 +174,3 @@ class AMiD(Objective):
         pair: tuple[str, str] = ("teacher", "assistant"),
     ) -> None:
         super().__init__(divergence, AlphaMixture(alpha, teacher_weight), pair)
-
-
-class Contrastive(Composite):
-    r"""One objective for the teacher's responses and another for the student's (CALD of DistiLLM-2).
-
-    \(2s\,D_1\) on responses of the dataset or the teacher, \(2(1-s)\,D_2\) on the student's. With s = 0.5 and
-    `reduction="sequence_mean"` this is the mean over pairs of (SKL + SRKL)/2.
-
-    Args:
-        teacher_responses: D1, for responses of the dataset or the teacher; None: `SkewKL(0.1)`.
-        student_responses: D2, for the student's responses; None: `SkewReverseKL(0.1)`.
-        teacher_share: s in [0, 1], or a schedule.
-
-    Raises:
-        ValueError: an argument is out of range; in `forward`, `rows` has no entry "source".
-
-    Reference: Ko et al., arXiv 2503.07067.
-    """
-
-    def __init__(
-        self,
-        teacher_responses: Divergence | None = None,
-        student_responses: Divergence | None = None,
-        teacher_share: Weight = 0.5,
-    ) -> None:
-        super().__init__()
-        self.teacher_responses = SkewKL(0.1) if teacher_responses is None else teacher_responses
-        self.student_responses = SkewReverseKL(0.1) if student_responses is None else student_responses
-        check_divergence("teacher_responses", self.teacher_responses)
-        check_divergence("student_responses", self.student_responses)
-        check_weight("teacher_share", teacher_share)
-        self.teacher_share = teacher_share
-
-    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Divergence per token."""
-        source, share = column(rows, "source", "Contrastive"), value(self.teacher_share, rows)
-        teacher = 2 * share * evaluate(self.teacher_responses, log_p, log_q, rows)
-        student = 2 * (1 - share) * evaluate(self.student_responses, log_p, log_q, rows)
-        return torch.where(source == SOURCES.index("student"), student, teacher)
-
-    @property
-    def is_f_divergence(self) -> bool:
-        """Whether both objectives are f-divergences."""
-        return self.not_f_divergence() is None
-
-    def not_f_divergence(self) -> str | None:
-        """Name of the first objective that is not an f-divergence."""
-        return first_not_f_divergence((self.teacher_responses, self.student_responses))
-
-    def components(self) -> dict[str, Divergence]:
-        """Both objectives, each on its own responses."""
-        return {
-            "teacher_responses": OnSource(self.teacher_responses, student=False),
-            "student_responses": OnSource(self.student_responses, student=True),
-        }
-
-
-@final
-class OnSource(Composite):
-    """A divergence on the responses of one source, NaN on the others; used to measure the sides of `Contrastive`.
-
-    Args:
-        divergence: the divergence.
-        student: True: the student's responses; False: those of the dataset and the teacher.
-    """
-
-    def __init__(self, divergence: Divergence, student: bool) -> None:
-        super().__init__()
-        self.divergence = divergence
-        self.student = student
-
-    def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Divergence per token."""
-        selected = (column(rows, "source", "Contrastive") == SOURCES.index("student")) == self.student
-        return torch.where(selected, evaluate(self.divergence, log_p, log_q, rows), torch.nan)
-
-    def components(self) -> dict[str, Divergence]:
-        """The divergence's components, on the same responses."""
-        return {name: OnSource(part, self.student) for name, part in self.divergence.components().items()}

@@ -1,0 +1,59 @@
+"""A teacher with an input of its own over two gloo ranks: ddp and fsdp2 are one process, with and without adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import processes
+from architectures import VOCABULARY, tiny
+from kd_lightning import DistillationModule
+from kd_lightning.constants import TEACHER_FIELDS
+from kd_lightning.distributed.dtensor import full_state_dict
+from kd_lightning.models.lora import LoRA
+from kd_lightning.strategies import FSDP2Strategy
+from sharded_fits import joined, train
+from tiny_fits import SGD, Batch, rows, split
+
+
+def own_input(batch: Batch) -> Batch:
+    """The batch with a longer prompt for the teacher: three more tokens before each row."""
+    first = torch.randint(3, VOCABULARY, (len(batch["labels"]), 3), generator=torch.Generator().manual_seed(5))
+    more = {"input_ids": first, "attention_mask": torch.ones_like(first), "labels": torch.full_like(first, -100)}
+    return {**batch, **{own: torch.cat([more[name], batch[name]], 1) for name, own in TEACHER_FIELDS.items()}}
+
+
+def trained(
+    folder: Path, strategy: Any, lora: bool, rank: int = 0, ranks: int = 1, own: bool = True
+) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    student, teacher = tiny("llama"), tiny("llama", hidden_size=48)
+    adapters = LoRA(r=2) if lora else None
+    module = DistillationModule(student, teacher, ce_weight=0.5, optimizer=SGD, lora=adapters)
+    batch = rows(8, VOCABULARY)
+    part = split(own_input(batch) if own else batch, *{1: [8], 2: [5, 3]}[ranks])[rank]
+    train(module, part, folder, None, devices=ranks, strategy=strategy, max_epochs=2)
+    return full_state_dict(module.student)
+
+
+def on_two_ranks(rank: int, folder: str, lora: bool) -> dict[str, dict[str, Tensor]]:
+    joined(rank, 2)
+    kinds = {"ddp": "ddp", "fsdp2": FSDP2Strategy()}
+    return {kind: trained(Path(folder) / kind, strategy, lora, rank, 2) for kind, strategy in kinds.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
+def test_two_ranks_are_one_process(lora: bool, tmp_path: Path) -> None:
+    found = processes.run(on_two_ranks, str(tmp_path / "two"), lora)
+    one = trained(tmp_path / "one", "auto", lora)
+    plain = trained(tmp_path / "plain", "auto", lora, own=False)
+    assert any((one[name] - plain[name]).abs().max() > 1e-4 for name in one)
+    for states in found:
+        for kind, state in states.items():
+            for name, x in one.items():
+                torch.testing.assert_close(state[name], x, atol=2e-5, rtol=0, msg=f"{kind} {name}")

@@ -1,0 +1,94 @@
+"""A server that gives log-probabilities of prompts by a model in this process, in the forms of several servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fake_server import Answer, FakeServer
+from kd_lightning.models.loading import load_causal_lm
+
+Change = Callable[[Any], Any]
+
+
+class ScoringServer(FakeServer):
+    """Answers with the log-probabilities of the bundled teacher.
+
+    Args:
+        dialect: "vllm", "echo" (tokens by text), "echo ids" (tokens as `token_id:N`) or "words" (no log-probabilities).
+        bound: largest number of log-probabilities.
+        change: is applied to the log-probabilities [T, V] of each prompt.
+        shift: entries are given so many tokens too early.
+        text: the text of a token.
+        fault: as in `FakeServer`, asked first.
+        max_model_len: as in the list of models.
+        delay: seconds that an answer takes.
+    """
+
+    def __init__(
+        self,
+        dialect: str = "vllm",
+        bound: int = 4096,
+        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        shift: int = 0,
+        text: Callable[[int], str] = str,
+        fault: Any = None,
+        max_model_len: int | None = None,
+        delay: float = 0.0,
+        port: int = 0,
+    ) -> None:
+        self.model = load_causal_lm("asset:teacher", kwargs={"dtype": "float32"}, role="teacher").eval()
+        self.dialect, self.bound, self.change, self.shift, self.text = dialect, bound, change, shift, text
+        self.max_model_len = max_model_len
+        self.fault = fault
+        super().__init__(self._choose, delay=delay, port=port)
+
+    def _choose(self, number: int, path: str, body: Any) -> Answer | None:
+        if self.fault is not None and (found := self.fault(number, path, body)) is not None:
+            answer: Answer = found
+            return answer
+        if path == "/v1/models":
+            length = {} if self.max_model_len is None else {"max_model_len": self.max_model_len}
+            return 200, json.dumps({"data": [{"id": "teacher", **length}]}).encode()
+        if path != "/v1/completions":
+            return 404, b"no such endpoint"
+        return self._scores(body)
+
+    def _scores(self, body: dict[str, Any]) -> Answer:
+        ids = body["prompt"]
+        k = (
+            body.get("prompt_logprobs")
+            if self.dialect == "vllm"
+            else body.get("logprobs")
+            if body.get("echo")
+            else None
+        )
+        if k is None or self.dialect == "words":
+            return 200, json.dumps({"choices": [{"text": "words", "finish_reason": "length"}]}).encode()
+        if k > self.bound:
+            return 400, f"Requested sample logprobs of {k}, which is greater than max allowed: {self.bound}".encode()
+        with torch.no_grad():
+            scores = self.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        scores = scores if self.change is None else self.change(scores)
+        rows = [None, *(self._entry(scores[min(t + self.shift, len(ids)) - 1], ids[t], k) for t in range(1, len(ids)))]
+        if self.dialect == "vllm":
+            choice: dict[str, Any] = {"text": "", "finish_reason": "length", "prompt_logprobs": rows}
+            for row in rows[1:]:
+                assert row is not None
+                for rank, (token, value) in enumerate(list(row.items())):
+                    row[token] = {"logprob": max(value, -9999.0), "rank": rank + 1, "decoded_token": "?"}
+        else:
+            name = (lambda t: f"token_id:{t}") if self.dialect == "echo ids" else self.text
+            own = [None, *(row[str(ids[t])] for t, row in enumerate(rows) if row is not None)]
+            top = [None if row is None else {name(int(t)): v for t, v in row.items()} for row in rows]
+            logprobs = {"tokens": [name(t) for t in ids], "token_logprobs": own, "top_logprobs": top}
+            choice = {"text": "", "finish_reason": "length", "logprobs": logprobs}
+        return 200, json.dumps({"choices": [choice]}).encode()
+
+    @staticmethod
+    def _entry(scores: torch.Tensor, own: int, k: int) -> dict[str, Any]:
+        best = scores.topk(min(k, len(scores))).indices.tolist()
+        return {str(t): float(scores[t]) for t in [*best, *([] if own in best else [own])]}
