@@ -40,7 +40,7 @@ def one(run: str, seed: int, steps: int, root: Path) -> dict[str, Any]:
     words += ["--trainer.val_check_interval", str(steps), "--generation.every_n_validations", "0"]
     words += ["--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"]
     words += ["--export.overwrite", "true"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"{run}: {done.stderr.strip().splitlines()[-1]}")
     found: dict[str, Any] = json.loads((root / "results.json").read_text(encoding="utf-8"))
