@@ -52,7 +52,8 @@ def measure(policy: str, threads: int, beside: int, calls: int) -> float:
     command = [sys.executable, __file__, "--measure"]
     others = [subprocess.Popen([*command, "1000000"], env=environment, stdout=subprocess.PIPE) for _ in range(beside)]
     try:
-        done = subprocess.run([*command, str(calls)], env=environment, capture_output=True, encoding="utf-8", check=True)
+        words = [*command, str(calls)]
+        done = subprocess.run(words, env=environment, capture_output=True, encoding="utf-8", check=True)
     finally:
         for other in others:
             other.kill()
