@@ -92,16 +92,7 @@ class OpenAIClient:
         Raises:
             ValueError: the server refuses or does not answer.
         """
-
-        def parse(answer: Any) -> list[str]:
-            return [valid_string(model["id"]) for model in answer["data"]]
-
-        try:
-            return self.request("models", None, parse, "the list of models", min(self.patience, FIRST_PATIENCE))
-        except RequestRefusedError as error:
-            if error.status not in (404, 405, 501):  # not implemented by some servers
-                raise
-            return []
+        return self._listed(lambda answer: [valid_string(model["id"]) for model in answer["data"]], [])
 
     def max_length(self, model: str) -> int | None:
         """The longest sequence that a served model reads, in tokens (`max_model_len`); None: the server does not say.
@@ -113,12 +104,16 @@ class OpenAIClient:
         def parse(answer: Any) -> int | None:
             return next((entry.get("max_model_len") for entry in answer["data"] if entry["id"] == model), None)
 
+        return self._listed(parse, None)
+
+    def _listed(self, parse: Callable[[Any], T], otherwise: T) -> T:
+        """What is taken from the list of models; `otherwise` if the server has no such list."""
         try:
             return self.request("models", None, parse, "the list of models", min(self.patience, FIRST_PATIENCE))
         except RequestRefusedError as error:
             if error.status not in (404, 405, 501):  # not implemented by some servers
                 raise
-            return None
+            return otherwise
 
     def select_model(self, name: str | None) -> str:
         """The name of a served model; None: the only one that is served.

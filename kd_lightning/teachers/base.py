@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd_lightning.divergences import Divergence
 from kd_lightning.engine.head import Head
-from kd_lightning.engine.top_k import TopK
+from kd_lightning.engine.top_k import TopK, check_lower_bound
 from kd_lightning.losses import DistillationLoss
 
 
@@ -93,6 +93,20 @@ class RunContext:
     data: TokenizedData | None = None
     generates_responses: bool = False
     sum_over_ranks: Callable[[Tensor], Tensor] = _same
+
+    def check_top_k_loss(self) -> None:
+        """Check that loss and monitors can be computed from the teacher's top k.
+
+        Raises:
+            ValueError: one of them is not a lower bound there, or the temperature is not 1.
+        """
+        check_lower_bound(self.loss.objective, self.monitors)
+        temperature = self.loss.token_loss.temperature
+        if temperature != 1:
+            raise ValueError(
+                f"temperature must be 1 with a top-k teacher (the probabilities of its other tokens are unknown), got "
+                f"{temperature}"
+            )
 
 
 @dataclass(frozen=True)

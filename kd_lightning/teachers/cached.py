@@ -18,7 +18,7 @@ from kd_lightning.constants import teacher_view
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
-from kd_lightning.engine.top_k import TopK, check_lower_bound
+from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.paths import expand_path
 from kd_lightning.teachers.base import CachedOutputs, RunContext, Teacher, TokenizedData
@@ -113,13 +113,7 @@ class CachedTeacher(Teacher):
                 "the teacher itself"
             )
         if manifest.kind == "top_k":
-            check_lower_bound(run.loss.objective, run.monitors)
-            temperature = run.loss.token_loss.temperature
-            if temperature != 1:
-                raise ValueError(
-                    f"temperature must be 1 with a top-k teacher (the probabilities of its other tokens are unknown), "
-                    f"got {temperature}"
-                )
+            run.check_top_k_loss()
             rank_zero_info(
                 f"teacher: {manifest.k} tokens and the mass of the others are known: divergences, monitored ones too, "
                 "are lower bounds"

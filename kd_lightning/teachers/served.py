@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
-from kd_lightning.engine.top_k import TopK, check_lower_bound
+from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.openai_client import OpenAIClient
 from kd_lightning.models.prompt_logprobs import PromptScorer, detect_dialect
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.cache_format import row_keys
-from kd_lightning.teachers.server_checks import check_scores, check_temperature
+from kd_lightning.teachers.server_checks import check_scores
 
 AHEAD = 4
 """Answers of so many batches are kept for a batch that has not been read yet."""
@@ -94,10 +94,7 @@ class ServerTeacher(Teacher):
         self._run = run
         self._vocabulary = run.student.vocabulary
         if not self.is_exact:
-            check_lower_bound(run.loss.objective, run.monitors)
-            check_temperature(run.loss.token_loss.temperature)
-        if run.data is not None:
-            run.data.look_ahead(self.prefetch)
+            run.check_top_k_loss()
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Connect to the server and test it with tokens of the data."""
@@ -113,6 +110,8 @@ class ServerTeacher(Teacher):
         check_scores(scorer, probe, self._vocabulary, longest)
         self._scorer = scorer
         self._pool = ThreadPoolExecutor(self.requests)
+        if self._run.data is not None:
+            self._run.data.look_ahead(self.prefetch)
         if not self.is_exact:
             rank_zero_info(
                 f"teacher: {scorer.model} at {self._client.url}: {self.top_k} tokens and the mass of the others are "
@@ -134,29 +133,27 @@ class ServerTeacher(Teacher):
 
     def prefetch(self, batch: Mapping[str, Tensor]) -> None:
         """Ask for the rows of a batch that is read later; does not wait."""
-        if self._scorer is None:
-            return
         self._ask(batch)
         limit = AHEAD * max(1, len(batch["labels"]))
         for key in [key for key, answer in self._asked.items() if answer.done()][: max(0, len(self._asked) - limit)]:
             del self._asked[key]
 
-    def _ask(self, batch: Mapping[str, Tensor]) -> list[tuple[int, Future[TopK]]]:
-        """Answers, present or future, by row of the batch; of rows with a label."""
+    def _ask(self, batch: Mapping[str, Tensor]) -> dict[int, bytes]:
+        """Ask for the rows of a batch that have a label; their keys in `_asked` by row of the batch."""
         if self._scorer is None or self._pool is None:
             raise ValueError("the teacher is not loaded yet: call `load(device)` first")
         labels = batch["labels"].cpu()
         labeled = next_token_mask(labels)
         keys, prompts = row_keys(batch), _prompts(batch)
         names = batch["row_ids"].tolist() if "row_ids" in batch else range(len(labels))
-        found = []
+        found = {}
         for row in torch.nonzero(labeled.any(1)).flatten().tolist():
             key = keys[row].cpu().numpy().tobytes()
             if key not in self._asked:
                 places = self._places(batch, row, labeled[row])
                 what = f"row {names[row]}"
                 self._asked[key] = self._pool.submit(self._answer, prompts[row].tolist(), places, what)
-            found.append((row, self._asked[key]))
+            found[row] = key
         return found
 
     def _result(self, answer: Future[TopK]) -> TopK:
@@ -196,12 +193,13 @@ class ServerTeacher(Teacher):
         log_probs = torch.full(ids.shape, -math.log(max(width, 2)), device=device)
         log_tail = torch.full(labels.shape, -math.log(2.0), device=device)
         labeled = next_token_mask(labels)
-        for row, answer in self._ask(batch):
-            known, where = self._result(answer), labeled[row]
+        asked = self._ask(batch)
+        for row, key in asked.items():
+            known, where = self._result(self._asked[key]), labeled[row]
             ids[row, :-1][where] = known.ids.to(device)
             log_probs[row, :-1][where] = known.log_probs.to(device)
             log_tail[row, :-1][where] = known.log_tail.to(device)
-        for key in (row_key.cpu().numpy().tobytes() for row_key in row_keys(batch)):
+        for key in asked.values():  # two rows may be the same
             self._asked.pop(key, None)
         assert self._vocabulary is not None
         if self.is_exact:

@@ -14,19 +14,6 @@ ROUNDING = 0.02
 """The probabilities of an entry may sum to so much more than 1."""
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature at which the top k are unknown.
-
-    Raises:
-        ValueError: the temperature is not 1.
-    """
-    if temperature != 1:
-        raise ValueError(
-            f"temperature must be 1 with a top-k teacher (the probabilities of its other tokens are unknown), got "
-            f"{temperature}"
-        )
-
-
 def check_scores(scorer: PromptScorer, ids: Sequence[int], vocabulary: int, longest: int = 0) -> None:
     """Test what a server answers.
 

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.hf import HFTeacher
 from locations import ROOT
-from tiny_fits import assert_same_student, weights
+from tiny_fits import assert_same_student, fit_data
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 FRESH = {"max_new_tokens": 8}
@@ -51,19 +50,7 @@ def data_of(path: str, prompt: str | None, kind: Any = InstructionDataModule) ->
 
 
 def train(module: DistillationModule, data: Any, steps: int = 3) -> dict[str, Tensor]:
-    L.seed_everything(3, verbose=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, datamodule=data)
-    return weights(module)
+    return fit_data(module, data, steps, seed=3)
 
 
 def module(**kwargs: Any) -> DistillationModule:

@@ -21,7 +21,7 @@ from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.served import ServerTeacher, as_top_k
 from scoring_server import ScoringServer
-from tiny_fits import assert_same_student, weights
+from tiny_fits import assert_same_student, fit_data
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 FP32 = {"dtype": "float32"}
@@ -40,20 +40,8 @@ def data_of(path: str, **kwargs: Any) -> InstructionDataModule:
 def train(
     teacher: Any, path: str, steps: int = 4, data: dict[str, Any] | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    L.seed_everything(1, verbose=False)
     module = DistillationModule("asset:student", **{"teacher": teacher, "optimizer": SGD, **kwargs})
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, datamodule=data_of(path, **(data or {})))
-    return weights(module)
+    return fit_data(module, data_of(path, **(data or {})), steps, seed=1)
 
 
 @pytest.mark.parametrize(
