@@ -36,7 +36,7 @@ class VocabularyMap:
                 raise ValueError(f"{name} must be int64 of one length K, got {ids.dtype} of shape {list(ids.shape)}")
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
                 raise ValueError(f"{name} must be in [0, {size}), got {int(ids.min())} to {int(ids.max())}")
-            if len(ids.unique()) != len(ids):
+            if len(set(ids.tolist())) != len(ids):
                 raise ValueError(f"{name} must contain each token at most once")
 
     @property

@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer: what a batch holds, what the report counts, and responses in the teacher's tokens."""
+"""A teacher with another tokenizer: what a batch holds, what the report counts, responses in the teacher's tokens."""
 
 from __future__ import annotations
 

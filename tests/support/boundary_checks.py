@@ -98,7 +98,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def check_pair(student: Any, teacher: Any, texts: Sequence[str]) -> Found:
-    """Compare the alignment of texts with the common prefixes, token by token; text without a common spelling is left out.
+    """Compare the alignment of texts with the common prefixes, token by token.
 
     Where both sides spell a text alike, the pairs are all tokens before which both have read the same. Otherwise, each
     pair has read the same, or the same follows on both sides.
