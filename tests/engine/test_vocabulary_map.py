@@ -230,6 +230,7 @@ def test_reductions(reduction: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("sizes", [(VS, VT), (VS, K), (K, VT)], ids=str)
 def test_compiled_blocks_agree(sizes: tuple[int, int]) -> None:
     case, found = Case(torch.float32, *sizes), pairs(*sizes)
