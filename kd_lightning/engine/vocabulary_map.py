@@ -99,6 +99,11 @@ class VocabularyMap:
         return shared.index_fill_(0, self.student_ids, True)
 
     @functools.cached_property
+    def teacher_shared(self) -> Tensor:
+        """Whether each of the teacher's tokens has a partner, [teacher_size]."""
+        return self.student_of_teacher >= 0
+
+    @functools.cached_property
     def student_rest(self) -> Tensor:
         """The student's tokens without a partner."""
         return torch.nonzero(~self.student_shared).flatten()
@@ -106,7 +111,7 @@ class VocabularyMap:
     @functools.cached_property
     def teacher_rest(self) -> Tensor:
         """The teacher's tokens without a partner."""
-        return torch.nonzero(self.student_of_teacher < 0).flatten()
+        return torch.nonzero(~self.teacher_shared).flatten()
 
     @functools.cached_property
     def student_of_teacher(self) -> Tensor:
