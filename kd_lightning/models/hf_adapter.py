@@ -151,6 +151,12 @@ def backend_state(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if backend is None else str(backend.to_str())
 
 
+def normalized(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text after the normalizer of a tokenizer of the `tokenizers` library; some have none."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
 def is_token_of_model(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
     """Whether the model inside a tokenizer of the `tokenizers` library reads the text of this token as the token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.models.hf_adapter import backend_state
+from kd_lightning.models.hf_adapter import backend_state, normalized
 
 BYTE_LEVEL, METASPACE = "ByteLevel", "Metaspace"
 READABLE = (BYTE_LEVEL, METASPACE, "Replace", "ByteFallback", "Fuse", "Strip")
@@ -167,7 +167,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, table: Sequence[bytes | None]) ->
         if None in parts:  # characters that the tokenizer does not know
             continue
         found = b"".join(part or b"" for part in parts).decode(errors="replace")
-        if found.removeprefix(" ") not in (text, decoded(ids).removeprefix(" ")):
+        if found.strip(" ") not in (text, normalized(tokenizer, text).replace("▁", " ").strip(" ")):
             raise _unreadable(tokenizer, f"the tokens of {text!r} read as {found!r}")
         anchor = anchor or ids
     normal = [number for number, part in enumerate(table) if part is not None and _is_text(part)]
