@@ -24,8 +24,8 @@ from kd_lightning.divergences.total_variation import TotalVariation as TotalVari
 from kd_lightning.divergences.weighted_sum import WeightedSum as WeightedSum
 from kd_lightning.engine.head import Head as Head
 from kd_lightning.engine.label_mask import shift_labels as shift_labels
-from kd_lightning.integrations.step import DistillationStep as DistillationStep
 from kd_lightning.engine.vocabulary_map import VocabularyMap as VocabularyMap
+from kd_lightning.integrations.step import DistillationStep as DistillationStep
 from kd_lightning.label_losses import ClippedPolicyGradient as ClippedPolicyGradient
 from kd_lightning.label_losses import CrossEntropy as CrossEntropy
 from kd_lightning.label_losses import LabelLoss as LabelLoss
