@@ -2,8 +2,8 @@
 
 A batch is a dict of tensors: `input_ids`, `attention_mask` and `labels` of shape [B, T], `row_ids` and `source` of
 shape [B]; if the teacher has an input of its own, also `teacher_input_ids`, `teacher_attention_mask` and
-`teacher_labels` of shape [B, Tt]. Labels have the positions of their own tokens (the module shifts them); tokens
-without a label have `IGNORE_INDEX`.
+`teacher_labels` of shape [B, Tt]; if it has a tokenizer of its own, also `teacher_positions` of shape [B, T]. Labels
+have the positions of their own tokens (the module shifts them); tokens without a label have `IGNORE_INDEX`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS, TEACHER_POSITIONS
 from kd_lightning.data.base import GenerationRow
 
 COLUMNS = ("input_ids", "label_mask", "row_id", "source")
@@ -31,11 +31,12 @@ class TokenRows(Dataset[list[dict[str, Any]]]):
     Args:
         data: a `datasets.Dataset` with the columns `input_ids`, `label_mask` (one bool per token), `row_id`, and
             `source` if the origin of the responses matters; `teacher_input_ids` and `teacher_label_mask` if the teacher
-            has an input of its own.
+            has an input of its own; `teacher_positions` if it has a tokenizer of its own.
     """
 
     def __init__(self, data: Any) -> None:
-        names = [name for name in (*COLUMNS, *(f"teacher_{name}" for name in COLUMNS)) if name in data.column_names]
+        known = (*COLUMNS, *(f"teacher_{name}" for name in COLUMNS), TEACHER_POSITIONS)
+        names = [name for name in known if name in data.column_names]
         self.data = data.select_columns(names)
 
     def __len__(self) -> int:
@@ -50,6 +51,8 @@ class TokenRows(Dataset[list[dict[str, Any]]]):
             if index == FILLER:
                 masks = {name: [False] * len(row[name]) for name in row if name.endswith("label_mask")}
                 row.update(masks, row_id=FILLER)
+                if TEACHER_POSITIONS in row:
+                    row[TEACHER_POSITIONS] = [-1] * len(row[TEACHER_POSITIONS])
         return rows
 
 
@@ -103,10 +106,17 @@ class Collator:
     Args:
         pad_id: the token id of padding, whose attention mask is 0 and whose label is `IGNORE_INDEX`.
         columns: further columns [B] by name: an integer for every row by its `row_id`; 0 for "no row".
+        teacher_pad_id: the token id of padding in the teacher's input; None: the same.
     """
 
-    def __init__(self, pad_id: int, columns: Mapping[str, Mapping[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        pad_id: int,
+        columns: Mapping[str, Mapping[int, int]] | None = None,
+        teacher_pad_id: int | None = None,
+    ) -> None:
         self.pad_id = pad_id
+        self.teacher_pad_id = pad_id if teacher_pad_id is None else teacher_pad_id
         self.columns = columns or {}
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
@@ -115,7 +125,7 @@ class Collator:
         for row in rows:
             flat.extend(row if isinstance(row, list) else [row])
         batch = {
-            **self._padded(flat),
+            **_padded(flat, self.pad_id),
             "row_ids": torch.tensor([row["row_id"] for row in flat], dtype=torch.long),
             "source": torch.tensor([row.get("source", 0) for row in flat], dtype=torch.long),
             **{
@@ -124,23 +134,14 @@ class Collator:
             },
         }
         if "teacher_input_ids" in flat[0]:
-            own = self._padded(flat, "teacher_")
+            own = _padded(flat, self.teacher_pad_id, "teacher_")
             batch |= {TEACHER_FIELDS[name]: own[name] for name in TEACHER_FIELDS}
+        if TEACHER_POSITIONS in flat[0]:
+            positions = torch.full(batch["labels"].shape, -1, dtype=torch.long)
+            for n, row in enumerate(flat):
+                positions[n, : len(row[TEACHER_POSITIONS])] = torch.tensor(row[TEACHER_POSITIONS], dtype=torch.long)
+            batch[TEACHER_POSITIONS] = positions
         return batch
-
-    def _padded(self, rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, Tensor]:
-        """Tokens, attention mask and labels of the columns with this prefix, [B, T]."""
-        shape = (len(rows), max(len(row[f"{prefix}input_ids"]) for row in rows))
-        input_ids = torch.full(shape, self.pad_id, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
-        for n, row in enumerate(rows):
-            ids = torch.tensor(row[f"{prefix}input_ids"], dtype=torch.long)
-            label_mask = torch.tensor(row[f"{prefix}label_mask"], dtype=torch.bool)
-            input_ids[n, : len(ids)] = ids
-            attention_mask[n, : len(ids)] = 1
-            labels[n, : len(ids)] = torch.where(label_mask, ids, IGNORE_INDEX)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 class PromptCollator:
@@ -175,3 +176,18 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]
             input_ids[n, -len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
             attention_mask[n, -len(prompt) :] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _padded(rows: Sequence[Mapping[str, Any]], pad_id: int, prefix: str = "") -> dict[str, Tensor]:
+    """Tokens, attention mask and labels of the columns with this prefix, [B, T]."""
+    shape = (len(rows), max(len(row[f"{prefix}input_ids"]) for row in rows))
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+    for n, row in enumerate(rows):
+        ids = torch.tensor(row[f"{prefix}input_ids"], dtype=torch.long)
+        label_mask = torch.tensor(row[f"{prefix}label_mask"], dtype=torch.bool)
+        input_ids[n, : len(ids)] = ids
+        attention_mask[n, : len(ids)] = 1
+        labels[n, : len(ids)] = torch.where(label_mask, ids, IGNORE_INDEX)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

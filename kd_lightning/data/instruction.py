@@ -6,15 +6,12 @@ import os
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.data.base import NamesTokenizer
-from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
+from kd_lightning.data.base import NamesTeacherTokenizer, NamesTokenizer
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
+from kd_lightning.data.rows.loaders import BatchLoaders
 from kd_lightning.data.rows.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
-from kd_lightning.data.rows.tokenized_splits import TokenizedSplits
-from kd_lightning.data.sampler import BatchOrder, ResumableLoader, limited
 from kd_lightning.data.sources import as_list
 from kd_lightning.data.text.prompt_notice import COMPARED, prompt_notice
 from kd_lightning.data.text.rendering import date_of, read_template, today
@@ -28,20 +25,13 @@ from kd_lightning.data.tokenization import (
     tokenize_rows,
     with_template,
 )
-from kd_lightning.distributed.trainer import (
-    completed_epochs,
-    data_parallel_rank,
-    is_overfitting,
-    limit_batches,
-    stage_of,
-)
-from kd_lightning.seeding import run_seed
+from kd_lightning.distributed.trainer import stage_of
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SHORTEST = 8
 
 
-class InstructionDataModule(TokenizedSplits):
+class InstructionDataModule(BatchLoaders):
     """Instructions and conversations, as batches in which only the assistant's answers have labels.
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
@@ -76,8 +66,13 @@ class InstructionDataModule(TokenizedSplits):
         date: YYYY-MM-DD, for templates that write the date; None: that of the start, which a resumed run keeps.
         teacher_prompt: what the teacher reads as the last user turn: a format text over the row's fields and `{prompt}`
             (that turn), such as `"{prompt} Solution: {solution}"`; None: what the student reads.
-        teacher_chat_template: a Jinja template, or a file that holds one, for the teacher; None: the student's.
+        teacher_chat_template: a Jinja template, or a file that holds one, for the teacher; None: the student's, or with
+            two tokenizers that of the teacher's.
         teacher_chat_template_kwargs: variables for the teacher's template, in addition to `chat_template_kwargs`.
+        teacher_tokenizer: folder, hub name or `asset:` name of the teacher's tokenizer; in Python also a loaded one;
+            None: the teacher's own. If it is another one than the student's, the teacher reads its own tokens of the
+            same text, and each label of the student has the position of the teacher (`teacher_positions`) at which
+            both have read the same bytes.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -110,6 +105,7 @@ class InstructionDataModule(TokenizedSplits):
         teacher_prompt: str | None = None,
         teacher_chat_template: str | None = None,
         teacher_chat_template_kwargs: dict[str, Any] | None = None,
+        teacher_tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -136,6 +132,7 @@ class InstructionDataModule(TokenizedSplits):
         self.date = today() if date is None else f"{date_of(date):%Y-%m-%d}"
         template = read_template(teacher_chat_template, "teacher_chat_template")
         self.teacher_input = TeacherInput(teacher_prompt, template, teacher_chat_template_kwargs)
+        self.teacher_tokenizer_source = teacher_tokenizer
 
     # ---------------------------------------------------------------------------------------------------- preparation
     def prepare_data(self) -> None:
@@ -146,8 +143,9 @@ class InstructionDataModule(TokenizedSplits):
         """Load tokenizer and rows of the splits that `stage` needs."""
         # forked workers must not inherit the tokenizer's threads
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        module: object = None if self.trainer is None else self.trainer.lightning_module
         if self._tokenizer is None:
-            if self.trainer is not None and isinstance(module := self.trainer.lightning_module, NamesTokenizer):
+            if isinstance(module, NamesTokenizer):
                 self.use_tokenizer_of(module.tokenizer_name)
             if self.tokenizer_source is None:
                 raise ValueError(
@@ -155,6 +153,9 @@ class InstructionDataModule(TokenizedSplits):
                     "got None"
                 )
             self._tokenizer = with_template(load_tokenizer(self.tokenizer_source), self.chat_template, rank_zero_info)
+        if isinstance(module, NamesTeacherTokenizer):
+            self.use_teacher_tokenizer_of(module.teacher_tokenizer_name)
+        self.load_teacher_tokenizer()
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
@@ -236,82 +237,6 @@ class InstructionDataModule(TokenizedSplits):
         if not kept:
             raise no_usable_rows(self.sources[split], rows, self.max_length)
         return rows.select(kept)
-
-    # -------------------------------------------------------------------------------------------------------- loaders
-    def train_dataloader(self) -> ResumableLoader:
-        """Batches of this rank, in an order that depends on (seed, epoch) and resumes from a checkpoint."""
-        if is_overfitting(self.trainer):  # Lightning expects a plain loader in file order then
-            return self._plain_loader("train")
-        loader = self._loader("train", shuffle=self.shuffle, grouped=self.group_by_length and self.shuffle, fill=False)
-        loader.sampler.start_at(completed_epochs(self.trainer), 0)  # loaders may be rebuilt in every epoch
-        loader.sampler.limit_pass(limited(len(loader), limit_batches(self.trainer, "train")))
-        return loader
-
-    def val_dataloader(self) -> ResumableLoader | list[dict[str, Tensor]]:
-        """Every row once over all ranks, in file order; longest first if all are read and `group_by_length`."""
-        return self._evaluation_loader("val")
-
-    def test_dataloader(self) -> ResumableLoader | list[dict[str, Tensor]]:
-        """Every row once over all ranks, in file order; longest first if all are read and `group_by_length`."""
-        return self._evaluation_loader("test")
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """Prompts of the test rows in file order, padded on the left; `row_ids` number the rows of the file."""
-        prompts = self.generation_rows("test")
-        rank, world_size = data_parallel_rank(self.trainer)
-        lengths = [len(row["prompt_ids"]) for row in prompts]
-        order = BatchOrder(lengths, self.batch_size, fill=True, rank=rank, world_size=world_size)
-        loader: ResumableLoader = ResumableLoader(
-            PromptRows(prompts), batch_size=None, sampler=order, collate_fn=PromptCollator(self.pad_id)
-        )
-        return loader
-
-    def every_row(self, split: str) -> ResumableLoader:
-        """Every row of a split once over all ranks, with the same number of batches on each rank; longest first."""
-        return self._loader(split, shuffle=False, grouped=True, fill=True, ahead=False)
-
-    def token_rows(self, split: str) -> tuple[Any, list[int]]:
-        """The data set that batches of a split are read from, and the number of tokens of each row."""
-        rows = self._rows[split]
-        return TokenRows(rows), rows["length"][:]
-
-    def _evaluation_loader(self, split: str) -> ResumableLoader | list[dict[str, Tensor]]:
-        if split not in self._rows:
-            return []
-        if is_overfitting(self.trainer):
-            return self._plain_loader(split)
-        all_rows = limit_batches(self.trainer, split) == 1.0  # the longest rows would be a biased sample of the split
-        grouped = self.group_by_length and self.shuffle and all_rows
-        return self._loader(split, shuffle=False, grouped=grouped, fill=True)
-
-    def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool, ahead: bool = True) -> ResumableLoader:
-        rows, lengths = self.token_rows(split)
-        rank, world_size = data_parallel_rank(self.trainer)
-        order = BatchOrder(
-            lengths,
-            self.batch_size,
-            shuffle=shuffle,
-            group_by_length=grouped,
-            fill=fill,
-            seed=run_seed() if self.seed is None else self.seed,
-            rank=rank,
-            world_size=world_size,
-        )
-        loader: ResumableLoader = ResumableLoader(
-            rows,
-            batch_size=None,
-            sampler=order,
-            num_workers=self.num_workers,
-            collate_fn=Collator(self.pad_id, self.index_columns(split)),
-            pin_memory=self.pin_memory,
-        )
-        return self.with_look_ahead(loader) if ahead else loader
-
-    def _plain_loader(self, split: str) -> ResumableLoader:
-        rows, _ = self.token_rows(split)
-        collate = Collator(self.pad_id, self.index_columns(split))
-        loader: ResumableLoader = ResumableLoader(rows, batch_size=self.batch_size, collate_fn=collate)
-        return loader
 
     @property
     def pad_id(self) -> int:

@@ -20,6 +20,10 @@ EXTRA_NOTES = {
     "left_out": "answers with words or tool calls that the chat template leaves out",
     "teacher_cut": "shortened or dropped, as the teacher's input is longer than max_length",
     "teacher_difference": "dropped with an answer that the teacher's chat template writes otherwise",
+    "spelled_otherwise": "with answers that the two tokenizers spell differently, without pairs of tokens there",
+    "no_pairs": "without any label at which both models have read the same bytes",
+    "labels": "labels",
+    "aligned_labels": "of them where both models have read the same bytes",
     "control_tokens": "control tokens inside rows, encoded as words (allow_special_tokens=true makes them tokens)",
 }
 """The same for counts that a report has only if they are not 0."""

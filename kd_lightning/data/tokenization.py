@@ -27,8 +27,12 @@ Notice = Callable[[str], None]
 Reader = Callable[..., Iterator[dict[str, Any]]]
 
 
-def load_tokenizer(name: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | PreTrainedTokenizerBase, argument: str = "tokenizer") -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, hub name or `asset:` name; a loaded tokenizer is returned as it is.
+
+    Args:
+        name: of the tokenizer.
+        argument: that the user has set, for messages.
 
     Raises:
         ValueError: there is no tokenizer under that name.
@@ -39,11 +43,11 @@ def load_tokenizer(name: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     try:
         tokenizer: PreTrainedTokenizerBase = from_pretrained("tokenizer", path)
     except RemoteCodeError as error:
-        raise ValueError(f"tokenizer: {error}") from None
+        raise ValueError(f"{argument}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = "the folder holds no tokenizer" if os.path.isdir(path) else "no such folder"
         detail = " ".join(str(error).split())[:160]
-        raise ValueError(f"tokenizer: {name!r} cannot be loaded ({reason}): {detail}") from None
+        raise ValueError(f"{argument}: {name!r} cannot be loaded ({reason}): {detail}") from None
     return tokenizer
 
 
@@ -56,7 +60,7 @@ def masked_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def with_template(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, notice: Notice
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, notice: Notice, subject: str = "the tokenizer"
 ) -> PreTrainedTokenizerBase:
     """A tokenizer whose own chat template, which is exported with the student, is the one that is used.
 
@@ -65,6 +69,7 @@ def with_template(
             with another `chat_template`.
         chat_template: a Jinja template instead of the tokenizer's own.
         notice: called with a line about the bundled template.
+        subject: what the tokenizer is called in that line.
     """
     if chat_template is not None:
         if tokenizer.chat_template != chat_template:
@@ -76,8 +81,8 @@ def with_template(
     first = "{{ bos_token }}" if TextTokenizer(tokenizer).first_ids else ""
     tokenizer.chat_template = first + PLAIN_TEMPLATE
     notice(
-        "the tokenizer has no chat template: using a plain one, 'User: ... Assistant: ...'; "
-        "pass chat_template for another"
+        f"{subject} has no chat template: using a plain one, 'User: ... Assistant: ...'; pass "
+        f"{'teacher_' if 'teacher' in subject else ''}chat_template for another"
     )
     return tokenizer
 

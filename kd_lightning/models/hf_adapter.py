@@ -137,6 +137,21 @@ def backend_state(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if backend is None else str(backend.to_str())
 
 
+def normalized(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text after the normalizer of a tokenizer of the `tokenizers` library; some have none."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+def is_token_of_model(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    """Whether the model inside a tokenizer of the `tokenizers` library reads the text of this token as the token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    found = backend.model.tokenize(backend.id_to_token(number))
+    return [token.id for token in found] == [number]
+
+
 # ------------------------------------------------------------------------------------------------------ chat templates
 def chat_template_environment() -> Environment:
     """The Jinja environment in which transformers compiles chat templates: a private function builds it."""

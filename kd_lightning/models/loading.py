@@ -177,19 +177,10 @@ def check_tokenizers(teacher: str, tokenizer: hf.PreTrainedTokenizerBase) -> Non
         ValueError: an id has different tokens (the message names the first), or the teacher's tokenizer is corrupt.
     """
     try:
-        path = resolve_model(teacher, "teacher")
-        _check_config(path, "teacher", {})
+        _check_config(resolve_model(teacher, "teacher"), "teacher", {})
     except ModelNotFoundError:
         return
-    folder = Path(path)
-    teachers: hf.PreTrainedTokenizerBase | None = None
-    if not folder.is_dir() or any(path for files in TOKENIZER_FILES for path in folder.glob(files)):
-        try:
-            with _quiet():
-                teachers = from_pretrained("tokenizer", path)
-        except (OSError, *BUILD_ERRORS) as error:
-            if folder.is_dir():
-                raise ValueError(f"teacher '{teacher}': cannot read its tokenizer: {_line(error)}") from None
+    teachers = teacher_tokenizer_of(teacher)
     if teachers is None:
         rank_zero_info(f"teacher '{teacher}' has no tokenizer: whether it has the student's tokens is not checked")
         return
@@ -203,6 +194,32 @@ def check_tokenizers(teacher: str, tokenizer: hf.PreTrainedTokenizerBase) -> Non
                 f"teacher and student must read the same tokens: token {i} is {by_id[i]!r} for teacher '{teacher}' "
                 f"and {token!r} for the student"
             )
+
+
+def teacher_tokenizer_of(teacher: str) -> hf.PreTrainedTokenizerBase | None:
+    """The tokenizer of a teacher; None if it has no tokenizer files, or does not exist.
+
+    Args:
+        teacher: folder, hub name or `asset:` name of the teacher.
+
+    Raises:
+        ValueError: the tokenizer is corrupt.
+    """
+    try:
+        path = resolve_model(teacher, "teacher")
+    except ModelNotFoundError:
+        return None
+    folder = Path(path)
+    if folder.is_dir() and not any(path for files in TOKENIZER_FILES for path in folder.glob(files)):
+        return None
+    try:
+        with _quiet():
+            found: hf.PreTrainedTokenizerBase = from_pretrained("tokenizer", path)
+    except (OSError, *BUILD_ERRORS) as error:
+        if folder.is_dir():
+            raise ValueError(f"teacher '{teacher}': cannot read its tokenizer: {_line(error)}") from None
+        return None
+    return found
 
 
 def _check_config(path: str, role: Role, options: dict[str, Any]) -> None:

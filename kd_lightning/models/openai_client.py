@@ -147,12 +147,17 @@ class OpenAIClient:
             return otherwise
 
     def select_model(self, name: str | None) -> str:
-        """The name of a served model; None: the only one that is served.
+        """The name of a served model; None: the only one that is served, apart from adapters of it.
 
         Raises:
             ValueError: the server refuses or does not answer, or `name` is None and there is not exactly one model.
         """
-        found = self.models()
+
+        def parse(answer: Any) -> list[str]:
+            return [valid_string(entry["id"]) for entry in answer["data"] if not entry.get("parent")]
+
+        none: list[str] = []
+        found = self._listed(parse, none)
         if name is None and len(found) != 1:
             names = ", ".join(found[:5]) or "none"
             raise ValueError(f"model must be the name of one that {self.url} serves ({names}), got None")
@@ -165,6 +170,7 @@ class OpenAIClient:
         parse: Callable[[Any], T],
         what: str,
         patience: float | None = None,
+        text: bool = False,
     ) -> T:
         """Send one request, and again while it fails in a way that can pass.
 
@@ -175,6 +181,7 @@ class OpenAIClient:
                 ArithmeticError or ValueError: the answer is invalid.
             what: the request in error messages, such as `row 3`.
             patience: seconds of retries; None: those of the client.
+            text: the answer is any text, which `parse` takes instead of decoded JSON.
 
         Raises:
             RequestRefusedError: the server has refused the request.
@@ -192,7 +199,7 @@ class OpenAIClient:
                     failing_since = started
             else:
                 try:
-                    found = parse(_decoded(content))
+                    found = parse(content.decode("utf-8", "replace") if text else _decoded(content))
                     self.outages += failing_since is not None
                     return found
                 except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError):

@@ -66,3 +66,33 @@ def tiny(
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def tiny_unigram(
+    specials: tuple[str, ...] = ("<s>", "</s>"),
+    bos: str | None = "<s>",
+    eos: str | None = "</s>",
+    template: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer with `▁` and bytes for unknown characters, as SentencePiece trains them.
+
+    Args:
+        specials: the special tokens, all of them.
+        bos: the one of them that begins a text.
+        eos: the one of them that ends a text.
+        template: the chat template.
+    """
+    words = sorted({f"▁{word}" for text in TEXT for word in text.split()} | {"▁", "▁▁", "ing", "swer", "▁the▁"})
+    letters = sorted({letter for text in TEXT for letter in text} - {" "})
+    pieces = [("<unk>", 0.0), *((word, -5.0 - n / 100) for n, word in enumerate(words))]
+    pieces += [(letter, -9.0) for letter in letters if letter not in words]
+    pieces += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([*specials, "<unk>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer

@@ -1,4 +1,4 @@
-"""The teacher's own input: the same answers after another prompt, or in another chat template."""
+"""The teacher's own input: the same answers after another prompt, in another chat template, or in other tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from kd_lightning.data.alignment.rows import ALIGNED_COLUMNS, ALIGNMENT, RowAligner
 from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.data.conversation import Conversation, text_of
@@ -28,6 +31,7 @@ class TeacherInput:
             the turn itself; None: the turn itself.
         chat_template: a Jinja template for the teacher; None: the student's.
         template_kwargs: variables for its template, in addition to the student's.
+        tokenizer: the teacher's, with its chat template; None: the student's.
 
     Raises:
         ValueError: the format text cannot be parsed, or names something other than fields.
@@ -36,6 +40,7 @@ class TeacherInput:
     prompt: str | None = None
     chat_template: str | None = None
     template_kwargs: dict[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def __post_init__(self) -> None:
         if self.prompt is not None:
@@ -44,13 +49,18 @@ class TeacherInput:
     @property
     def is_own(self) -> bool:
         """Whether the teacher has an input of its own."""
-        return any(value is not None for value in (self.prompt, self.chat_template, self.template_kwargs))
+        settings = (self.prompt, self.chat_template, self.template_kwargs, self.tokenizer)
+        return any(value is not None for value in settings)
 
-    def tokenizer(self, student: TextTokenizer) -> TextTokenizer:
+    def text_tokenizer(self, student: TextTokenizer) -> TextTokenizer:
         """How the teacher's conversations become token ids, given the student's tokenizer."""
         kwargs = student.template_kwargs
         if self.template_kwargs is not None:
             kwargs = {**(kwargs or {}), **self.template_kwargs}
+        if self.tokenizer is not None:
+            return dataclasses.replace(
+                student, tokenizer=self.tokenizer, chat_template=self.chat_template, template_kwargs=kwargs
+            )
         template = student.chat_template if self.chat_template is None else self.chat_template
         return dataclasses.replace(student, chat_template=template, template_kwargs=kwargs)
 
@@ -122,7 +132,8 @@ def with_teacher_input(rows: Any, split: str, own: TeacherInput, student: TextTo
 
     They are `teacher_input_ids`, `teacher_label_mask`, `teacher_length`, `teacher_cut` (whether labels are lost because
     the teacher's input is longer than `max_length`) and `teacher_difference` (how the teacher's template writes the
-    answer otherwise; "": it does not). Labels that are not on both sides are removed on both.
+    answer otherwise; "": it does not). Labels that are not on both sides are removed on both. With two tokenizers, the
+    labels stay as they are, and the columns of `ALIGNED_COLUMNS` are added.
 
     Args:
         rows: a `datasets.Dataset` from `tokenize_rows`.
@@ -135,7 +146,10 @@ def with_teacher_input(rows: Any, split: str, own: TeacherInput, student: TextTo
     """
     import datasets  # type: ignore[import-untyped]
 
-    settings = [own.prompt, own.tokenizer(student).fingerprint()]
+    settings = [own.prompt, own.text_tokenizer(student).fingerprint()]
+    integer, yes = datasets.Value("int32"), datasets.Value("bool")
+    types = {"int32": integer, "bool": yes, "positions": datasets.List(integer)}
+    aligned = {} if own.tokenizer is None else {name: types[kind] for name, kind in ALIGNED_COLUMNS.items()}
     return rows.map(
         AddTeacherInput(own, student),
         features=datasets.Features(
@@ -146,9 +160,10 @@ def with_teacher_input(rows: Any, split: str, own: TeacherInput, student: TextTo
                 "teacher_length": datasets.Value("int32"),
                 "teacher_cut": datasets.Value("bool"),
                 "teacher_difference": datasets.Value("string"),
+                **aligned,
             }
         ),
-        new_fingerprint=json_digest([rows._fingerprint, "teacher", settings]),
+        new_fingerprint=json_digest([rows._fingerprint, "teacher", settings, *([ALIGNMENT] if aligned else [])]),
         desc=f"Teacher's input, {split}",
     )
 
@@ -161,7 +176,7 @@ def prompts_of(rows: Any, student: TextTokenizer, own: TeacherInput | None) -> I
         student: how the student's prompts become token ids.
         own: the teacher's input, if it is the teacher that is asked.
     """
-    tokenizer = student if own is None else own.tokenizer(student)
+    tokenizer = student if own is None else own.text_tokenizer(student)
     for row in rows:
         conversation, fields = Conversation.load(row["conversation"]), json.loads(row["row"])
         asked = conversation if own is None else own.conversation(conversation, fields, row["location"])
@@ -178,8 +193,9 @@ class AddTeacherInput:
     """
 
     def __init__(self, own: TeacherInput, student: TextTokenizer) -> None:
-        self.own, self.tokenizer = own, own.tokenizer(student)
+        self.own, self.tokenizer = own, own.text_tokenizer(student)
         self.chat: ChatTemplate = self.tokenizer.chat
+        self.aligner = None if own.tokenizer is None else RowAligner(student, self.tokenizer)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The new columns, and those of the student that change."""
@@ -190,6 +206,8 @@ class AddTeacherInput:
             found = self.tokenizer.tokenize(conversation, self.chat)
         except ValueError as error:
             raise ValueError(f"{row['location']}: the teacher's input: {error}") from None
+        if self.aligner is not None:
+            return self.aligner(row, found)
         labels = [_labels(row["input_ids"], row["label_mask"]), _labels(found["input_ids"], found["label_mask"])]
         count = min(map(len, labels))
         whole = [row["full_length"] <= row["length"], found["full_length"] <= found["length"]]
