@@ -65,6 +65,7 @@ from kd_lightning.schedules import ResponseGap as ResponseGap
 from kd_lightning.schedules import Schedule as Schedule
 from kd_lightning.schedules import TAIDSchedule as TAIDSchedule
 from kd_lightning.schedules import Weight as Weight
+from kd_lightning.serving.server import Server as Server
 from kd_lightning.strategies import FSDP2Strategy as FSDP2Strategy
 from kd_lightning.teachers.adapter_off import AdapterOffTeacher as AdapterOffTeacher
 from kd_lightning.teachers.base import Teacher as Teacher
