@@ -12,6 +12,7 @@ from kd_lightning.divergences.alpha import AlphaBeta as AlphaBeta
 from kd_lightning.divergences.alpha import AlphaDivergence as AlphaDivergence
 from kd_lightning.divergences.base import Composite as Composite
 from kd_lightning.divergences.base import Divergence as Divergence
+from kd_lightning.divergences.chunk_likelihood import ChunkLikelihood as ChunkLikelihood
 from kd_lightning.divergences.kl import AdaptiveKL as AdaptiveKL
 from kd_lightning.divergences.kl import ForwardKL as ForwardKL
 from kd_lightning.divergences.kl import GeneralizedJSD as GeneralizedJSD
@@ -22,6 +23,7 @@ from kd_lightning.divergences.on_support import OnSupport as OnSupport
 from kd_lightning.divergences.total_variation import TotalVariation as TotalVariation
 from kd_lightning.divergences.weighted_sum import WeightedSum as WeightedSum
 from kd_lightning.engine.head import Head as Head
+from kd_lightning.engine.vocabulary_map import VocabularyMap as VocabularyMap
 from kd_lightning.label_losses import ClippedPolicyGradient as ClippedPolicyGradient
 from kd_lightning.label_losses import CrossEntropy as CrossEntropy
 from kd_lightning.label_losses import LabelLoss as LabelLoss
@@ -59,6 +61,7 @@ from kd_lightning.schedules import ResponseGap as ResponseGap
 from kd_lightning.schedules import Schedule as Schedule
 from kd_lightning.schedules import TAIDSchedule as TAIDSchedule
 from kd_lightning.schedules import Weight as Weight
+from kd_lightning.serving.server import Server as Server
 from kd_lightning.strategies import FSDP2Strategy as FSDP2Strategy
 from kd_lightning.teachers.adapter_off import AdapterOffTeacher as AdapterOffTeacher
 from kd_lightning.teachers.base import Teacher as Teacher

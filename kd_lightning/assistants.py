@@ -18,9 +18,18 @@ class Assistant(nn.Module, ABC):
     `keeps_lower_bound`: whether an f-divergence that compares with r stays a lower bound where only the teacher's top-k
     log-probabilities are known. It does where r, summed over a group of tokens, is the same function of p and q
     summed over that group.
+
+    `is_mergeable`: whether r of a group of tokens with equal p / q is the same function of p and q summed over that
+    group: then it can be computed from a teacher with another vocabulary. By default as `keeps_lower_bound`, which is
+    the same for any group.
     """
 
     keeps_lower_bound: bool = False
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether tokens with equal p / q can be merged into one."""
+        return self.keeps_lower_bound
 
     @abstractmethod
     def forward(self, log_p: Tensor, log_q: Tensor, rows: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -56,6 +65,8 @@ class AlphaMixture(Assistant):
 
     Reference: Shin et al., arXiv 2510.15982.
     """
+
+    is_mergeable = True
 
     def __init__(self, alpha: float, teacher_weight: Weight) -> None:
         super().__init__()
@@ -102,6 +113,8 @@ class GeometricMixture(Assistant):
     Raises:
         ValueError: the weight is out of range.
     """
+
+    is_mergeable = True
 
     def __init__(self, teacher_weight: Weight) -> None:
         super().__init__()

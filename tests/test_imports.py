@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("divergences", "assistants", "label_losses", "token_weights"),
     ("objectives", "engine"),
     ("losses", "metrics", "models", "distributed"),
-    ("teachers", "data", "strategies"),
+    ("teachers", "data", "strategies", "serving"),
     ("rollout", "training", "generation"),
     ("callbacks",),
     ("module",),

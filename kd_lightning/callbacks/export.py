@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -12,7 +11,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from kd_lightning.atomic_io import atomic_folder
 from kd_lightning.callbacks.base import PreparedRun, student_of
@@ -20,8 +18,8 @@ from kd_lightning.callbacks.checkpoint import checkpoint_folder
 from kd_lightning.data.base import tokenizer_of
 from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.distributed.trainer import is_fast_dev_run
-from kd_lightning.models.hf_adapter import base_model, is_peft_model
-from kd_lightning.models.lora import merged_state_dict, save_adapter
+from kd_lightning.models.hf_adapter import is_peft_model
+from kd_lightning.models.lora import save_adapter, save_plain_model
 from kd_lightning.training.base import StudentTeacherModule
 from kd_lightning.training.learning_rate.monitors import default_monitor
 
@@ -166,16 +164,8 @@ def save_student(
         path: the folder.
         state: the full tensors of a sharded model; None: those of `student`.
     """
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar of a single step
-    model = student
     if is_peft_model(student):
         state = student.state_dict() if state is None else state
         with atomic_folder(path.with_name("adapter")) as part:
             save_adapter(cast("PeftModel", student), state, part)
-        model, state = base_model(student), merged_state_dict(student, state)
-    with atomic_folder(path) as part:
-        model.save_pretrained(part, state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        for file in part.iterdir():
-            shutil.copymode(part / "config.json", file)  # safetensors creates files that only the owner can read
+    save_plain_model(student, tokenizer, path, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
@@ -25,6 +25,29 @@ def all_gather_objects(value: T, ranks: int) -> list[T]:
     gathered = [value] * ranks
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """The result of an action that rank 0 alone performs, on every rank. A collective: all ranks must call it.
+
+    Args:
+        action: its result can be pickled.
+
+    Raises:
+        ValueError: on every rank: the action raised a ValueError or an OSError on rank 0.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
+    outcome: tuple[T | None, str | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = (action(), None)
+        except (ValueError, OSError) as error:
+            outcome = (None, str(error))
+    result, message = all_gather_objects(outcome, dist.get_world_size())[0]
+    if message is not None:
+        raise ValueError(message)
+    return cast(T, result)
 
 
 def check_ranks_agree(values: Mapping[str, str]) -> None:

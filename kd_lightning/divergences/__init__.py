@@ -10,6 +10,14 @@ from kd_lightning.divergences.base import (
     described,
     evaluate,
     first_not_f_divergence,
+    first_not_mergeable,
+)
+from kd_lightning.divergences.chunk_likelihood import (
+    CHUNK_LOG_Q,
+    CHUNK_STUDENT,
+    CHUNK_TEACHER,
+    CHUNK_TOKENS,
+    ChunkLikelihood,
 )
 from kd_lightning.divergences.kl import AdaptiveKL, ForwardKL, GeneralizedJSD, ReverseKL, SymmetricKL, ToDi
 from kd_lightning.divergences.on_support import OnSupport
@@ -17,9 +25,14 @@ from kd_lightning.divergences.total_variation import TotalVariation
 from kd_lightning.divergences.weighted_sum import WeightedSum
 
 __all__ = [
+    "CHUNK_LOG_Q",
+    "CHUNK_STUDENT",
+    "CHUNK_TEACHER",
+    "CHUNK_TOKENS",
     "AdaptiveKL",
     "AlphaBeta",
     "AlphaDivergence",
+    "ChunkLikelihood",
     "Composite",
     "Divergence",
     "ForwardKL",
@@ -36,4 +49,5 @@ __all__ = [
     "described",
     "evaluate",
     "first_not_f_divergence",
+    "first_not_mergeable",
 ]

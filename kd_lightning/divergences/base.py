@@ -53,6 +53,17 @@ class Divergence(nn.Module, ABC):
         """
         return None if self.is_f_divergence else type(self).__name__
 
+    def not_mergeable(self) -> str | None:
+        r"""Name of the first component that changes if tokens with equal p / q are merged into one, for error messages.
+
+        Such a merge is how teachers with another vocabulary are compared. It changes no f-divergence, also not between
+        mixtures of p and q of degree 1, \(r_v \propto q_v\,h(p_v / q_v)\).
+
+        Returns:
+            None if the value stays the same; by default `not_f_divergence`.
+        """
+        return self.not_f_divergence()
+
     def components(self) -> dict[str, Divergence]:
         """Divergences that this one is made of, by name and without their weights.
 
@@ -186,6 +197,11 @@ def check_one_per_token(part: nn.Module, values: Tensor, shape: Size) -> Tensor:
 def first_not_f_divergence(parts: Iterable[Divergence]) -> str | None:
     """Name of the first component that is not an f-divergence; None if all are."""
     return next((name for part in parts if (name := part.not_f_divergence()) is not None), None)
+
+
+def first_not_mergeable(parts: Iterable[Divergence]) -> str | None:
+    """Name of the first component that changes if tokens with equal p / q are merged; None if none does."""
+    return next((name for part in parts if (name := part.not_mergeable()) is not None), None)
 
 
 def check_divergence(name: str, divergence: object) -> None:

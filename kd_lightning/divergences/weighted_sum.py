@@ -15,6 +15,7 @@ from kd_lightning.divergences.base import (
     described,
     evaluate,
     first_not_f_divergence,
+    first_not_mergeable,
 )
 from kd_lightning.schedules import Schedule, Weight, check_number, value
 
@@ -66,6 +67,10 @@ class WeightedSum(Composite):
     def not_f_divergence(self) -> str | None:
         """Name of the first term that is not an f-divergence."""
         return first_not_f_divergence(self._terms())
+
+    def not_mergeable(self) -> str | None:
+        """Name of the first term that changes if tokens with equal p / q are merged."""
+        return first_not_mergeable(self._terms())
 
     def components(self) -> dict[str, Divergence]:
         """Every term under the name of its class, with its index where several are of one class."""

@@ -6,11 +6,25 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from kd_lightning.divergences import Composite, Divergence
 from kd_lightning.engine.head import Transform, apply_transform
 from kd_lightning.functional import FLOOR
 from kd_lightning.token_weights import OF_TOKEN, TokenWeight
+
+REST = "teacher_rest_"
+"""Prefix of the columns that describe the teacher's tokens without a partner."""
+
+REST_TOP = REST + "top"
+
+PAIRED, LABEL_PAIRED = "aligned", "label_aligned"
+"""Columns: whether a token has a partner in the teacher's input, and its label one in its vocabulary besides."""
+
+
+def rest_sum(t: float) -> str:
+    """Name of the column with log Σ exp((x − max x) / t) over the teacher's tokens without a partner."""
+    return f"{REST}{float(t)}"
 
 
 class BlockLogits:
@@ -18,8 +32,10 @@ class BlockLogits:
 
     def __init__(self, products: Tensor, label_products: Tensor, transform: Transform) -> None:
         self.scale, self.cap = transform
-        self.logits = apply_transform(products, transform)
-        self.label_logits = apply_transform(label_products, transform)
+        self._set(apply_transform(products, transform), apply_transform(label_products, transform))
+
+    def _set(self, logits: Tensor, label_logits: Tensor) -> None:
+        self.logits, self.label_logits = logits, label_logits
         self.top = self.logits.amax(-1, keepdim=True)
         self.shifted = self.logits - self.top  # at most 0: large logits cost no precision below
         self.label_shifted = self.label_logits - self.top.squeeze(-1)
@@ -52,23 +68,157 @@ class BlockLogits:
     def _slope(self, x: Tensor) -> Tensor | float:
         return self.scale if self.cap is None else self.scale * (1 - (x / self.cap) ** 2)
 
-    def gradient(self, u: Tensor | None, t: float, g: Tensor, label_t: float) -> Tensor:
-        """Gradient with respect to the logits, without the term g / label_t of the label's entry.
+    def gradient(self, u: tuple[Tensor, ...], t: float, g: Tensor, label_t: float) -> Tensor:
+        """Gradient with respect to the logits, without the label's own terms, g / label_t and the second u / t.
 
         Args:
-            u: gradient with respect to the log-probabilities at t; None: no objective.
+            u: gradients of the objective with respect to the log-probabilities at t and, if there are two, to the
+                label's, [...]; empty: no objective.
             t: temperature of the objective.
             g: gradient with respect to the label's log-probability at label_t, [...].
             label_t: temperature of the label loss.
         """
         g = g.unsqueeze(-1) / label_t
-        if u is None:
+        if not u:
             return -g * self.log_probs(label_t).exp()
         q = self.log_probs(t).exp()
-        total = _sum(u) / _sum(q) / t  # q sums to 1 only up to rounding, and u − q Σu must sum to 0
+        total = _sum(u[0]) / _sum(q) / t  # q sums to 1 only up to rounding, and u − q Σu must sum to 0
+        if len(u) > 1:
+            total = total + u[1].unsqueeze(-1) / t
         if label_t == t:
-            return _divided(u, t) - q * (total + g)
-        return _divided(u, t) - q * total - g * self.log_probs(label_t).exp()
+            return _divided(u[0], t) - q * (total + g)
+        return _divided(u[0], t) - q * total - g * self.log_probs(label_t).exp()
+
+
+class SharedOutcomes(BlockLogits):
+    r"""A teacher of which the student has only some tokens: K shared tokens, and all others together.
+
+    With the shared tokens' sum S and that of the others R at a temperature, a shared token has \(e^{x/t} / (S + R)\).
+    The mass R / (S + R) is spread over the student's tokens without a partner in proportion to the student's own
+    probabilities, without gradient: every f-divergence then equals the one on K + 1 outcomes, see `top_k`.
+
+    Args:
+        products: its logits, −inf at the student's tokens without a partner.
+        label_products: those of the labels.
+        shared: which of the student's tokens have a partner, [V].
+        rest: the columns of `MappedLogits.rest`.
+        student: the student's logits.
+    """
+
+    def __init__(
+        self, products: Tensor, label_products: Tensor, shared: Tensor, rest: dict[str, Tensor], student: BlockLogits
+    ) -> None:
+        super().__init__(products, label_products, (1.0, None))
+        self.shared, self.rest, self.student = shared, rest, student
+
+    def _log_odds(self, t: float) -> Tensor:
+        """Log R / S, [..., 1]: a difference of logits, so that large ones cost no precision."""
+        rest = _divided(self.rest[REST_TOP].unsqueeze(-1) - self.top, t) + self.rest[rest_sum(t)].unsqueeze(-1)
+        return rest - self._log_sum(t)
+
+    def log_probs(self, t: float) -> Tensor:
+        """Log-probabilities at t, [..., V], clamped at `FLOOR`."""
+        if t not in self._log_probs:
+            odds, log_q = self._log_odds(t), self.student.log_probs(t)
+            others = torch.where(self.shared, -torch.inf, log_q)
+            top = others.amax(-1, keepdim=True)
+            log_rest = top + _sum(torch.exp(others - top)).log()
+            inside = _divided(self.shifted, t) - (self._log_sum(t) - logsigmoid(-odds))
+            outside = log_q - (log_rest - logsigmoid(odds))
+            self._log_probs[t] = torch.where(self.shared, inside, outside).clamp_min(FLOOR)
+        return self._log_probs[t]
+
+    def label_log_prob(self, t: float) -> Tensor:
+        """The log-probability of the label's partner at t, [...]; −inf where it has none."""
+        return super().label_log_prob(t) + logsigmoid(-self._log_odds(t)).squeeze(-1)
+
+    def top_token(self) -> Tensor:
+        """The student's token for the most probable one, [...]; −1: it has no partner."""
+        return torch.where(self.rest[REST_TOP] > self.top.squeeze(-1), -1, super().top_token())
+
+
+class SharedTokens(BlockLogits):
+    """A student that is compared on the tokens of both models alone; its label loss reads all tokens.
+
+    Args:
+        student: its logits of all tokens.
+        shared: which of them the teacher has too, [V].
+    """
+
+    def __init__(self, student: BlockLogits, shared: Tensor) -> None:
+        self.scale, self.cap = student.scale, student.cap
+        self._set(torch.where(shared, student.logits, -torch.inf), student.label_logits)
+        self.student, self.shared = student, shared
+
+    def gradient(self, u: tuple[Tensor, ...], t: float, g: Tensor, label_t: float) -> Tensor:
+        """Gradient with respect to the logits of all tokens; arguments as in `BlockLogits`."""
+        total = self.student.gradient((), t, g, label_t)
+        if not u:
+            return total
+        if len(u) > 1:
+            total = total + self.student.gradient((), t, u[1], t)
+        inner, q = torch.where(self.shared, u[0], 0.0), self.log_probs(t).exp()
+        return total + _divided(inner, t) - q * (_sum(inner) / _sum(q) / t)
+
+
+class BlockPair:
+    """The student and the teacher of a block, as divergences compare them.
+
+    Args:
+        student: its logits of all tokens.
+        products: the teacher's.
+        transform: that of the teacher's LM head.
+        columns: extra inputs per token; those that describe the teacher are taken out.
+        shared: which columns stand for a token of both models, [V]; None: all.
+
+    Attributes:
+        student: with all of its tokens.
+        compared: the student on the tokens that are compared.
+        teacher: on the same tokens.
+    """
+
+    def __init__(
+        self,
+        student: BlockLogits,
+        products: Tensor,
+        transform: Transform,
+        columns: dict[str, Tensor],
+        shared: Tensor | None,
+    ) -> None:
+        label = columns.pop("teacher_label")
+        rest = {name: columns.pop(name) for name in tuple(columns) if name.startswith(REST)}
+        self._paired, self._label_paired = columns.pop(PAIRED, None), columns.pop(LABEL_PAIRED, None)
+        self._log_probs: dict[float, tuple[Tensor, Tensor]] = {}
+        self.student = self.compared = student
+        if shared is not None and rest:
+            self.teacher: BlockLogits = SharedOutcomes(products, label, shared, rest, student)
+        else:
+            self.teacher = BlockLogits(products, label, transform)
+            if shared is not None:
+                self.compared = SharedTokens(student, shared)
+
+    def log_probs(self, t: float) -> tuple[Tensor, Tensor]:
+        """Log p and log q at t, [..., V]; a token without a partner in the teacher's input is compared with itself."""
+        if t not in self._log_probs:
+            log_p, log_q = self.teacher.log_probs(t), self.compared.log_probs(t)
+            if self._paired is not None:
+                log_p = torch.where(self._paired.unsqueeze(-1), log_p, log_q)
+            self._log_probs[t] = log_p, log_q
+        return self._log_probs[t]
+
+    def where_paired(self, values: Tensor, other: float = 0.0) -> Tensor:
+        """Values [...] or [..., V] of the tokens with a partner in the teacher's input; another number elsewhere."""
+        if self._paired is None:
+            return values
+        return torch.where(self._paired.view(-1, *(1,) * (values.ndim - 1)), values, other)
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """The teacher's NLL of the label, and whether both most probable tokens are partners; 0 if there is no pair."""
+        nll = -self.teacher.label_log_prob(1.0).clamp_min(FLOOR)
+        agreement = self.where_paired((self.student.top_token() == self.teacher.top_token()).to(nll.dtype))
+        if self._label_paired is not None:
+            nll = torch.where(self._label_paired, nll, 0.0)
+        return {"teacher_nll": nll, "agreement": agreement}
 
 
 def label_columns_of(parts: Iterable[Divergence]) -> frozenset[str]:
@@ -78,11 +228,11 @@ def label_columns_of(parts: Iterable[Divergence]) -> frozenset[str]:
 
 
 def with_label_log_probs(
-    columns: dict[str, Tensor], reads: Iterable[str], student: BlockLogits, teacher: BlockLogits, t: float
+    columns: dict[str, Tensor], reads: Iterable[str], pair: BlockPair, t: float
 ) -> dict[str, Tensor]:
     """The extra inputs with those log-probabilities of the label, at a temperature, that are read and not given."""
     found = dict(columns)
-    for name, model in (("teacher_log_prob", teacher), ("student_log_prob", student)):
+    for name, model in (("teacher_log_prob", pair.teacher), ("student_log_prob", pair.student)):
         if name in reads and OF_TOKEN + name not in columns:
             found[OF_TOKEN + name] = model.label_log_prob(t).clamp_min(FLOOR)
             found.setdefault(name, found[OF_TOKEN + name])  # a schedule may read the mean under this name

@@ -20,7 +20,9 @@ class LabelMask:
 
     Args:
         labels: integers [B, T], or [T] for one response; −100: no label.
-        vocabulary: size of the vocabulary that both models share.
+        vocabulary: size of the vocabulary.
+        name: of the argument, for messages.
+        owner: whose vocabulary it is, for messages.
 
     Attributes:
         shape: of the labels.
@@ -33,9 +35,15 @@ class LabelMask:
         ValueError: labels are not integers, or one is outside the vocabulary.
     """
 
-    def __init__(self, labels: Tensor, vocabulary: int) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        vocabulary: int,
+        name: str = "labels",
+        owner: str = "the vocabulary that both models share",
+    ) -> None:
         if labels.dtype not in INTEGERS:
-            raise ValueError(f"labels must be integers, got {labels.dtype}")
+            raise ValueError(f"{name} must be integers, got {labels.dtype}")
         self.shape = labels.shape
         table = labels.reshape(labels.shape[:-1].numel(), labels.shape[-1]).long()  # uint8 cannot hold −100
         mask = table != IGNORE_INDEX
@@ -47,9 +55,7 @@ class LabelMask:
         self.labels = table.reshape(-1).index_select(0, self.index)
         if wrong:
             label = int(table[outside][0])
-            raise ValueError(
-                f"labels must be −100 or in [0, {vocabulary}), the vocabulary that both models share, got {label}"
-            )
+            raise ValueError(f"{name} must be −100 or in [0, {vocabulary}), {owner}, got {label}")
 
     def index_in(self, other: Tensor | None) -> Tensor:
         """Indices of the same tokens in the flattened labels of another input, [N]: the k-th of each response.

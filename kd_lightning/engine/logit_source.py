@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,13 @@ class LogitSource(ABC):
         vocabulary: V, the width of a chunk; vocabulary entries from there on are cut off.
         transform: scale and soft-cap that turn what `fill` writes into logits.
         inputs: the tensors that the logits are computed from.
+        shared: whether each column stands for a token of both models, [V]; None: all do.
     """
 
     vocabulary: int
     transform: Transform
     inputs: tuple[Tensor | None, ...]
+    shared: Tensor | None = None
 
     @abstractmethod
     def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:
@@ -38,6 +40,17 @@ class LogitSource(ABC):
             student: the student's products of the same tokens, shaped like `chunk`, and their transform; None for the
                 student itself.
         """
+
+    def rest(self, like: Tensor, start: int, stop: int, temperatures: Iterable[float]) -> dict[str, Tensor]:
+        """What the model gives to tokens outside of its columns, [stop − start] by name; by default there are none.
+
+        Args:
+            like: a tensor [stop − start] of the chunk's dtype.
+            start: first token.
+            stop: one past the last token.
+            temperatures: those at which the logits are compared.
+        """
+        return {}
 
     def without_label(self) -> LogitSource:
         """The same model's logits in a form that does not depend on the tokens' labels; by default these."""
@@ -54,6 +67,17 @@ class DifferentiableLogits(LogitSource):
         Args:
             dz: gradient with respect to the products of these tokens, [stop − start, V].
             gradients: one per input, added to; None where no gradient is needed.
+            start: first token.
+            stop: one past the last token.
+        """
+
+    @abstractmethod
+    def fill_columns(self, out: Tensor, ids: Tensor, start: int, stop: int) -> None:
+        """Write the products of some entries of the vocabulary.
+
+        Args:
+            out: written, [stop − start, K].
+            ids: the entries, [K].
             start: first token.
             stop: one past the last token.
         """
@@ -87,6 +111,27 @@ class ProjectedLogits(DifferentiableLogits):
             chunk[:, self.start : self.start + self.width] += self.head.bias[: self.width]
         if self.head.group is not None:
             self._gather_shards(chunk, self.head.group)
+
+    def fill_columns(self, out: Tensor, ids: Tensor, start: int, stop: int) -> None:
+        """Write the products of the tokens start to stop; each rank of a sharded head computes its own entries."""
+        if self.head.group is None:
+            self._fill_own(out, ids, start, stop)
+            return
+        own = torch.nonzero((ids >= self.start) & (ids < self.start + self.width)).flatten()
+        products = out.new_empty(len(out), len(own))
+        self._fill_own(products, ids[own] - self.start, start, stop)
+        out.zero_().index_copy_(1, own, products)
+        summed = out.contiguous()  # collectives need dense tensors; adding 0 changes no bit
+        dist.all_reduce(summed, group=self.head.group)
+        out.copy_(summed)
+
+    def _fill_own(self, out: Tensor, ids: Tensor, start: int, stop: int) -> None:
+        """Write the products of entries of this rank's shard."""
+        dtype = self._factor_dtype(out)
+        h = self.hidden.index_select(0, self.index[start:stop]).to(dtype)
+        _add_product(out, h, self.head.weight.index_select(0, ids).to(dtype).t(), beta=0)
+        if self.head.bias is not None:
+            out += self.head.bias.index_select(0, ids)
 
     def _gather_shards(self, chunk: Tensor, group: dist.ProcessGroup) -> None:
         """Fill the columns that other ranks have computed."""
@@ -153,6 +198,10 @@ class GivenLogits(DifferentiableLogits):
     def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:
         """Copy the logits of the tokens start to stop."""
         chunk.copy_(self.logits[:, : self.vocabulary].index_select(0, self.index[start:stop]))
+
+    def fill_columns(self, out: Tensor, ids: Tensor, start: int, stop: int) -> None:
+        """Copy the logits of the tokens start to stop."""
+        out.copy_(self.logits[self.index[start:stop, None], ids])
 
     def add_gradients(self, dz: Tensor, gradients: Sequence[Tensor | None], start: int, stop: int) -> None:
         """Copy the gradient of the tokens start to stop to their rows."""

@@ -72,7 +72,9 @@ def label_columns(
         term = TokenLoss(_Zero(), CrossEntropy(), float(not both), 1.0, False, {}, diagnostics=both, compile=False)
         return ChunkedPass(term, model, other, {"labels": mask.labels}, chunk).run(weights, ())[0]
 
-    if isinstance(teacher, DifferentiableLogits):
+    if missing == ["student_log_prob"]:
+        nll = {"student_log_prob": negative_log_probs(student)["ce"]}
+    elif isinstance(teacher, DifferentiableLogits):
         models = {"student_log_prob": student, "teacher_log_prob": teacher}
         nll = {name: negative_log_probs(models[name])["ce"] for name in missing}
     else:  # its logits can only be computed together with the student's

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from kd_lightning.divergences import Divergence, check_one_per_token, evaluate
-from kd_lightning.engine.block_logits import BlockLogits, label_columns_of, with_label_log_probs
+from kd_lightning.divergences import CHUNK_LOG_Q, Divergence, check_one_per_token, evaluate
+from kd_lightning.engine.block_logits import BlockLogits, BlockPair, label_columns_of, with_label_log_probs
 from kd_lightning.engine.compile import BREAK_EVEN, Compiled
 from kd_lightning.engine.head import Transform
 from kd_lightning.functional import FLOOR, reverse_kl
@@ -87,6 +87,16 @@ class TokenLoss(nn.Module):
         """Names of all that a block computes: the values, and the scores of the tokens' weights."""
         return self.names(teacher) + (tuple(map(score_name, self.objective.weighted())) if teacher else ())
 
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Those at which the models are compared: in the objective, and in monitors and diagnostics."""
+        return self.temperature, 1.0
+
+    @property
+    def reads_chunks(self) -> bool:
+        """Whether the objective or a monitor contains `ChunkLikelihood`."""
+        return any(CHUNK_LOG_Q in reads for reads in self._reads)
+
     def run_blocks_with(self, runner: Compiled) -> None:
         """Replace what computes the blocks, for example by one that computes a block of each size once."""
         self.compiled = runner
@@ -132,6 +142,7 @@ class TokenLoss(nn.Module):
         block_size: int,
         gradient: bool,
         values: Mapping[str, Tensor],
+        shared: Tensor | None = None,
     ) -> None:
         """Write the values of n tokens; z becomes the gradient of their weighted sum with respect to z.
 
@@ -143,6 +154,7 @@ class TokenLoss(nn.Module):
             block_size: tokens of one block.
             gradient: whether the gradient is computed; otherwise z is not changed.
             values: written: [n] for each of `names`.
+            shared: which columns stand for a token of both models, [V]; None: all.
         """
         labels = vectors["labels"].unsqueeze(1)
         n = len(labels)
@@ -155,7 +167,7 @@ class TokenLoss(nn.Module):
         for a in range(0, n, block_size):
             b = a + block_size if self.is_compiled else min(a + block_size, n)
             block = {name: pad(column[a:b], (0, b - a - len(column[a:b]))) for name, column in rows.items()}
-            results = self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient)
+            results = self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient, shared)
             for name, result in results.items():  # into one buffer: small tensors between large ones fragment the heap
                 out[name][a:b] = result[: n - a]
         if gradient:
@@ -168,64 +180,85 @@ class TokenLoss(nn.Module):
         transforms: tuple[Transform, Transform],
         rows: dict[str, Tensor],
         gradient: bool,
+        shared: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Values of one block by name, [tokens]; z is overwritten by its gradient. Compiled as one graph."""
         columns = dict(rows)
         weights = columns.pop("weights")
         student = BlockLogits(z, columns.pop("student_label"), transforms[0])
-        teacher = None if y is None else BlockLogits(y, columns.pop("teacher_label"), transforms[1])
+        pair = None if y is None else BlockPair(student, y, transforms[1], columns, shared)
         ce_weight = value(self.ce_weight, columns)
-        t, label_t = self.temperature, self.label_loss.temperature or self.temperature
+        label_t = self.label_loss.temperature or self.temperature
 
         values: dict[str, Tensor] = {}
-        label_rows = self._label_rows(columns, student, teacher, label_t)
+        label_rows = self._label_rows(columns, pair, label_t)
         values["ce"], g = _differentiate(
             lambda log_q: check_one_per_token(
                 self.label_loss, self.label_loss(log_q.clamp_min(FLOOR), label_rows), log_q.shape
             ),
-            student.label_log_prob(label_t),
+            (student.label_log_prob(label_t),),
             weights * ce_weight if gradient else None,
         )
-        u = None
-        if teacher is None:
+        u: tuple[Tensor, ...] = ()
+        if pair is None:
             values["loss"] = values["ce"]
         else:
-            log_p = teacher.log_probs(t)
-            kd_rows = with_label_log_probs(columns, self._reads[0], student, teacher, t)
-            values["kd"], u = _differentiate(
-                lambda log_q: self.factor * evaluate(self.objective, log_p, log_q, kd_rows),
-                student.log_probs(t),
-                weights * (1 - ce_weight) if gradient and not _is_number(ce_weight, 1) else None,
-            )
+            kd_weights = weights * (1 - ce_weight) if gradient and not _is_number(ce_weight, 1) else None
+            compared, u = self._compare(pair, columns, kd_weights)
+            values |= compared
             values["loss"] = _mix(values["kd"], values["ce"], ce_weight)
-            for path, score in self.objective.token_scores(log_p, student.log_probs(t), kd_rows).items():
-                values[score_name(path)] = score
-            log_p, log_q = (log_p, student.log_probs(t)) if t == 1 else (teacher.log_probs(1.0), student.log_probs(1.0))
-            monitor_rows = with_label_log_probs(columns, self._reads[1], student, teacher, 1.0)
-            for name, monitor in self.monitors.items():
-                values[name] = evaluate(monitor, log_p, log_q, monitor_rows)  # type: ignore[arg-type]
         if self.diagnostics:
             values["student_nll"] = -student.label_log_prob(1.0).clamp_min(FLOOR)
-            if teacher is not None:
-                values["teacher_nll"] = -teacher.label_log_prob(1.0).clamp_min(FLOOR)
-                values["agreement"] = (student.top_token() == teacher.top_token()).to(z.dtype)
-        if g is not None:
+            values |= {} if pair is None else pair.diagnostics()
+        if g:
             slope_z, slope_label = student.slopes()
-            values["label_gradient"] = g / label_t * slope_label
-            z.copy_(student.gradient(u, t, g, label_t) * slope_z)
+            values["label_gradient"] = g[0] / label_t * slope_label
+            if len(u) > 1:
+                values["label_gradient"] = values["label_gradient"] + u[1] / self.temperature * slope_label
+            model = student if pair is None else pair.compared
+            z.copy_(model.gradient(u, self.temperature, g[0], label_t) * slope_z)
         return values
 
-    def _label_rows(
-        self, columns: dict[str, Tensor], student: BlockLogits, teacher: BlockLogits | None, t: float
-    ) -> dict[str, Tensor]:
+    def _compare(
+        self, pair: BlockPair, columns: dict[str, Tensor], weights: Tensor | None
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """Values of the objective, its token weights and the monitors, and the gradient of the objective.
+
+        Returns:
+            The values by name, and the gradients with respect to log q and, if the objective reads chunks, to log q of
+            the label; empty without weights.
+        """
+        t, (chunks, monitored) = self.temperature, (CHUNK_LOG_Q in reads for reads in self._reads)
+        log_p, log_q = pair.log_probs(t)
+        rows = with_label_log_probs(columns, self._reads[0], pair, t)
+
+        def objective(log_q: Tensor, *label: Tensor) -> Tensor:
+            read = {**rows, CHUNK_LOG_Q: label[0]} if label else rows
+            return self.factor * evaluate(self.objective, log_p, log_q, read)
+
+        inputs = (log_q, pair.student.label_log_prob(t)) if chunks else (log_q,)
+        kd, u = _differentiate(objective, inputs, weights)
+        values = {"kd": kd if chunks else pair.where_paired(kd)}
+        for path, score in self.objective.token_scores(log_p, log_q, rows).items():
+            values[score_name(path)] = pair.where_paired(score, torch.nan)
+        log_p, log_q = pair.log_probs(1.0)
+        rows = with_label_log_probs(columns, self._reads[1], pair, 1.0)
+        if monitored:
+            rows[CHUNK_LOG_Q] = pair.student.label_log_prob(1.0)
+        for name, monitor in self.monitors.items():
+            found = evaluate(monitor, log_p, log_q, rows)  # type: ignore[arg-type]
+            values[name] = found if monitored else pair.where_paired(found)
+        return values, (pair.where_paired(u[0]), *u[1:]) if u else ()
+
+    def _label_rows(self, columns: dict[str, Tensor], pair: BlockPair | None, t: float) -> dict[str, Tensor]:
         """What the label loss reads: the extra inputs, and what it declares to read of the teacher."""
-        if teacher is None:
+        if pair is None:
             return columns
         reads = self.label_loss.columns
-        found = with_label_log_probs(columns, reads, student, teacher, t)
+        found = with_label_log_probs(columns, reads, pair, t)
         found |= {name: found[OF_TOKEN + name] for name in reads if OF_TOKEN + name in found}
         if "reverse_kl" in reads and "reverse_kl" not in columns:
-            found["reverse_kl"] = reverse_kl(teacher.log_probs(t), student.log_probs(t))
+            found["reverse_kl"] = reverse_kl(*pair.log_probs(t))
         return found
 
 
@@ -235,21 +268,21 @@ def score_name(path: str) -> str:
 
 
 def _differentiate(
-    function: Callable[[Tensor], Tensor], x: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Values of a function of x, one per token, and the gradient of their weighted sum (None without weights)."""
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], weights: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Values of a function, one per token, and the gradients of their weighted sum (none without weights)."""
     if weights is None:
-        return function(x), None
+        return function(*inputs), ()
     if torch.compiler.is_compiling():
-        values, pull = torch.func.vjp(function, x)[:2]
-        return values, pull(weights)[0]
+        values, pull = torch.func.vjp(function, *inputs)[:2]
+        return values, pull(weights)
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        values = function(x)
-    if not values.requires_grad:  # it does not depend on x
-        return values, torch.zeros_like(x)
-    (gradient,) = torch.autograd.grad(values, x, weights, allow_unused=True, materialize_grads=True)
-    return values.detach(), gradient
+        inputs = tuple(x.detach().requires_grad_() for x in inputs)
+        values = function(*inputs)
+    if not values.requires_grad:  # it does not depend on them
+        return values, tuple(torch.zeros_like(x) for x in inputs)
+    gradients = torch.autograd.grad(values, inputs, weights, allow_unused=True, materialize_grads=True)
+    return values.detach(), gradients
 
 
 def _is_number(weight: float | Tensor, number: float) -> bool:

@@ -24,6 +24,7 @@ from kd_lightning.divergences import Divergence, described
 from kd_lightning.engine.head import FLOATS, Transform, apply_transform
 from kd_lightning.engine.label_mask import INTEGERS
 from kd_lightning.engine.logit_source import LogitSource
+from kd_lightning.engine.vocabulary_map import VocabularyMap
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ class TopKLogits(LogitSource):
 
     Args:
         known: the top k of the tokens with a label, [N].
+        some: whether any of them are known, [N]; None: always. Where not, all of the mass is spread, and the ids may
+            repeat one token.
     """
 
-    def __init__(self, known: TopK) -> None:
-        self.known, self.vocabulary = known, known.vocabulary
+    def __init__(self, known: TopK, some: Tensor | None = None) -> None:
+        self.known, self.vocabulary, self.some = known, known.vocabulary, some
         self.transform = (1.0, None)
         self.inputs = (known.log_probs, known.log_tail)
 
@@ -106,10 +109,16 @@ class TopKLogits(LogitSource):
         assert student is not None
         products, transform = student
         apply_transform(products, transform, out=chunk)
-        ids = self.known.ids[start:stop].long()
-        chunk.scatter_(-1, ids, -torch.inf)
+        ids, log_probs = self.known.ids[start:stop].long(), self.known.log_probs[start:stop].to(chunk.dtype)
+        if self.some is None:
+            chunk.scatter_(-1, ids, -torch.inf)
+        else:
+            some = self.some[start:stop].unsqueeze(-1)
+            chunk.scatter_(-1, ids, torch.where(some, -torch.inf, chunk.gather(-1, ids)))
         chunk += (self.known.log_tail[start:stop] - chunk.logsumexp(-1)).unsqueeze(-1)
-        chunk.scatter_(-1, ids, self.known.log_probs[start:stop].to(chunk.dtype))
+        if self.some is not None:
+            log_probs = torch.where(some, log_probs, chunk.gather(-1, ids))
+        chunk.scatter_(-1, ids, log_probs)
 
     def without_label(self) -> TopKLogits:
         """The top k − 1: the least probable known token is the k-th, or the label instead of it; it joins the rest."""
@@ -120,6 +129,26 @@ class TopKLogits(LogitSource):
         ids, log_probs = known.ids.gather(-1, kept), known.log_probs.gather(-1, kept)
         log_tail = torch.logaddexp(known.log_tail, known.log_probs.gather(-1, last).squeeze(-1))
         return TopKLogits(TopK(ids, log_probs, log_tail, known.vocabulary))
+
+
+def mapped_top_k(known: TopK, vocabulary_map: VocabularyMap) -> TopKLogits:
+    """The logits of a teacher with another vocabulary; known tokens without a partner join all others.
+
+    Args:
+        known: the top k of the tokens with a label, [N], in the teacher's vocabulary.
+        vocabulary_map: the tokens that both models share, on the same device.
+    """
+    partners, ids = vocabulary_map.student_of_teacher, known.ids.long()
+    inside = (ids >= 0) & (ids < vocabulary_map.teacher_size)
+    ids = torch.where(inside, partners[torch.where(inside, ids, 0)], -1)
+    shared = ids >= 0
+    others = torch.where(shared, -torch.inf, known.log_probs)
+    log_tail = torch.cat([known.log_tail.unsqueeze(-1), others], -1).logsumexp(-1)
+    # Entries without a partner repeat the first one with a partner, so that the shapes do not depend on the data.
+    first = shared.byte().argmax(-1, keepdim=True)
+    ids = torch.where(shared, ids, ids.gather(-1, first)).clamp_min(0)
+    log_probs = torch.where(shared, known.log_probs, known.log_probs.gather(-1, first))
+    return TopKLogits(TopK(ids, log_probs, log_tail, vocabulary_map.student_size), shared.any(-1))
 
 
 def check_lower_bound(divergence: Divergence, monitors: Mapping[str, Divergence] | None = None) -> None:

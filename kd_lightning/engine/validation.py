@@ -7,15 +7,19 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from kd_lightning.divergences import described
+from kd_lightning.divergences import ChunkLikelihood, described
+from kd_lightning.engine.block_logits import LABEL_PAIRED, PAIRED, REST
 from kd_lightning.engine.head import FLOATS, Head
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.schedules import check_number
 from kd_lightning.token_weights import LABEL_COLUMNS, OF_TOKEN
 
 # Names that the engine uses itself.
-INTERNAL_COLUMNS = ("labels", "weights", "student_label", "teacher_label", *(OF_TOKEN + name for name in LABEL_COLUMNS))
-
+INTERNAL_COLUMNS = (
+    *("labels", "weights", "student_label", "teacher_label", PAIRED, LABEL_PAIRED),
+    *(OF_TOKEN + name for name in LABEL_COLUMNS),
+    *ChunkLikelihood.columns,
+)
 
 TEMPERATURES = (1e-3, 1e3)  # further out, fp32 loses the differences between the logits, or T² outgrows it
 
@@ -55,19 +59,18 @@ def check_tokens(name: str, x: Tensor, labels: Tensor) -> None:
         raise ValueError(f"{name} must be floating point ({', '.join(map(str, FLOATS))}), got {x.dtype}")
 
 
-def check_top_k(known: TopK, vocabulary: int, labels: Tensor) -> int:
-    """The vocabulary of a loss on k + 1 outcomes; a ValueError unless the student's vocabulary contains it."""
+def check_top_k(known: TopK, vocabulary: int | None, labels: Tensor) -> None:
+    """Raise a ValueError unless there is one top k per label, in the student's vocabulary (None: in any)."""
     check_tensor("labels", labels)
     if known.shape != labels.shape:
         raise ValueError(
             f"the teacher's top k must have the labels' shape {list(labels.shape)}, got {list(known.shape)}"
         )
-    if known.vocabulary > vocabulary:
+    if vocabulary is not None and known.vocabulary > vocabulary:
         raise ValueError(
             f"the teacher's top k refer to {known.vocabulary} tokens and the student has {vocabulary}: cache them "
             "again with this student, or cache hidden states instead"
         )
-    return known.vocabulary
 
 
 def check_head(role: str, hidden: Tensor, head: Head | Tensor | None, labels: Tensor) -> Head:
@@ -106,6 +109,6 @@ def check_columns(rows: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         check_tensor(f"rows[{name!r}]", values)
         if values.is_complex() or values.is_quantized:
             raise ValueError(f"rows[{name!r}] must be floating point, integer or bool, got {values.dtype}")
-    if taken := [name for name in rows if name in INTERNAL_COLUMNS]:
+    if taken := [name for name in rows if name in INTERNAL_COLUMNS or name.startswith(REST)]:
         raise ValueError(f"rows must not be named {', '.join(INTERNAL_COLUMNS)}, got {taken[0]!r}")
     return rows

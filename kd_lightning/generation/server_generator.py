@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from kd_lightning.data.conversation import Conversation
@@ -12,10 +11,8 @@ from kd_lightning.generation.response_file import Response
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.openai_client import OpenAIClient, valid_string
 from kd_lightning.seeding import derive_seed
-
-FINISH_REASONS = {"stop": "eos", "length": "length"}
-UNKNOWN = "unknown"
-"""The reason of a response where the server gives none."""
+from kd_lightning.serving.completion import finish_reason, sampling_fields
+from kd_lightning.serving.request_pool import answers
 
 
 class ServerGenerator:
@@ -47,13 +44,7 @@ class ServerGenerator:
         Raises:
             ValueError: the server refuses, does not answer, or sends invalid answers.
         """
-        body: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": self.sampling.max_new_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "seed": derive_seed(self.seed, number) % 2**31,
-        }
+        body = sampling_fields(self.model, self.sampling, derive_seed(self.seed, number))
         if conversation.messages:
             path = "chat/completions"
             body["messages"] = conversation.messages
@@ -70,7 +61,7 @@ class ServerGenerator:
         requests: int = 8,
         request: StopRequest | None = None,
     ) -> Iterator[tuple[int, Response]]:
-        """Responses with the numbers of their rows, in the order in which they finish. Closes the client.
+        """Responses with the numbers of their rows, in the order in which they finish.
 
         Args:
             conversations: all prompts.
@@ -78,43 +69,19 @@ class ServerGenerator:
             requests: largest number of requests at a time, at least 1.
             request: to stop: the requests that are sent are finished, and no more are sent.
         """
-        request = request or StopRequest()
-        remaining = request.until_requested(range(start, len(conversations)))
-        pending: dict[Future[Response], int] = {}
-        pool = ThreadPoolExecutor(requests)
-        try:
-            while True:
-                for number in remaining:
-                    pending[pool.submit(self.respond, conversations[number], number)] = number
-                    if len(pending) >= 2 * requests:
-                        break
-                if request.signal:
-                    pending = {future: number for future, number in pending.items() if not future.cancel()}
-                if not pending:
-                    return
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                failed = None
-                for future in done:
-                    number = pending.pop(future)
-                    if future.exception() is None:
-                        yield number, future.result()
-                    else:
-                        failed = future
-                if failed is not None:
-                    failed.result()  # raises
-        finally:
-            self.client.close()
-            pool.shutdown(wait=False, cancel_futures=True)
+
+        def ask(number: int) -> Response:
+            return self.respond(conversations[number], number)
+
+        return answers(self.client, ask, range(start, len(conversations)), requests, request)
 
 
 def parse_response(answer: Any) -> Response:
     """The response in a decoded answer of the server; the errors of an invalid one are those of `request`."""
     (choice, *_) = answer["choices"]
     text = choice["message"].get("content") if "message" in choice else choice["text"]
-    reason = choice.get("finish_reason")
-    reason = UNKNOWN if reason is None else valid_string(reason) or UNKNOWN
     tokens = (answer.get("usage") or {}).get("completion_tokens")
-    return Response("" if text is None else valid_string(text), FINISH_REASONS.get(reason, reason), _count(tokens))
+    return Response("" if text is None else valid_string(text), finish_reason(choice), _count(tokens))
 
 
 def _count(tokens: object) -> int:

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
-from kd_lightning.divergences import Divergence, check_divergence, described
+from kd_lightning.divergences import Composite, Divergence, check_divergence, described
+from kd_lightning.engine.block_logits import LABEL_PAIRED, PAIRED
+from kd_lightning.engine.token_loss import TokenLoss
 from kd_lightning.engine.validation import check_count, check_temperature
 from kd_lightning.label_losses import LabelLoss
-from kd_lightning.schedules import check_flag, check_weight
+from kd_lightning.schedules import Schedule, check_flag, check_weight
+from kd_lightning.token_weights import TokenWeight
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
-RESERVED = ("loss", "kd", "ce", "student_nll", "teacher_nll", "agreement", "gap", "label_gradient")
+RESERVED = (
+    "loss",
+    "kd",
+    "ce",
+    "student_nll",
+    "teacher_nll",
+    "agreement",
+    "gap",
+    "label_gradient",
+    PAIRED,
+    LABEL_PAIRED,
+)
 
 
 def check_loss_arguments(
@@ -68,3 +82,34 @@ def check_monitors(monitors: object) -> dict[str, Divergence]:
             )
         check_divergence(f"monitors[{name!r}]", part)
     return dict(monitors)
+
+
+def check_aligned(loss: TokenLoss, rows: Mapping[str, Tensor], merged: bool) -> None:
+    """Check that a loss can be computed where tokens of the student may have no partner in the teacher.
+
+    Args:
+        loss: the loss of a token.
+        rows: extra inputs per token.
+        merged: whether tokens of the two vocabularies without a partner are merged into one outcome.
+
+    Raises:
+        ValueError: a part reads the teacher's log-probability of the label, or changes if tokens are merged.
+    """
+    for part in loss.modules():
+        columns = part.columns if isinstance(part, (Composite, TokenWeight, Schedule, LabelLoss)) else ()
+        for name in ("teacher_log_prob", "reverse_kl"):
+            if name in columns and name not in rows:
+                raise ValueError(
+                    f"{type(part).__name__} cannot be computed with a vocabulary_map or teacher_positions: it reads "
+                    f"{name!r} of the label, which may have no partner in the teacher's vocabulary or input: choose "
+                    "another, or pass this column in rows"
+                )
+    for part in (loss.objective, *loss.monitors.values()):
+        assert isinstance(part, Divergence)
+        changed = part.not_mergeable() if merged else None
+        if changed is not None:
+            raise ValueError(
+                f"{changed} cannot be computed where both vocabularies have tokens without a partner, or from a top k "
+                "in another vocabulary: only f-divergences and their mixtures can (forward and reverse KL, JSD, "
+                "total variation, α-divergence, TAID, AMiD over one of them, own classes with is_f_divergence = True)"
+            )

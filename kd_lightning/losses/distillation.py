@@ -13,7 +13,7 @@ from kd_lightning.engine.chunked import ChunkedPass
 from kd_lightning.engine.compile import opaque_to_compile
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import LabelMask
-from kd_lightning.engine.logit_source import DifferentiableLogits, GivenLogits, LogitSource, ProjectedLogits
+from kd_lightning.engine.logit_source import LogitSource
 from kd_lightning.engine.sequence_stats import (
     baseline_columns,
     given_columns,
@@ -22,10 +22,12 @@ from kd_lightning.engine.sequence_stats import (
     response_means,
 )
 from kd_lightning.engine.token_loss import TokenLoss, score_name
-from kd_lightning.engine.top_k import TopK, TopKLogits
+from kd_lightning.engine.top_k import TopK
 from kd_lightning.engine.validation import check_columns, check_devices, check_head, check_tokens, check_top_k
+from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.label_losses import CrossEntropy, LabelLoss
-from kd_lightning.losses.arguments import check_loss_arguments, check_monitors
+from kd_lightning.losses.arguments import check_aligned, check_loss_arguments, check_monitors
+from kd_lightning.losses.batch import Alignment, Batch, Outputs
 from kd_lightning.losses.loss_parts import LossParts
 from kd_lightning.schedules import Schedule, Weight, check_flag
 
@@ -116,40 +118,43 @@ class DistillationLoss(nn.Module):
         labels: Tensor,
         rows: Mapping[str, Tensor] | None = None,
         teacher_labels: Tensor | None = None,
+        vocabulary_map: VocabularyMap | None = None,
+        teacher_positions: Tensor | None = None,
     ) -> LossParts:
         """Loss from logits.
 
         Args:
             student_logits: [B, T, V] (or [T, V]), before any temperature.
-            teacher_logits: [B, T, Vt] ([B, Tt, Vt] with `teacher_labels`); if Vt differs from V (padding), both are
-                cut to the shared vocabulary and normalized again. `TopK`: top-k log-probabilities. None: no teacher,
-                with `ce_weight=1`.
+            teacher_logits: [B, T, Vt] ([B, T', Vt] with `teacher_labels` or `teacher_positions`); if Vt differs from V
+                (padding), both are cut to the shared vocabulary and normalized again. `TopK`: top-k log-probabilities.
+                None: no teacher, with `ce_weight=1`.
             labels: integers [B, T] (or [T]: one response), aligned with the logits; −100: no label.
             rows: extra inputs per token of the objective and the label loss, [B, T], or [B] for all tokens of a
                 response.
-            teacher_labels: labels [B, Tt] in the teacher's own input, as many in each response as in `labels`: the
-                k-th of a response is the same token on both sides. None: `labels`.
+            teacher_labels: labels [B, T'] in the teacher's own input, as many in each response as in `labels`: the
+                k-th of a response is the same token on both sides. None: `labels`. With `teacher_positions` they are
+                the teacher's own tokens, any number of them, and read by `ChunkLikelihood` alone.
+            vocabulary_map: the tokens that both models share, if their tokenizers differ. A label without a partner
+                counts in the label loss alone. None: token v is the same in both.
+            teacher_positions: integers [B, T], aligned with the labels: the teacher's position, in [0, T'), whose
+                distribution the student's is compared with; −1: none. Such tokens add 0 to the divergence and its
+                monitors, and count in the divisor. None: those of the labels.
 
         Raises:
-            ValueError: shapes, devices or labels do not match.
+            ValueError: shapes, devices, labels or positions do not match; with a map, the objective, a monitor or the
+                label loss cannot be computed.
         """
         check_tokens("student_logits", student_logits, labels)
-        vocabulary, where = student_logits.shape[-1], labels if teacher_labels is None else teacher_labels
+        alignment = Alignment(teacher_labels, vocabulary_map, teacher_positions)
+        teacher: Outputs | TopK | None = None
         if isinstance(teacher_logits, TopK):
-            vocabulary = check_top_k(teacher_logits, vocabulary, where)
+            teacher = _checked(teacher_logits, "teacher_logits", student_logits.shape[-1], labels, alignment)
         elif teacher_logits is not None:
-            check_tokens("teacher_logits", teacher_logits, where)
-            vocabulary = min(vocabulary, teacher_logits.shape[-1])
-        mask = LabelMask(labels, vocabulary)
-        index = mask.index_in(teacher_labels)
-        student = GivenLogits(_flat(student_logits), mask.index, vocabulary)
-        teacher: LogitSource | None = None
-        if isinstance(teacher_logits, TopK):
-            teacher = TopKLogits(teacher_logits.select(index))
-        elif teacher_logits is not None:
+            tokens = alignment.tokens("teacher_logits", teacher_logits, labels)
+            check_tokens("teacher_logits", teacher_logits, tokens)
             # `detach` shares its version counter with the user's tensor, by which a recomputation notices a change
-            teacher = GivenLogits(_flat(teacher_logits.detach()), index, vocabulary)
-        return self._compute(student, teacher, mask, rows)
+            teacher = Outputs(teacher_logits.detach())
+        return self._compute(Batch(Outputs(student_logits), teacher, labels, alignment), rows)
 
     @opaque_to_compile
     def from_hidden(
@@ -161,64 +166,60 @@ class DistillationLoss(nn.Module):
         labels: Tensor,
         rows: Mapping[str, Tensor] | None = None,
         teacher_labels: Tensor | None = None,
+        vocabulary_map: VocabularyMap | None = None,
+        teacher_positions: Tensor | None = None,
     ) -> LossParts:
         """Loss from hidden states, without materializing the logits of all tokens.
 
-        The gradient is computed in the same pass. On a GPU the host waits only for the number of labels. A schedule
-        that reads the responses' log-probabilities costs a second projection of both models.
+        The gradient is computed in the same pass. On a GPU the host waits only for the number of labels, and for the
+        check of `teacher_positions`. A schedule that reads the responses' log-probabilities, and `ChunkLikelihood`,
+        cost a second projection of both models.
 
         Args:
             student_hidden: [B, T, H] (or [T, H]), after the last norm.
             student_head: a weight [V, H], or a `Head`.
-            teacher_hidden: [B, T, Ht] ([B, Tt, Ht] with `teacher_labels`); `TopK`: top-k log-probabilities, without a
-                head; None: no teacher, with `ce_weight=1`.
+            teacher_hidden: [B, T, Ht] ([B, T', Ht] with `teacher_labels` or `teacher_positions`); `TopK`: top-k
+                log-probabilities, without a head; None: no teacher, with `ce_weight=1`.
             teacher_head: a weight [Vt, Ht], or a `Head`.
             labels: as in `from_logits`.
             rows: as in `from_logits`.
             teacher_labels: as in `from_logits`.
+            vocabulary_map: as in `from_logits`.
+            teacher_positions: as in `from_logits`.
 
         Raises:
-            ValueError: shapes, devices or labels do not match.
+            ValueError: as in `from_logits`.
         """
         head = check_head("student", student_hidden, student_head, labels)
-        vocabulary, other = head.vocabulary, None
-        where = labels if teacher_labels is None else teacher_labels
+        alignment = Alignment(teacher_labels, vocabulary_map, teacher_positions)
+        teacher: Outputs | TopK | None = None
         if isinstance(teacher_hidden, TopK):
-            vocabulary = check_top_k(teacher_hidden, vocabulary, where)
+            teacher = _checked(teacher_hidden, "teacher_hidden", head.vocabulary, labels, alignment)
         elif teacher_hidden is not None:
-            other = check_head("teacher", teacher_hidden, teacher_head, where)
-            vocabulary = min(vocabulary, other.vocabulary)
-        mask = LabelMask(labels, vocabulary)
-        index = mask.index_in(teacher_labels)
-        student = ProjectedLogits(_flat(student_hidden), head, mask.index, vocabulary)
-        teacher: LogitSource | None = None
-        if isinstance(teacher_hidden, TopK):
-            teacher = TopKLogits(teacher_hidden.select(index))
-        elif teacher_hidden is not None and other is not None:
-            teacher = ProjectedLogits(_flat(teacher_hidden.detach()), other, index, vocabulary)
-        return self._compute(student, teacher, mask, rows)
+            tokens = alignment.tokens("teacher_hidden", teacher_hidden, labels)
+            teacher = Outputs(teacher_hidden.detach(), check_head("teacher", teacher_hidden, teacher_head, tokens))
+        return self._compute(Batch(Outputs(student_hidden, head), teacher, labels, alignment), rows)
 
-    def _compute(
-        self,
-        student: DifferentiableLogits,
-        teacher: LogitSource | None,
-        mask: LabelMask,
-        rows: Mapping[str, Tensor] | None,
-    ) -> LossParts:
+    def _compute(self, batch: Batch, rows: Mapping[str, Tensor] | None) -> LossParts:
         """Run the pass over the tokens with a label and reduce."""
+        student, teacher, mask = batch.student, batch.teacher, batch.mask
         self._check_teacher(teacher)
         check_devices(student=student.inputs, teacher=teacher.inputs if teacher else (), labels=(mask.index,))
         inputs = [x for model in (student, teacher) if model for x in model.inputs if x is not None]
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
-        columns = self._columns(student, teacher, mask, check_columns(rows), dtype)
-        chunked = ChunkedPass(self.token_loss, student, teacher, columns | {"labels": mask.labels}, self.chunk)
+        rows = check_columns(rows)
+        if batch.is_aligned:
+            check_aligned(self.token_loss, rows, batch.merges)
+        columns, pairs = self._columns(batch, rows, dtype), batch.pairs()
+        known = columns | pairs | {"labels": mask.labels}
+        chunked = ChunkedPass(self.token_loss, student, teacher, known, self.chunk)
         weights, divisor = self._weights(mask, dtype)
         if self.reduction == "none":
             losses = chunked.loss(weights, summed=False)
             loss = losses.new_zeros(mask.shape.numel()).index_copy(0, mask.index, losses).view(mask.shape)
         else:
             loss = chunked.loss(weights)
-        values = dict(chunked.values)
+        values = chunked.values | {name: paired.to(dtype) for name, paired in pairs.items()}
         weighted = {} if teacher is None else self.objective.weighted()
         token_weights = {path: x.weight_sums(values.pop(score_name(path))) for path, x in weighted.items()}
         if (gap := response_gap(columns)) is not None:
@@ -234,19 +235,15 @@ class DistillationLoss(nn.Module):
         if self.token_loss.monitors:
             raise ValueError(f"monitors need a teacher, got none: remove {', '.join(self.token_loss.monitors)}")
 
-    def _columns(
-        self,
-        student: DifferentiableLogits,
-        teacher: LogitSource | None,
-        mask: LabelMask,
-        rows: Mapping[str, Tensor],
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """Extra inputs of the tokens with a label, [N] each, with those that the loss computes for its schedules."""
-        columns = {name: mask.column(name, values, dtype) for name, values in rows.items()}
-        if teacher is not None:
-            arguments = (self.token_loss, student, teacher, mask, columns, dtype, self.chunk)
-            columns |= given_columns(columns) | label_columns(*arguments) | baseline_columns(*arguments)
+    def _columns(self, batch: Batch, rows: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Extra inputs of the tokens with a label, [N] each, with those that the loss computes for its parts."""
+        columns = {name: batch.mask.column(name, values, dtype) for name, values in rows.items()}
+        if batch.teacher is None:
+            return columns
+        arguments = (self.token_loss, batch.student, batch.teacher, batch.mask, columns, dtype, self.chunk)
+        columns |= given_columns(columns) | label_columns(*arguments) | baseline_columns(*arguments)
+        if self.token_loss.reads_chunks:
+            columns |= batch.chunk_columns(self.token_loss.temperature, dtype, self.chunk)
         return columns
 
     def _weights(self, mask: LabelMask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -258,5 +255,8 @@ class DistillationLoss(nn.Module):
         return ones, divisor
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _checked(known: TopK, name: str, vocabulary: int, labels: Tensor, alignment: Alignment) -> TopK:
+    """A teacher's top k that matches the labels and, without a map, the student's vocabulary."""
+    tokens = alignment.tokens(name, known.log_probs, labels)
+    check_top_k(known, vocabulary if alignment.vocabulary_map is None else None, tokens)
+    return known

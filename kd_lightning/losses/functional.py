@@ -10,6 +10,7 @@ from torch import Tensor
 from kd_lightning.divergences import Divergence
 from kd_lightning.engine.compile import opaque_to_compile
 from kd_lightning.engine.head import Head
+from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses.arguments import check_loss_arguments
 from kd_lightning.losses.distillation import DistillationLoss
@@ -31,6 +32,8 @@ def distillation_loss(
     label_loss: LabelLoss | None = None,
     square_temperature: bool = True,
     teacher_labels: Tensor | None = None,
+    vocabulary_map: VocabularyMap | None = None,
+    teacher_positions: Tensor | None = None,
 ) -> Tensor:
     r"""Distillation loss from the logits of both models; 0 without labels.
 
@@ -45,8 +48,11 @@ def distillation_loss(
         rows: extra inputs per token of the objective and the label loss, [B, T] or [B].
         label_loss: the loss on the label's log-probability; None: `CrossEntropy()`.
         square_temperature: whether the divergence is multiplied by T².
-        teacher_labels: labels [B, Tt] in the teacher's own input; the k-th of a row is the same token on both sides.
-            None: `labels`.
+        teacher_labels: labels [B, T'] in the teacher's own input; the k-th of a row is the same token on both sides.
+            None: `labels`. With `teacher_positions` the teacher's own tokens, read by `ChunkLikelihood` alone.
+        vocabulary_map: the tokens that both models share; None: token v is the same in both.
+        teacher_positions: integers [B, T]: the teacher's position that a token with a label is compared with; −1: none,
+            and its divergence is 0. None: those of the labels.
 
     Returns:
         The loss, 0-d; [B, T] with reduction "none".
@@ -56,7 +62,8 @@ def distillation_loss(
     """
     settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
     loss = _loss(*settings, chunk=None, compile=False)
-    return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows, teacher_labels), reduction)
+    alignment = (teacher_labels, vocabulary_map, teacher_positions)
+    return _reduced(loss.from_logits(student_logits, teacher_logits, labels, rows, *alignment), reduction)
 
 
 @opaque_to_compile
@@ -77,6 +84,8 @@ def fused_distillation_loss(
     chunk: int | None = None,
     compile: bool | None = None,
     teacher_labels: Tensor | None = None,
+    vocabulary_map: VocabularyMap | None = None,
+    teacher_positions: Tensor | None = None,
 ) -> Tensor:
     r"""`distillation_loss` from hidden states and LM heads, without materializing the logits of all tokens.
 
@@ -99,6 +108,8 @@ def fused_distillation_loss(
         chunk: tokens whose logits are in memory at a time; None: within a budget of bytes.
         compile: as in `DistillationLoss`; all calls with the same `objective` object share one compilation.
         teacher_labels: as in `distillation_loss`.
+        vocabulary_map: as in `distillation_loss`.
+        teacher_positions: as in `distillation_loss`.
 
     Returns:
         The loss, 0-d; [B, T] with reduction "none".
@@ -108,7 +119,8 @@ def fused_distillation_loss(
     """
     settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
     loss = _loss(*settings, chunk=chunk, compile=compile)
-    parts = loss.from_hidden(student_hidden, student_head, teacher_hidden, teacher_head, labels, rows, teacher_labels)
+    models = (student_hidden, student_head, teacher_hidden, teacher_head)
+    parts = loss.from_hidden(*models, labels, rows, teacher_labels, vocabulary_map, teacher_positions)
     return _reduced(parts, reduction)
 
 

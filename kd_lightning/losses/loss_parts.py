@@ -20,7 +20,11 @@ class LossParts:
         weights: [N], of each token with a label: 1 / the number of labels of its response for "sequence_mean", else 1.
         values: per token by name, [N], without gradient: "loss", "ce" (the label loss), with a teacher "kd" (the
             divergence as in the loss, T² included), every monitor, the `diagnostics`, and "gap" if a schedule reads the
-            responses' log-probabilities: exp(teacher) − exp(student) of the token's response.
+            responses' log-probabilities: exp(teacher) − exp(student) of the token's response. With a map of two
+            vocabularies or with `teacher_positions` also "aligned", 1 for a token with a partner in the teacher's input
+            and 0 otherwise, where "kd" (but for `ChunkLikelihood`), the monitors and "agreement" are 0; and
+            "label_aligned", 1 where besides the label has a partner in the teacher's vocabulary and 0 otherwise, where
+            "teacher_nll" is 0. The mean over aligned tokens is Σ weights·value / Σ weights·aligned.
         by_response: means over responses if a schedule reads extra inputs per token: "gap", "teacher_gap" and
             "student_gap" (by the column `source`), and "schedule/PATH" for each such schedule.
         components: means over tokens of the components of the objective, where they were measured.

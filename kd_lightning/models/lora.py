@@ -1,10 +1,11 @@
-"""LoRA students: adapters of PEFT train, the base weights are frozen, and the export has plain merged weights."""
+"""LoRA students: adapters of PEFT train, the base weights are frozen, and exports have plain merged weights."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.modules.module import _IncompatibleKeys
 
+from kd_lightning.atomic_io import atomic_folder
+from kd_lightning.models.hf_adapter import base_model, is_peft_model
+
 if TYPE_CHECKING:  # takes a second to import, and only a student with adapters needs it
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 ALL_LINEAR = "all-linear"
@@ -220,6 +224,35 @@ def save_adapter(student: PeftModel, state: Mapping[str, Tensor], folder: Path) 
     """
     student.save_pretrained(str(folder), state_dict=dict(state), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty template of a model card
+
+
+def save_plain_model(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: Path,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Save model, generation config and tokenizer, with adapters merged into the weights. Atomic.
+
+    Args:
+        student: the model.
+        tokenizer: its tokenizer; None: none is saved.
+        path: the folder; an existing one is replaced by a complete one.
+        state: the full tensors of a sharded model; None: those of `student`.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar of a single step
+    model, tensors = student, None if state is None else dict(state)
+    if is_peft_model(student):
+        model = base_model(student)
+        tensors = merged_state_dict(student, student.state_dict() if tensors is None else tensors)
+    with atomic_folder(path) as part:
+        model.save_pretrained(part, state_dict=tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        for file in part.iterdir():
+            shutil.copymode(part / "config.json", file)  # safetensors creates files that only the owner can read
 
 
 def _above(name: str) -> Iterator[str]:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from kd_lightning.constants import SOURCES
-from kd_lightning.divergences import Composite, Divergence, check_divergence, evaluate, first_not_f_divergence
+from kd_lightning.divergences import (
+    Composite,
+    Divergence,
+    check_divergence,
+    evaluate,
+    first_not_f_divergence,
+    first_not_mergeable,
+)
 from kd_lightning.objectives.objective import SkewKL, SkewReverseKL
 from kd_lightning.schedules import Weight, check_flag, check_weight, column, value
 
@@ -70,6 +77,10 @@ class Contrastive(Composite):
         """Name of the first objective that is not an f-divergence."""
         return first_not_f_divergence((self.teacher_responses, self.student_responses))
 
+    def not_mergeable(self) -> str | None:
+        """Name of the first objective that changes if tokens with equal p / q are merged."""
+        return first_not_mergeable((self.teacher_responses, self.student_responses))
+
     def components(self) -> dict[str, Divergence]:
         """Both objectives, each on its own responses."""
         return {
@@ -98,6 +109,10 @@ class OnSource(Composite):
         """Divergence per token."""
         selected = (column(rows, "source", "Contrastive") == SOURCES.index("student")) == self.student
         return torch.where(selected, evaluate(self.divergence, log_p, log_q, rows), torch.nan)
+
+    def not_mergeable(self) -> str | None:
+        """The name of what changes in the divergence if tokens are merged."""
+        return self.divergence.not_mergeable()
 
     def components(self) -> dict[str, Divergence]:
         """The divergence's components, on the same responses."""

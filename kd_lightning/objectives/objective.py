@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kd_lightning.assistants import AlphaMixture, ArithmeticMixture, Assistant, GeometricMixture
-from kd_lightning.divergences import Composite, Divergence, ForwardKL, check_divergence, described, evaluate
+from kd_lightning.divergences import (
+    ChunkLikelihood,
+    Composite,
+    Divergence,
+    ForwardKL,
+    check_divergence,
+    described,
+    evaluate,
+)
 from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_flag, check_weight
 
 ROLES = ("teacher", "student", "assistant")
@@ -49,6 +57,11 @@ class Objective(Composite):
             raise ValueError(f"pair must contain 'assistant' if and only if one is given, got {pair!r} and {given}")
         if detach_assistant and "student" not in pair:
             raise ValueError(f"detach_assistant must be False if 'student' is not in pair, got {pair!r}")
+        if assistant is not None and any(isinstance(part, ChunkLikelihood) for part in divergence.modules()):
+            raise ValueError(
+                f"divergence must not contain ChunkLikelihood with an assistant, got {described(divergence)}: it "
+                "compares likelihoods of the text; add it to the objective with WeightedSum"
+            )
         self.divergence = divergence
         self.assistant = assistant
         self.pair = pair
@@ -83,6 +96,12 @@ class Objective(Composite):
         if self.assistant is not None and not self.assistant.keeps_lower_bound:
             return f"{type(self).__name__} (its assistant is {type(self.assistant).__name__})"
         return self.divergence.not_f_divergence()
+
+    def not_mergeable(self) -> str | None:
+        """This class with its assistant, or the name of what changes in the divergence if tokens are merged."""
+        if self.assistant is not None and not self.assistant.is_mergeable:
+            return f"{type(self).__name__} (its assistant is {type(self.assistant).__name__})"
+        return self.divergence.not_mergeable()
 
     def components(self) -> dict[str, Divergence]:
         """The divergence's components, each between the same two distributions."""

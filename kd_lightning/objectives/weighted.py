@@ -61,6 +61,12 @@ class Weighted(WeightedTokens):
             return f"Weighted (its weight is {type(self.weight).__name__})"
         return self.divergence.not_f_divergence()
 
+    def not_mergeable(self) -> str | None:
+        """This class with its weight, or the name of what changes in the divergence if tokens are merged."""
+        if not self.weight.exact_with_top_k:
+            return f"Weighted (its weight is {type(self.weight).__name__})"
+        return self.divergence.not_mergeable()
+
     def components(self) -> dict[str, Divergence]:
         """The divergence without weights, under the name of its class."""
         return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self.divergence).__name__).lower(): self.divergence}

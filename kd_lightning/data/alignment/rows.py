@@ -85,7 +85,7 @@ def shares_of(rows: Any, known: VocabularyMap) -> TokenizerShares:
         rows: a `datasets.Dataset` with the columns of both sides.
         known: the tokens that are partners.
     """
-    partners = (~known.student_unmapped.cpu(), ~known.teacher_unmapped.cpu())
+    partners = (known.student_shared.cpu(), known.teacher_shared.cpu())
     shared, total = [0, 0], [0, 0]
     for columns in (("input_ids", "label_mask"), ("teacher_input_ids", "teacher_label_mask")):
         side = columns[0].startswith("teacher_")

@@ -1,0 +1,86 @@
+"""Tests whether a server answers with the weights of a student: log-probabilities of one prompt on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kd_lightning.distributed.dtensor import full_tensor
+from kd_lightning.models.backbone import eval_mode, logits
+from kd_lightning.models.scoring.scorer import PromptScorer
+
+LONGEST = 64
+"""Tokens of a prompt that are compared."""
+LARGEST_DIFFERENCE = 0.25
+"""Root mean square of the differences, in nats per token: bfloat16 on one side explains less, other weights more."""
+NEARER = 2.0
+"""A server has the previous weights if its answers are so many times nearer to them than to the new ones."""
+ROUNDING = 1e-4
+"""Differences that are rounding in float32, in nats per token."""
+
+
+@dataclass(frozen=True)
+class WeightsProbe:
+    """A prompt and its log-probabilities by the weights of a step.
+
+    Args:
+        step: number of optimizer steps.
+        ids: token ids of the prompt.
+        log_probs: of each token after the first, float64.
+    """
+
+    step: int
+    ids: list[int]
+    log_probs: Tensor
+
+    def check(self, scorer: PromptScorer, previous: WeightsProbe | None) -> None:
+        """Check that a served model gives these log-probabilities.
+
+        Args:
+            scorer: asks the served model.
+            previous: of the weights that the server had before; None: unknown.
+
+        Raises:
+            ValueError: it has other weights, or does not answer.
+        """
+        found = scorer.score(self.ids, "the test of its weights").of(torch.tensor(self.ids[1:]))
+        distance = _distance(found, self.log_probs)
+        begin = f"server {scorer.client.url}, model {scorer.model!r},"
+        if previous is not None and previous.ids == self.ids:
+            before = _distance(found, previous.log_probs)
+            if distance > NEARER * before + ROUNDING:
+                raise ValueError(
+                    f"{begin} still answers with the weights of step {previous.step} instead of step {self.step}: its "
+                    "log-probabilities did not change. It has not loaded the new weights"
+                )
+        if not distance <= LARGEST_DIFFERENCE:
+            raise ValueError(
+                f"{begin} answers with other weights than the student's at step {self.step}: its log-probabilities "
+                f"of a prompt differ by {distance:.3g} nats per token (at most {LARGEST_DIFFERENCE}). It has not "
+                "loaded them, or serves another base model"
+            )
+
+
+def weights_probe(student: PreTrainedModel, step: int, prompt: Sequence[int]) -> WeightsProbe:
+    """The log-probabilities of the beginning of a prompt. A collective if the student is sharded.
+
+    Args:
+        student: the model.
+        step: number of optimizer steps that it has learned.
+        prompt: token ids, at least one; the same on all ranks.
+    """
+    ids = [int(token) for token in (prompt if len(prompt) > 1 else [*prompt, *prompt])][:LONGEST]
+    device = next(student.parameters()).device
+    with torch.no_grad(), eval_mode(student):
+        scores = full_tensor(logits(student, torch.tensor([ids], device=device)))[0, :-1].double().log_softmax(-1)
+    own = torch.tensor(ids[1:], device=scores.device)
+    return WeightsProbe(step, ids, scores.gather(-1, own[:, None])[:, 0].cpu())
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Root mean square of the difference."""
+    return float((a - b).square().mean().sqrt())
