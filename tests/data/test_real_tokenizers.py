@@ -14,7 +14,7 @@ from kd_lightning.models.hf_adapter import normalized
 from real_tokenizers import LOADERS, real
 
 pytestmark = pytest.mark.slow
-TEXTS = 200
+TEXTS = 100
 
 
 @pytest.mark.parametrize("name", LOADERS)
