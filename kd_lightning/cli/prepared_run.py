@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.trainer_cli import TrainerCLI
-from kd_lightning.constants import teacher_view
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.functional import log_softmax
 from kd_lightning.models.backbone import logits
 from kd_lightning.module import DistillationModule
+from kd_lightning.teachers.base import teacher_batch
 from kd_lightning.training.evaluation import evaluated_batches, sums_and_counts
 from kd_lightning.training.student import StudentWithLoss
 from kd_lightning.training.teacher_setup import member_names, tokens_by_member
@@ -175,8 +175,8 @@ class PreparedFit:
             return None
         assert self.model is not None  # loads both
         with torch.no_grad(), forward_context(self.trainer):
-            found = self.module.teacher.logits(teacher_view(self.batches[0]))
-        return self._labeled(found, teacher_view(self.batches[0])["labels"]) if isinstance(found, Tensor) else None
+            found = self.module.teacher.logits(teacher_batch(self.batches[0]))
+        return self._labeled(found, teacher_batch(self.batches[0])["labels"]) if isinstance(found, Tensor) else None
 
     @staticmethod
     def _labeled(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX, teacher_view
+from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.engine.head import Head
@@ -31,7 +31,7 @@ from kd_lightning.models.generate import (
 from kd_lightning.models.hf_adapter import max_positions, text_config
 from kd_lightning.rollout.batches import Batch, append, append_for_teacher, live_tokens, prompts
 from kd_lightning.seeding import derive_seed
-from kd_lightning.teachers.base import StudentModel, Teacher, generating_model
+from kd_lightning.teachers.base import StudentModel, Teacher, generating_model, teacher_batch
 
 
 class ResponseSource(nn.Module, ABC):
@@ -162,7 +162,7 @@ class RolloutContext:
         student: Any = self.model.student
         labeled = next_token_mask(batch["labels"]).any(1)
         ids, mask = prompts(batch)
-        own_ids, own_mask = prompts(dict(teacher_view(batch)))
+        own_ids, own_mask = prompts(dict(teacher_batch(batch)))
         room = min(self._room(student, ids), self._room(generating_model(self.teacher), own_ids))
         tokens = self.model.call(
             generate,
@@ -221,7 +221,7 @@ class RolloutContext:
             ForwardKL(), ce_weight=1.0, temperature=temperature, label_loss=_LogProb(), compile=False
         )
         labeled = batch["labels"][:, 1:] != IGNORE_INDEX
-        found, own = [], teacher_view(batch)
+        found, own = [], teacher_batch(batch)
         students = self.model.call(self._student_states, batch)
         for (hidden, head), view in ((students, batch), (self._teacher_states(own), own)):
             labels = view["labels"][:, 1:]  # the k-th label of a row is the same token on both sides

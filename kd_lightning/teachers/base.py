@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_POSITIONS, teacher_view
 from kd_lightning.divergences import Divergence
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK, check_lower_bound
@@ -293,6 +294,23 @@ class Teacher(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes with any weight: teachers with equal fingerprints give equal results."""
+
+
+def teacher_batch(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The batch as a teacher reads it, with a label wherever its distribution is read.
+
+    Args:
+        batch: of the data; with two tokenizers the column `TEACHER_POSITIONS` says where the teacher is read.
+    """
+    view = teacher_view(batch)
+    if TEACHER_POSITIONS not in batch:
+        return view
+    positions = batch[TEACHER_POSITIONS]
+    rows, columns = torch.nonzero((positions >= 0) & (batch["labels"] != IGNORE_INDEX), as_tuple=True)
+    read = positions[rows, columns].long()
+    labels = view["labels"].clone()
+    labels[rows, read] = view["input_ids"][rows, read].to(labels.dtype)
+    return {**view, "labels": labels}
 
 
 def models_by_role(student: nn.Module, teacher: Teacher | None) -> dict[str, nn.Module]:

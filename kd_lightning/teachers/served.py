@@ -12,13 +12,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kd_lightning.constants import teacher_view
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.openai_client import OpenAIClient
 from kd_lightning.models.scoring.scorer import PromptScorer, detect_dialect
-from kd_lightning.teachers.base import RunContext, Teacher
+from kd_lightning.teachers.base import RunContext, Teacher, teacher_batch
 from kd_lightning.teachers.cache_format import row_keys
 from kd_lightning.teachers.server_answers import AnswersAhead, as_top_k
 from kd_lightning.teachers.server_checks import SameModel, check_labels, check_scores
@@ -145,7 +144,7 @@ class ServerTeacher(Teacher):
         data, found = None if self._run is None else self._run.data, []
         for split in () if data is None else data.splits:
             assert data is not None
-            for batch in itertools.islice(map(teacher_view, data.every_row(split)), 1):
+            for batch in itertools.islice(map(teacher_batch, data.every_row(split)), 1):
                 found = [row for _, row in self._rows(batch).values()] or [_Row(ids, [], "") for ids in _prompts(batch)]
         return found
 
@@ -154,7 +153,7 @@ class ServerTeacher(Teacher):
 
     def prefetch(self, batch: Mapping[str, Tensor]) -> None:
         """Ask for the rows of a batch that is read later; does not wait."""
-        self._answers.announce(dict(self._rows(teacher_view(batch)).values()))
+        self._answers.announce(dict(self._rows(teacher_batch(batch)).values()))
 
     def _rows(self, batch: Mapping[str, Tensor]) -> dict[int, tuple[bytes, _Row]]:
         """The rows of a batch that have a label, and their keys, by number."""

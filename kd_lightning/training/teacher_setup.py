@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.console import progress_bar_enabled
-from kd_lightning.data.base import datamodule_of
+from kd_lightning.data.base import DistillationDataModule, datamodule_of
 from kd_lightning.distributed.collectives import sum_over_ranks
 from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.engine.label_mask import next_token_mask
@@ -20,14 +20,25 @@ from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.cache_writer import Ranks, cache_teacher
 
 
-def check_teacher_tokenizers(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Check that every teacher with a tokenizer of its own has the tokens of the data.
+def check_teacher_tokenizers(
+    teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase | None, two_tokenizers: bool = False
+) -> None:
+    """Check that every teacher with a tokenizer of its own has the tokens that the data has for it.
+
+    Args:
+        teacher: None: there is none.
+        tokenizer: of the teacher's input; None: unknown.
+        two_tokenizers: whether that is another one than the student's.
 
     Raises:
-        ValueError: a token differs.
+        ValueError: a token differs; the teacher is the student itself, and has the student's tokenizer.
     """
     if teacher is None or tokenizer is None:
         return
+    if two_tokenizers and (teacher.shares_student or teacher.starts_as_student):
+        raise ValueError(
+            f"teacher_tokenizer must not be given with a {type(teacher).__name__}: the teacher is the student itself"
+        )
     for member in teacher.members.values():
         if member.name is not None:
             check_tokenizers(member.name, tokenizer)
@@ -80,3 +91,24 @@ def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int
     ranks, bar = Ranks(trainer.global_rank, sum_over_ranks(trainer)), progress_bar_enabled(trainer)
     with forward_context(trainer):
         return cache_teacher(folder, teacher, datamodule, student_vocabulary, device, ranks, bar)
+
+
+FEW_LABELS = 0.3
+"""Share of the labels that are compared with the teacher below which a run is warned."""
+
+
+def alignment_notice(data: DistillationDataModule) -> tuple[str, bool]:
+    """What two tokenizers share, as one line, and whether little is reached.
+
+    Args:
+        data: with two tokenizers, and with its rows loaded.
+    """
+    split = next(name for name in ("val", "train", "test") if name in data.splits)
+    shares = data.tokenizer_shares(split)
+    assert shares is not None
+    text = (
+        f"two tokenizers: {shares.aligned_labels:.0%} of the student's labels ({split}) are compared with the teacher, "
+        f"where both have read the same text; {shares.student_labels:.0%} of them have a partner in the teacher's "
+        "vocabulary, all other tokens are compared as one"
+    )
+    return text, shares.aligned_labels < FEW_LABELS
