@@ -71,6 +71,9 @@ class TokenLoss(nn.Module):
         self.monitors = nn.ModuleDict(monitors)
         self.diagnostics = diagnostics
         self._reads = label_columns_of((objective,)), label_columns_of(monitors.values())
+        self._chunk_monitors = {name for name, x in monitors.items() if CHUNK_LOG_Q in label_columns_of((x,))}
+        if self._chunk_monitors and temperature != 1:  # its likelihoods are computed at the loss's temperature
+            raise ValueError(f"a monitor with ChunkLikelihood needs temperature 1, got {temperature}")
         self.compiled = Compiled(self.block, compile)
         # 1, 0, or −1 before the choice: a resumed run keeps the choice of the interrupted one.
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written to later
@@ -142,7 +145,7 @@ class TokenLoss(nn.Module):
         block_size: int,
         gradient: bool,
         values: Mapping[str, Tensor],
-        shared: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> None:
         """Write the values of n tokens; z becomes the gradient of their weighted sum with respect to z.
 
@@ -154,7 +157,7 @@ class TokenLoss(nn.Module):
             block_size: tokens of one block.
             gradient: whether the gradient is computed; otherwise z is not changed.
             values: written: [n] for each of `names`.
-            shared: which columns stand for a token of both models, [V]; None: all.
+            others: columns of tokens that the teacher has not, ids; None: it has all.
         """
         labels = vectors["labels"].unsqueeze(1)
         n = len(labels)
@@ -167,7 +170,7 @@ class TokenLoss(nn.Module):
         for a in range(0, n, block_size):
             b = a + block_size if self.is_compiled else min(a + block_size, n)
             block = {name: pad(column[a:b], (0, b - a - len(column[a:b]))) for name, column in rows.items()}
-            results = self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient, shared)
+            results = self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient, others)
             for name, result in results.items():  # into one buffer: small tensors between large ones fragment the heap
                 out[name][a:b] = result[: n - a]
         if gradient:
@@ -180,13 +183,13 @@ class TokenLoss(nn.Module):
         transforms: tuple[Transform, Transform],
         rows: dict[str, Tensor],
         gradient: bool,
-        shared: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Values of one block by name, [tokens]; z is overwritten by its gradient. Compiled as one graph."""
         columns = dict(rows)
         weights = columns.pop("weights")
         student = BlockLogits(z, columns.pop("student_label"), transforms[0])
-        pair = None if y is None else BlockPair(student, y, transforms[1], columns, shared)
+        pair = None if y is None else BlockPair(student, y, transforms[1], columns, others)
         ce_weight = value(self.ce_weight, columns)
         label_t = self.label_loss.temperature or self.temperature
 
@@ -228,7 +231,7 @@ class TokenLoss(nn.Module):
             The values by name, and the gradients with respect to log q and, if the objective reads chunks, to log q of
             the label; empty without weights.
         """
-        t, (chunks, monitored) = self.temperature, (CHUNK_LOG_Q in reads for reads in self._reads)
+        t, chunks = self.temperature, CHUNK_LOG_Q in self._reads[0]
         log_p, log_q = pair.log_probs(t)
         rows = with_label_log_probs(columns, self._reads[0], pair, t)
 
@@ -243,11 +246,11 @@ class TokenLoss(nn.Module):
             values[score_name(path)] = pair.where_paired(score, torch.nan)
         log_p, log_q = pair.log_probs(1.0)
         rows = with_label_log_probs(columns, self._reads[1], pair, 1.0)
-        if monitored:
+        if self._chunk_monitors:
             rows[CHUNK_LOG_Q] = pair.student.label_log_prob(1.0)
         for name, monitor in self.monitors.items():
             found = evaluate(monitor, log_p, log_q, rows)  # type: ignore[arg-type]
-            values[name] = found if monitored else pair.where_paired(found)
+            values[name] = found if name in self._chunk_monitors else pair.where_paired(found)
         return values, (pair.where_paired(u[0]), *u[1:]) if u else ()
 
     def _label_rows(self, columns: dict[str, Tensor], pair: BlockPair | None, t: float) -> dict[str, Tensor]:
