@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from kd_lightning.console import enable_info_logging
 from kd_lightning.constants import moves_objective
-from kd_lightning.data.base import DistillationDataModule, datamodule_of, max_length_of, tokenizer_of
+from kd_lightning.data.base import datamodule_of, max_length_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run
 from kd_lightning.divergences import Divergence, ForwardKL, WeightedTokens, described
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.losses.arguments import check_aligned
 from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
@@ -34,12 +33,7 @@ from kd_lightning.training.optimization import AccumulatingModule
 from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
-from kd_lightning.training.teacher_setup import (
-    alignment_notice,
-    cached_teacher,
-    check_teacher_tokenizers,
-    load_teacher,
-)
+from kd_lightning.training.teacher_setup import cached_teacher, compare_tokenizers, load_teacher
 
 
 class DistillationModule(PredictingModule, AccumulatingModule):
@@ -163,26 +157,11 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
         install_checkpoint_io(self.trainer.strategy)
         datamodule = datamodule_of(self.trainer)
-        if datamodule is not None and datamodule.has_two_tokenizers:
-            self._use_two_tokenizers(datamodule)
-        else:
-            check_teacher_tokenizers(self.teacher, tokenizer_of(self.trainer))
+        compare_tokenizers(self.trainer, self.teacher, self.model, self.reporter)
         check_label_columns(self.loss.token_loss.label_loss, self.teacher, self.responses, datamodule is not None)
         if stage == "fit" and self.trainer.world_size > 1:
             rows = {} if datamodule is None else datamodule.description()
             check_ranks_agree({"loss": repr(self.reporter.loss), **rows})
-
-    def _use_two_tokenizers(self, data: DistillationDataModule) -> None:
-        """Compare the distributions on the tokens that both vocabularies share, where both have read the same text."""
-        check_teacher_tokenizers(self.teacher, data.teacher_tokenizer, two_tokenizers=True)
-        if self.teacher is None:
-            return
-        self.model.use_vocabulary_map(data.vocabulary_map)
-        self.reporter.use_two_tokenizers()
-        for loss in (self.loss, self.reporter.loss):
-            check_aligned(loss.token_loss, {}, data.vocabulary_map is not None and data.vocabulary_map.has_rest)
-        text, few = alignment_notice(data)
-        (rank_zero_warn if few else rank_zero_info)(text)
 
     def configure_model(self) -> None:
         """Load student and teacher; Lightning calls this more than once."""

@@ -121,7 +121,7 @@ class Regeneration(L.Callback):
             kind = type(datamodule).__name__
             raise ValueError(f"Regeneration.when must be 'once' for a {kind}, got 'every_pass'")
         model = self._model(pl_module)
-        BatchGenerator(model, datamodule.tokenizer, self.sampling)
+        BatchGenerator(model, datamodule.tokenizer_of(self.side), self.sampling)
         self.sampling.max_prompt_tokens(model, datamodule.max_length)
         self._remove(trainer)
         self._before_pass = functools.partial(self.generate_pass, trainer, pl_module)

@@ -71,7 +71,8 @@ class PassGenerator:
         order = list(dict.fromkeys(row for _, batch in own for row in batch))
         line = {row: number for number, row in enumerate(order)}
         seed = derive_seed(run_seed(), SIDES[self.side], number)
-        generator = BatchGenerator(self.model, self.datamodule.tokenizer, self.sampling, seed, self.device)
+        tokenizer = self.datamodule.tokenizer_of(self.side)
+        generator = BatchGenerator(self.model, tokenizer, self.sampling, seed, self.device)
         title = f"{self.side}, pass {number}"
         with self._file(trainer, [rows[row] for row in order], folder, number, seed) as file:
             done = min(_gathered(trainer, {trainer.global_rank: _batches_done(file, own)}).values())

@@ -29,9 +29,10 @@ from kd_lightning.models.generate import (
     require_eos_token_ids,
 )
 from kd_lightning.models.hf_adapter import max_positions, text_config
-from kd_lightning.rollout.batches import Batch, append, append_for_teacher, live_tokens, prompts
+from kd_lightning.rollout.batches import Batch, Translate, append, append_for_teacher, live_tokens, prompts
 from kd_lightning.seeding import derive_seed
-from kd_lightning.teachers.base import StudentModel, Teacher, generating_model, teacher_batch
+from kd_lightning.teachers.base import StudentModel, Teacher, generating_model
+from kd_lightning.teachers.batches import teacher_batch
 
 
 class ResponseSource(nn.Module, ABC):
@@ -110,6 +111,7 @@ class RolloutContext:
         rank: this process among those that read different rows.
         ranks: number of those processes.
         max_length: longest row of the data in tokens; longer responses are truncated.
+        translate: turns responses into the teacher's tokens; None: student and teacher have one tokenizer.
 
     Attributes:
         notes: values to log, each as a sum and a count.
@@ -126,6 +128,7 @@ class RolloutContext:
     rank: int = 0
     ranks: int = 1
     max_length: int | None = None
+    translate: Translate | None = None
     notes: dict[str, Mean] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -177,7 +180,7 @@ class RolloutContext:
         ends = torch.tensor(require_eos_token_ids(student), device=tokens.device)
         live = live_tokens(tokens, ends, labeled)
         generated = append(batch, (ids, mask), tokens, live, self.max_length)
-        generated |= append_for_teacher(batch, generated, tokens, live)
+        generated |= append_for_teacher(batch, generated, tokens, live, self.translate)
         labels = generated["labels"][labeled]
         lengths = labels.ne(IGNORE_INDEX).sum(1)
         finished = torch.isin(labels, ends).any(1)
@@ -194,6 +197,10 @@ class RolloutContext:
         return float("inf") if limit is None else limit - ids.shape[1]
 
     def _processors(self, prompt: tuple[Tensor, Tensor], sampling: Sampling, teacher_share: float) -> list[Any]:
+        if self.translate is not None:
+            if teacher_share > 0:
+                raise self._one_tokenizer("a mixture of student and teacher that is sampled from")
+            return []
         if teacher_share > 0:
             teacher = unsharded_model(self.teacher)
             return [TeacherMixture(teacher, teacher_share, sampling.temperature or 1.0, *prompt)]
@@ -216,6 +223,8 @@ class RolloutContext:
         Returns:
             The student's and the teacher's, [B, T], each at the position of its label, 0 at positions without a label.
         """
+        if self.translate is not None:
+            raise self._one_tokenizer("a reward from the teacher's log-probability of each token")
         began = time.perf_counter()
         loss = DistillationLoss(
             ForwardKL(), ce_weight=1.0, temperature=temperature, label_loss=_LogProb(), compile=False
@@ -234,6 +243,13 @@ class RolloutContext:
             found.append(full)
         self.seconds += time.perf_counter() - began
         return found[0], found[1]
+
+    @staticmethod
+    def _one_tokenizer(what: str) -> ValueError:
+        return ValueError(
+            f"{what} needs one tokenizer, and teacher and student have two: use another source of responses, such as "
+            "OnPolicy, or a teacher with the student's tokenizer"
+        )
 
     @torch.no_grad()
     def _student_states(self, batch: Batch) -> tuple[Tensor, Head | None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch import Trainer
 
-from kd_lightning.data.base import max_length_of
+from kd_lightning.data.base import datamodule_of, max_length_of
 from kd_lightning.distributed.trainer import data_parallel_rank, validation_is_due
 from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
@@ -50,6 +50,7 @@ class RolloutRunner:
         self._micro = self._micro + 1 if self._step == trainer.global_step else 0
         self._step = trainer.global_step
         rank, ranks = data_parallel_rank(trainer)
+        data = datamodule_of(trainer)
         context = RolloutContext(
             student,
             teacher,
@@ -61,6 +62,7 @@ class RolloutRunner:
             rank=rank,
             ranks=ranks,
             max_length=max_length_of(trainer),
+            translate=data.teacher_response if data is not None and data.has_two_tokenizers else None,
         )
         drawn = self.source(batch, context)
         if drawn is not batch:

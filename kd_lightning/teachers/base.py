@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX, TEACHER_POSITIONS, teacher_view
 from kd_lightning.divergences import Divergence
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK, check_lower_bound
+from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.losses import DistillationLoss
 
 
@@ -49,8 +49,16 @@ class TokenizedData(Protocol):
         """The `TextTokenizer` that turned the rows into tokens."""
 
     @property
+    def teacher_text_tokenizer(self) -> Any:
+        """The same for the teacher's input."""
+
+    @property
     def teacher_has_own_input(self) -> bool:
         """Whether the teacher reads something else than the student."""
+
+    @property
+    def vocabulary_map(self) -> VocabularyMap | None:
+        """The tokens that student and teacher share; None: they have one tokenizer."""
 
     def every_row(self, split: str) -> Iterable[dict[str, Tensor]]:
         """Batches that together hold every row of a split once (this rank's share of them)."""
@@ -294,23 +302,6 @@ class Teacher(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes with any weight: teachers with equal fingerprints give equal results."""
-
-
-def teacher_batch(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The batch as a teacher reads it, with a label wherever its distribution is read.
-
-    Args:
-        batch: of the data; with two tokenizers the column `TEACHER_POSITIONS` says where the teacher is read.
-    """
-    view = teacher_view(batch)
-    if TEACHER_POSITIONS not in batch:
-        return view
-    positions = batch[TEACHER_POSITIONS]
-    rows, columns = torch.nonzero((positions >= 0) & (batch["labels"] != IGNORE_INDEX), as_tuple=True)
-    read = positions[rows, columns].long()
-    labels = view["labels"].clone()
-    labels[rows, read] = view["input_ids"][rows, read].to(labels.dtype)
-    return {**view, "labels": labels}
 
 
 def models_by_role(student: nn.Module, teacher: Teacher | None) -> dict[str, nn.Module]:

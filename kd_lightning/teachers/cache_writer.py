@@ -20,7 +20,8 @@ from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, top_k
 from kd_lightning.folder_lock import folder_lock, remove_leftovers
-from kd_lightning.teachers.base import Teacher, TokenizedData, teacher_batch
+from kd_lightning.teachers.base import Teacher, TokenizedData
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.cache_format import (
     DTYPES,
     KINDS,
@@ -300,7 +301,8 @@ def _manifest(
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
     vocabulary = student_vocabulary if head is None else len(head.weight)
     if kind == "top_k":
-        vocabulary = min(vocabulary, student_vocabulary)
+        shared = data.vocabulary_map
+        vocabulary = min(vocabulary, student_vocabulary) if shared is None else shared.teacher_size
         if not 1 <= k < vocabulary:
             raise ValueError(f"k must lie in [1, {vocabulary - 1}], as there are {vocabulary} tokens, got {k}")
     return CacheManifest(

@@ -20,7 +20,8 @@ from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.paths import expand_path
-from kd_lightning.teachers.base import CachedOutputs, RunContext, Teacher, TokenizedData, teacher_batch
+from kd_lightning.teachers.base import CachedOutputs, RunContext, Teacher, TokenizedData
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.cache_format import (
     DTYPES,
     MANIFEST,

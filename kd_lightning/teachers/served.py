@@ -17,7 +17,8 @@ from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.openai_client import OpenAIClient, ServerError
 from kd_lightning.models.scoring.scorer import PromptScorer, detect_dialect
-from kd_lightning.teachers.base import RunContext, Teacher, teacher_batch
+from kd_lightning.teachers.base import RunContext, Teacher
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.cache_format import row_keys
 from kd_lightning.teachers.server_answers import AnswersAhead, as_top_k
 from kd_lightning.teachers.server_checks import SameModel, check_labels, check_scores
@@ -109,7 +110,8 @@ class ServerTeacher(Teacher):
     def attach(self, run: RunContext) -> None:
         """Take the student's vocabulary and the rows, and check that the loss can be computed from the top k."""
         self._run = run
-        self._vocabulary = run.student.vocabulary
+        known = None if run.data is None else run.data.vocabulary_map
+        self._vocabulary = run.student.vocabulary if known is None else known.teacher_size
         if not self.is_exact:
             run.check_top_k_loss()
 
@@ -120,7 +122,7 @@ class ServerTeacher(Teacher):
         if self._run is None or self._vocabulary is None:
             raise ValueError("ServerTeacher must be attached to a run before it is loaded")
         data = self._run.data
-        tokenizer = None if data is None else data.text_tokenizer.tokenizer
+        tokenizer = None if data is None else data.teacher_text_tokenizer.tokenizer
         model = self._client.select_model(self._model)
         listed = self._client.models()
         if listed and model not in listed:

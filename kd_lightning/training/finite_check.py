@@ -12,7 +12,8 @@ from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.teachers.base import Teacher, teacher_batch
+from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.routed import rows_of
 
 Batch = Mapping[str, Tensor]

@@ -13,8 +13,8 @@ from kd_lightning.losses.loss_parts import measured_tokens
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.schedules import Schedule
 from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.batches import member_names, tokens_by_member
 from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
-from kd_lightning.training.teacher_setup import member_names, tokens_by_member
 
 TRAINING = ("loss", "kd", "ce", "student_share", "grad_norm")  # means that are logged as `train/NAME`
 

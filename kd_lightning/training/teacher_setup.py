@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.console import progress_bar_enabled
-from kd_lightning.data.base import DistillationDataModule, datamodule_of
+from kd_lightning.data.base import DistillationDataModule, datamodule_of, tokenizer_of
 from kd_lightning.distributed.collectives import sum_over_ranks
 from kd_lightning.distributed.trainer import forward_context
-from kd_lightning.engine.label_mask import next_token_mask
+from kd_lightning.losses.arguments import check_aligned
 from kd_lightning.models.loading import check_tokenizers
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.cache_writer import Ranks, cache_teacher
+from kd_lightning.training.reporter import EvaluationReporter
+from kd_lightning.training.student import StudentWithLoss
 
 
 def check_teacher_tokenizers(
@@ -55,21 +57,6 @@ def load_teacher(teacher: Teacher, run: RunContext) -> nn.Module | None:
     return teacher.state
 
 
-def member_names(teacher: Teacher | None) -> tuple[str, ...]:
-    """Names of the teachers that a teacher is made of; empty if it is not made of others."""
-    return () if teacher is None else tuple(name for name in teacher.members if name)
-
-
-def tokens_by_member(teacher: Teacher | None, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    """For each of `member_names`, which labeled tokens of a batch it teaches, [N] each."""
-    index = None if teacher is None else teacher.member_indices(batch)
-    if index is None or teacher is None:
-        return ()
-    labeled = next_token_mask(batch["labels"])
-    own = index.unsqueeze(1).expand_as(labeled)[labeled]
-    return [own == number for number in range(len(teacher.members))]
-
-
 def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int, device: torch.device) -> Teacher:
     """The teacher, read from `ROOT/teacher_cache`, which is written first.
 
@@ -95,6 +82,40 @@ def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int
 
 FEW_LABELS = 0.3
 """Share of the labels that are compared with the teacher below which a run is warned."""
+
+
+def compare_tokenizers(
+    trainer: L.Trainer, teacher: Teacher | None, model: StudentWithLoss, reporter: EvaluationReporter
+) -> None:
+    """Compare the tokenizers of teacher and student.
+
+    If they are two, the distributions are compared on the tokens that both vocabularies share, where both models have
+    read the same text; one line says how much is reached, as a warning if it is little.
+
+    Args:
+        trainer: of the run, with its rows loaded.
+        teacher: None: there is none.
+        model: the student with the training loss.
+        reporter: of the run.
+
+    Raises:
+        ValueError: the teacher has another tokenizer than the data has for it, or the loss or a monitor cannot be
+            computed between two vocabularies.
+    """
+    data = datamodule_of(trainer)
+    if data is None or not data.has_two_tokenizers:
+        check_teacher_tokenizers(teacher, tokenizer_of(trainer))
+        return
+    check_teacher_tokenizers(teacher, data.teacher_tokenizer, two_tokenizers=True)
+    if teacher is None:
+        return
+    known = data.vocabulary_map
+    model.use_vocabulary_map(known)
+    reporter.use_two_tokenizers()
+    for loss in (model.loss, reporter.loss):
+        check_aligned(loss.token_loss, {}, known is not None and known.has_rest)
+    text, few = alignment_notice(data)
+    (rank_zero_warn if few else rank_zero_info)(text)
 
 
 def alignment_notice(data: DistillationDataModule) -> tuple[str, bool]:
