@@ -19,6 +19,8 @@ LARGEST_DIFFERENCE = 0.25
 """Root mean square of the differences, in nats per token: bfloat16 on one side explains less, other weights more."""
 NEARER = 2.0
 """A server has the previous weights if its answers are so many times nearer to them than to the new ones."""
+FLOOR = -20.0
+"""Log-probabilities below are compared as this one: their rounding errors are large, and vLLM cuts them off."""
 ROUNDING = 1e-4
 """Differences that are rounding in float32, in nats per token."""
 
@@ -83,5 +85,5 @@ def weights_probe(student: PreTrainedModel, step: int, prompt: Sequence[int]) ->
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Root mean square of the difference."""
-    return float((a - b).square().mean().sqrt())
+    """Root mean square of the difference, where tokens that are all but impossible count alike."""
+    return float((a.clamp_min(FLOOR) - b.clamp_min(FLOOR)).square().mean().sqrt())
