@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from kd_lightning.data import InstructionDataModule
 from kd_lightning.models.openai_client import OpenAIClient
-from kd_lightning.models.prompt_logprobs import PromptScorer, detect_dialect
+from kd_lightning.models.scoring.scorer import PromptScorer, detect_dialect
 from kd_lightning.teachers.server_checks import check_scores
 
 
@@ -46,7 +46,8 @@ def main(words: Sequence[str] | None = None) -> None:
     scorer = PromptScorer(client, client.select_model(arguments.model), arguments.top_k)
     scorer = replace(scorer, dialect=detect_dialect(scorer, rows[0][:4]))
     print(
-        f"# {scorer.model} at {client.url}\n\nform: {scorer.dialect}; max_model_len: {client.max_length(scorer.model)}"
+        f"# {scorer.model} at {client.url}\n\nform: {scorer.dialect.name}; "
+        f"max_model_len: {client.max_length(scorer.model)}"
     )
     check_scores(scorer, rows[0], vocabulary, max(map(len, rows)))
     print(
@@ -56,7 +57,9 @@ def main(words: Sequence[str] | None = None) -> None:
     for requests in (1, arguments.requests):
         began = time.perf_counter()
         with ThreadPoolExecutor(requests) as pool:
-            found.append(list(pool.map(lambda pair: scorer.score(pair[1], f"row {pair[0]}"), enumerate(rows))))
+            found.append(
+                list(pool.map(lambda pair: scorer.score(pair[1], f"row {pair[0]}").entries(), enumerate(rows)))
+            )
         seconds, tokens = time.perf_counter() - began, sum(map(len, rows))
         print(f"| {requests} | {len(rows)} | {tokens} | {seconds:.1f} | {tokens / seconds:.0f} |")
     pairs = [pair for one, other in zip(*found, strict=True) for pair in zip(one, other, strict=True)]

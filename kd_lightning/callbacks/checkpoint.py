@@ -17,9 +17,11 @@ from kd_lightning.distributed.signals import SignalHandlers, stop
 from kd_lightning.distributed.trainer import (
     is_fast_dev_run,
     is_launched_child,
+    position_of,
     replace_original_handlers,
     without_own_sigterm,
 )
+from kd_lightning.models.openai_client import ServerError
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -28,6 +30,8 @@ class RunCheckpoint(ModelCheckpoint):
     Ctrl-C and SIGTERM finish the current step, log it, and save `last`. After SIGTERM, which schedulers send, the exit
     status is 143. With several processes it does not matter which of them receive the signal: all stop after the same
     step. A second Ctrl-C aborts at once, and so does a second SIGTERM with one process.
+
+    If a server fails that a run with one process depends on, `last` is saved as it was after the last complete step.
 
     Args:
         save_last: also keep the newest state as `last.ckpt`.
@@ -43,6 +47,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._stopping = 0  # the signal that ends the run as soon as this step is logged
         self._last_step = 0
         self._window_open = False  # the last micro-batch did not end its accumulation window
+        self._position: dict[str, Any] | None = None  # which batch comes after the last complete step
+        self._failed = False  # in the steps after that one
         self._save_due = False  # a validation inside of a window: its checkpoint is saved after the step
 
     def setup(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -58,7 +64,18 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Remember the first step."""
         super().on_train_start(trainer, pl_module)
-        self._last_step = trainer.global_step
+        self._last_step, self._position, self._failed = trainer.global_step, None, False
+
+    def _remember_position(self, trainer: Trainer) -> None:
+        """Keep what a checkpoint of this moment would hold besides weights, unless gradients are accumulated."""
+        if trainer.world_size == 1 and self.save_last and not self._window_open:
+            self._position = position_of(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """After a failure, save the position of the last complete step."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._failed and self._position is not None:
+            checkpoint.update(self._position)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         alone = self._ranks == 1
@@ -87,6 +104,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         stepped, self._last_step = trainer.global_step > self._last_step, trainer.global_step
         self._window_open = not stepped
+        self._remember_position(trainer)
         if stepped and self._save_due:
             self._save_due = False
             super().on_validation_end(trainer, pl_module)
@@ -122,12 +140,15 @@ class RunCheckpoint(ModelCheckpoint):
         """End a run that is to stop; else save what is due."""
         self._end_if_stopping(trainer)
         super().on_train_epoch_end(trainer, pl_module)
+        self._remember_position(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Save what is due; inside of an accumulation window after its step, as checkpoints hold no gradients."""
         self._save_due = self._window_open and trainer.state.fn == "fit" and not trainer.sanity_checking
         if not self._save_due:
             super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._remember_position(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the previous handlers of the signals."""
@@ -135,8 +156,13 @@ class RunCheckpoint(ModelCheckpoint):
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the previous handlers of the signals."""
+        """Restore the previous handlers of the signals; if a server has failed, save the last complete step."""
         self._restore_handlers(trainer)
+        if isinstance(exception, ServerError) and self._position is not None and not is_fast_dev_run(trainer):
+            self._failed = True
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            rank_zero_info(f"Saved step {trainer.global_step} to {checkpoint_folder(trainer)}")
         super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:

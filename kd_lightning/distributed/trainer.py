@@ -118,3 +118,9 @@ def is_launched_child(trainer: Trainer) -> bool:
     strategy = trainer.strategy
     environment = strategy.cluster_environment if isinstance(strategy, ParallelStrategy) else None
     return isinstance(environment, LightningEnvironment) and trainer.local_rank != 0
+
+
+def position_of(trainer: Trainer) -> dict[str, Any]:
+    """The part of a checkpoint that says which batch comes next; the Trainer has no public method for it."""
+    loops = trainer._checkpoint_connector._get_loops_state_dict()
+    return {"epoch": trainer.current_epoch, "loops": loops}

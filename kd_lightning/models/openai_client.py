@@ -33,7 +33,11 @@ MAX_INVALID = 3
 """Invalid answers to one request before it fails."""
 
 
-class RequestRefusedError(ValueError):
+class ServerError(ValueError):
+    """A server refuses, does not answer, or not with what it was asked for."""
+
+
+class RequestRefusedError(ServerError):
     """The server has refused a request, and would refuse it again.
 
     Args:
@@ -66,6 +70,10 @@ class OpenAIClient:
         patience: seconds of retries while the server does not answer.
         timeout: seconds for one answer, from the connection to its last byte.
         api_key_env: name of the environment variable that holds the key; `OPENAI_API_KEY` may be unset.
+        advice: what to do when the server does not answer, the end of that error's message.
+
+    Attributes:
+        outages: how often a request has succeeded after it had failed.
 
     Raises:
         ValueError: `url` is not an address, or holds a password or a key; the variable of the key is not set, or its
@@ -73,7 +81,12 @@ class OpenAIClient:
     """
 
     def __init__(
-        self, url: str, patience: float = 180.0, timeout: float = 600.0, api_key_env: str = DEFAULT_VARIABLE
+        self,
+        url: str,
+        patience: float = 180.0,
+        timeout: float = 600.0,
+        api_key_env: str = DEFAULT_VARIABLE,
+        advice: str = "finished responses are saved: run the same command again to resume",
     ) -> None:
         parts = _split(url)
         if "@" in parts.netloc or parts.query or parts.fragment:
@@ -85,6 +98,8 @@ class OpenAIClient:
         self.url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
         self.patience = patience
         self.timeout = timeout
+        self.advice = advice
+        self.outages = 0
         self._closed = threading.Event()
         self._warned = False
 
@@ -107,6 +122,20 @@ class OpenAIClient:
             return next((entry.get("max_model_len") for entry in answer["data"] if entry["id"] == model), None)
 
         return self._listed(parse, None)
+
+    def aliases(self, model: str) -> frozenset[str]:
+        """All names of a served model: those with the same weights (`root`).
+
+        Raises:
+            ValueError: the server refuses or does not answer.
+        """
+
+        def parse(answer: Any) -> frozenset[str]:
+            roots = {valid_string(entry["id"]): entry.get("root") for entry in answer["data"]}
+            root = roots.get(model)
+            return frozenset({model, *(name for name, other in roots.items() if root and other == root)})
+
+        return self._listed(parse, frozenset({model}))
 
     def _listed(self, parse: Callable[[Any], T], otherwise: T) -> T:
         """What is taken from the list of models; `otherwise` if the server has no such list."""
@@ -146,7 +175,7 @@ class OpenAIClient:
         """Send one request, and again while it fails in a way that can pass.
 
         Args:
-            path: below `/v1`, such as `completions`.
+            path: below `/v1`, such as `completions`; with a leading slash: below the server's root.
             body: sent as JSON; None: a GET request.
             parse: takes the result from the decoded answer; KeyError, TypeError, IndexError, AttributeError,
                 ArithmeticError or ValueError: the answer is invalid.
@@ -156,7 +185,7 @@ class OpenAIClient:
 
         Raises:
             RequestRefusedError: the server has refused the request.
-            ValueError: the server does not answer, or not with a valid answer; the client is closed.
+            ServerError: the server does not answer, or not with a valid answer; the client is closed.
         """
         patience = self.patience if patience is None else patience
         failing_since, pause, invalid = None, FIRST_WAIT, 0
@@ -170,23 +199,25 @@ class OpenAIClient:
                     failing_since = started
             else:
                 try:
-                    return parse(content.decode("utf-8", "replace") if text else _decoded(content))
+                    found = parse(content.decode("utf-8", "replace") if text else _decoded(content))
+                    self.outages += failing_since is not None
+                    return found
                 except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError):
                     invalid += 1
                     reason = f"invalid answer: {self.key.shortened(content)}"
                     if invalid == MAX_INVALID:
-                        raise ValueError(f"server {self.url}, {what}: {reason}") from None
+                        raise ServerError(f"server {self.url}, {what}: {reason}") from None
             now = time.monotonic()
             failing_since = now if failing_since is None else failing_since
             left = patience - (now - failing_since)
             if left <= 0:
-                raise ValueError(
+                raise ServerError(
                     f"server {self.url} does not answer: {what} failed for {now - failing_since:.0f} s ({reason}); "
-                    "finished responses are saved: run the same command again to resume"
+                    f"{self.advice}"
                 )
             self._warn(reason, patience)
             if self._closed.wait(min(max(pause, retry_after), max(left, 0.01))):
-                raise ValueError(f"server {self.url}: {what} was canceled")
+                raise ServerError(f"server {self.url}: {what} was canceled")
             pause = min(2 * pause, LONGEST_WAIT)
 
     def close(self) -> None:
@@ -197,7 +228,7 @@ class OpenAIClient:
         """Send a request once; `_TransientError` if it fails in a way that can pass.
 
         Args:
-            path: below `/v1`.
+            path: below `/v1`, or below the root.
             body: sent as JSON.
             what: the request in error messages.
             seconds: for the answer to arrive in full after its first byte.
@@ -213,18 +244,19 @@ class OpenAIClient:
         except SlowAnswerError as error:
             raise _SlowError(str(error)) from None
         except AnswerTooLargeError as error:
-            raise ValueError(f"server {self.url}, {what}: {error}") from None
+            raise ServerError(f"server {self.url}, {what}: {error}") from None
         except urllib.error.URLError as error:
             raise _TransientError(self.key.one_line(str(error.reason)) or type(error).__name__) from None
         except (OSError, http.client.HTTPException) as error:
             raise _TransientError(self.key.one_line(str(error)) or type(error).__name__) from None
         if content is None:
-            raise ValueError(f"server {self.url}: {what} was canceled")
+            raise ServerError(f"server {self.url}: {what} was canceled")
         return self.key.mask(content)
 
     def _request(self, path: str, body: Mapping[str, Any] | None) -> urllib.request.Request:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
+        base = f"{self.url.removesuffix('/v1')}{path}" if path.startswith("/") else f"{self.url}/{path}"
+        request = urllib.request.Request(base, data, {"Content-Type": "application/json"})
         if key := self.key.read():
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         return request

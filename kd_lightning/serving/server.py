@@ -17,7 +17,7 @@ from kd_lightning.distributed.signals import StopRequest
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import eos_token_ids, input_embeddings, num_embeddings
 from kd_lightning.models.openai_client import OpenAIClient
-from kd_lightning.models.prompt_logprobs import PromptScorer, detect_dialect
+from kd_lightning.models.scoring.scorer import PromptScorer, detect_dialect
 from kd_lightning.serving.completion import Completion, completion_body, parse_completion, to_completion
 from kd_lightning.serving.publication import (
     AdapterPublisher,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kd_lightning.distributed.dtensor import full_tensor
 from kd_lightning.models.backbone import eval_mode, logits
-from kd_lightning.models.prompt_logprobs import PromptScorer
+from kd_lightning.models.scoring.scorer import PromptScorer
 
 LONGEST = 64
 """Tokens of a prompt that are compared."""
@@ -49,8 +49,7 @@ class WeightsProbe:
         Raises:
             ValueError: it has other weights, or does not answer.
         """
-        entries = scorer.score(self.ids, "the test of its weights")
-        found = torch.tensor([entry[token] for entry, token in zip(entries, self.ids[1:], strict=True)]).double()
+        found = scorer.score(self.ids, "the test of its weights").of(torch.tensor(self.ids[1:]))
         distance = _distance(found, self.log_probs)
         begin = f"server {scorer.client.url}, model {scorer.model!r},"
         if previous is not None and previous.ids == self.ids:

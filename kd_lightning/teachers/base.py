@@ -279,6 +279,9 @@ class Teacher(ABC):
                 is `f(*args)` with full parameters.
         """
 
+    def prefetch(self, batch: Mapping[str, Tensor]) -> None:  # noqa: B027 - most teachers compute
+        """Begin to ask for the outputs of a batch that is read later; does not wait."""
+
     @abstractmethod
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Hidden states [B, T, H]."""

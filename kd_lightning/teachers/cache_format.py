@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ MANIFEST, HEAD = "cache.json", "head.safetensors"
 KINDS = ("hidden", "top_k")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 256 << 20
+SHARD_SECONDS = 120.0
 
 # Fields that must agree between a cache and a run, and their names in messages.
 NAMES = {
@@ -214,10 +216,14 @@ class CacheWriter:
         digest: of the manifest.
         rank: of this process: several write at the same time.
         shard_bytes: size from which on a shard is complete.
+        seconds: time after which the rows that were added are written in any case.
     """
 
-    def __init__(self, folder: Path, digest: str, rank: int = 0, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.digest, self.rank, self.shard_bytes = folder, digest, rank, shard_bytes
+    def __init__(
+        self, folder: Path, digest: str, rank: int = 0, shard_bytes: int = SHARD_BYTES, seconds: float = SHARD_SECONDS
+    ) -> None:
+        self.folder, self.digest, self.rank, self.shard_bytes, self.seconds = folder, digest, rank, shard_bytes, seconds
+        self.flushed = time.monotonic()
         self.parts: list[dict[str, Tensor]] = []
         self.bytes = 0
 
@@ -231,11 +237,12 @@ class CacheWriter:
         """
         self.parts.append({"keys": keys, "lengths": lengths.int(), **tokens})
         self.bytes += sum(x.numel() * x.element_size() for x in tokens.values())
-        if self.bytes >= self.shard_bytes:
+        if self.bytes >= self.shard_bytes or time.monotonic() - self.flushed > self.seconds:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows added so far."""
+        self.flushed = time.monotonic()
         if not self.parts:
             return
         table = {name: torch.cat([part[name] for part in self.parts]).contiguous() for name in self.parts[0]}

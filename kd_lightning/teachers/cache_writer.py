@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.console import progress_bar
-from kd_lightning.constants import teacher_view
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS, teacher_view
 from kd_lightning.distributed.signals import StopRequest, finish_on_signal, stop
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
@@ -34,6 +35,7 @@ from kd_lightning.teachers.cache_format import (
     write_head,
 )
 from kd_lightning.teachers.cached import CachedTeacher, tokenizer_digests
+from kd_lightning.teachers.server_answers import read_ahead
 
 LOGIT_ROWS = 512  # tokens whose logits are in memory at a time
 SAME_FIELDS = ("teacher_fingerprint", "tokenizer", "template", "max_length", "kind", "k", "dtype", "vocabulary")
@@ -144,9 +146,14 @@ def _fill(
     found = {}
     for split in data.splits:
         reader, digest = CacheReader(folder, manifest.digest), DataDigest()  # a row may be in two splits
-        for batch in map(teacher_view, progress_bar(data.every_row(split), f"Teacher, {split}", shown=bar)):
-            _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks, request)
-        writer.flush()
+        batches = data.every_row(split)
+        total = len(batches) if isinstance(batches, Sized) else None
+        ahead = read_ahead(map(teacher_view, batches), functools.partial(_prefetch_new, teacher, reader))
+        try:
+            for batch in progress_bar(ahead, f"Teacher, {split}", total, shown=bar):
+                _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks, request)
+        finally:  # what a server has answered is not asked for again
+            writer.flush()
         digest.sums = ranks.sum_over_ranks(digest.sums)
         found[split] = str(digest)
     manifest = updated(manifest, found, CacheReader(folder, manifest.digest).tokens)
@@ -154,6 +161,17 @@ def _fill(
         manifest.write(folder)
     ranks.wait()
     return manifest
+
+
+def _prefetch_new(teacher: Teacher, reader: CacheReader, batch: Mapping[str, Tensor]) -> None:
+    teacher.prefetch(_without_cached(batch, reader.find(row_keys(batch)) >= 0))
+
+
+def _without_cached(batch: Mapping[str, Tensor], cached: Tensor) -> dict[str, Tensor]:
+    """The batch, in which rows that are cached have no labels, [B]."""
+    labels = batch["labels"].masked_fill(cached.unsqueeze(1), IGNORE_INDEX)
+    own = {name: labels for name in ("labels", TEACHER_FIELDS["labels"]) if name in batch}
+    return {**batch, **own}
 
 
 def cache_teacher(
@@ -197,7 +215,7 @@ def _add_new_rows(
     ranks: Ranks,
     request: StopRequest,
 ) -> None:
-    """Add the new rows of a batch. If one is new, the whole batch is computed: the last bits depend on all of it."""
+    """Add the new rows of a batch. If one is new, the whole batch is read: the last bits depend on all of it."""
     keys, lengths = row_keys(batch), next_token_mask(batch["labels"]).sum(1)
     digest.add(keys[lengths > 0])
     new = (lengths > 0) & (reader.find(keys) < 0)
@@ -207,16 +225,26 @@ def _add_new_rows(
         raise stop(request.signal or signal.SIGTERM)
     if not some_new:  # a sharded teacher runs on all ranks together
         return
-    tokens = _outputs(teacher, batch, manifest)
-    chosen = new.repeat_interleave(lengths)
+    tokens = _outputs(teacher, batch, manifest, new)
     if new.any():
-        writer.add(keys[new], lengths[new], {name: x[chosen] for name, x in tokens.items()})
+        writer.add(keys[new], lengths[new], tokens)
 
 
 @torch.no_grad()
-def _outputs(teacher: Teacher, batch: Mapping[str, Tensor], manifest: CacheManifest) -> dict[str, Tensor]:
-    """The teacher's outputs at labeled tokens of a batch, by name, on the CPU."""
-    head, mask = teacher.head, next_token_mask(batch["labels"])
+def _outputs(teacher: Teacher, batch: Mapping[str, Tensor], manifest: CacheManifest, new: Tensor) -> dict[str, Tensor]:
+    """The teacher's outputs at labeled tokens of these rows of a batch, by name, on the CPU."""
+    head = teacher.head
+    if head is None:
+        return _labeled_outputs(teacher, head, _without_cached(batch, ~new), manifest)
+    # the last bits of its product depend on which tokens it is applied to: on those of every row
+    chosen = new.repeat_interleave(next_token_mask(batch["labels"]).sum(1))
+    return {name: x[chosen] for name, x in _labeled_outputs(teacher, head, batch, manifest).items()}
+
+
+def _labeled_outputs(
+    teacher: Teacher, head: Head | None, batch: Mapping[str, Tensor], manifest: CacheManifest
+) -> dict[str, Tensor]:
+    mask = next_token_mask(batch["labels"])
     device = torch.device("cpu") if head is None else head.weight.device
     moved = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
     where = mask.to(device)

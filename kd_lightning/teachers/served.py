@@ -5,25 +5,42 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from kd_lightning.constants import teacher_view
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.openai_client import OpenAIClient
-from kd_lightning.models.prompt_logprobs import PromptScorer, detect_dialect
+from kd_lightning.models.scoring.scorer import PromptScorer, detect_dialect
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.cache_format import row_keys
-from kd_lightning.teachers.server_checks import check_scores
+from kd_lightning.teachers.server_answers import AnswersAhead, as_top_k
+from kd_lightning.teachers.server_checks import SameModel, check_labels, check_scores
 
-AHEAD = 4
-"""Answers of so many batches are kept for a batch that has not been read yet."""
+PROBE = 64
+"""Number of tokens of the test at the start."""
+ADVICE = "start it again, then resume: `fit` with --ckpt_path last, `cache` with the same arguments"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row to ask for.
+
+    Args:
+        ids: its tokens without padding, [n].
+        positions: of its labels among them, minus one: indices of the entries.
+        what: the row in error messages.
+    """
+
+    ids: Tensor
+    positions: list[int]
+    what: str
 
 
 class ServerTeacher(Teacher):
@@ -61,14 +78,14 @@ class ServerTeacher(Teacher):
         for name, value in (("top_k", top_k), ("requests", requests)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._client = OpenAIClient(url, patience, timeout, api_key_env)
+        self._client = OpenAIClient(url, patience, timeout, api_key_env, ADVICE)
         self.top_k, self.requests = top_k, requests
         self._model = model
         self._scorer: PromptScorer | None = None
         self._run: RunContext | None = None
         self._vocabulary: int | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._asked: dict[bytes, Future[TopK]] = {}
+        self._same_model: SameModel | None = None
+        self._answers: AnswersAhead[_Row, TopK] = AnswersAhead(self._ask, requests)
 
     @property
     def name(self) -> str | None:
@@ -103,80 +120,60 @@ class ServerTeacher(Teacher):
             return
         if self._run is None or self._vocabulary is None:
             raise ValueError("ServerTeacher must be attached to a run before it is loaded")
-        tokenizer = None if self._run.data is None else self._run.data.text_tokenizer.tokenizer
-        scorer = PromptScorer(self._client, self._client.select_model(self._model), self.top_k, tokenizer=tokenizer)
-        probe = self._probe()
+        data = self._run.data
+        tokenizer = None if data is None else data.text_tokenizer.tokenizer
+        model = self._client.select_model(self._model)
+        names = self._client.aliases(model)
+        scorer = PromptScorer(self._client, model, self.top_k, tokenizer=tokenizer, names=names)
+        rows = self._first_rows()
+        probe = rows[0].ids[:PROBE].tolist() if rows else [(7 * n + 3) % self._vocabulary for n in range(16)]
         scorer = replace(scorer, dialect=detect_dialect(scorer, probe[:4]))
-        longest = 0 if self._run.data is None else self._run.data.longest("teacher")
-        check_scores(scorer, probe, self._vocabulary, longest)
-        self._scorer = scorer
-        self._pool = ThreadPoolExecutor(self.requests)
-        if self._run.data is not None:
-            self._run.data.look_ahead(self.prefetch)
+        longest = 0 if data is None else data.longest("teacher")
+        scores = check_scores(scorer, probe, self._vocabulary, longest)
+        check_labels(scorer, [(row.ids, row.positions) for row in rows], self._vocabulary)
+        self._scorer, self._same_model = scorer, SameModel(scorer, probe, scores)
+        if data is not None and self._run.loss.reads_teacher and not self._run.generates_responses:
+            data.look_ahead(self.prefetch)
         if not self.is_exact:
             rank_zero_info(
                 f"teacher: {scorer.model} at {self._client.url}: {self.top_k} tokens and the mass of the others are "
                 "known: divergences, monitored ones too, are lower bounds"
             )
 
-    def _probe(self) -> list[int]:
-        """Tokens of a row of the data, or any others."""
-        data = None if self._run is None else self._run.data
+    def _first_rows(self) -> list[_Row]:
+        """The rows of the first batch of the data that has labels, or of the first one."""
+        data, found = None if self._run is None else self._run.data, []
         for split in () if data is None else data.splits:
             assert data is not None
-            for batch in itertools.islice(data.every_row(split), 1):
-                return [int(token) for token in _prompts(batch)[0][:64]]
-        assert self._vocabulary is not None
-        return [(7 * n + 3) % self._vocabulary for n in range(16)]
+            for batch in itertools.islice(map(teacher_view, data.every_row(split)), 1):
+                found = [row for _, row in self._rows(batch).values()] or [_Row(ids, [], "") for ids in _prompts(batch)]
+        return found
 
     def to(self, device: torch.device | str) -> None:
         """Does nothing: answers go to the device of the batch."""
 
     def prefetch(self, batch: Mapping[str, Tensor]) -> None:
         """Ask for the rows of a batch that is read later; does not wait."""
-        self._ask(batch)
-        limit = AHEAD * max(1, len(batch["labels"]))
-        for key in [key for key, answer in self._asked.items() if answer.done()][: max(0, len(self._asked) - limit)]:
-            del self._asked[key]
+        self._answers.announce(dict(self._rows(teacher_view(batch)).values()))
 
-    def _ask(self, batch: Mapping[str, Tensor]) -> dict[int, bytes]:
-        """Ask for the rows of a batch that have a label; their keys in `_asked` by row of the batch."""
-        if self._scorer is None or self._pool is None:
-            raise ValueError("the teacher is not loaded yet: call `load(device)` first")
-        labels = batch["labels"].cpu()
-        labeled = next_token_mask(labels)
+    def _rows(self, batch: Mapping[str, Tensor]) -> dict[int, tuple[bytes, _Row]]:
+        """The rows of a batch that have a label, and their keys, by number."""
+        labeled = next_token_mask(batch["labels"].cpu())
         keys, prompts = row_keys(batch), _prompts(batch)
-        names = batch["row_ids"].tolist() if "row_ids" in batch else range(len(labels))
+        names = batch["row_ids"].tolist() if "row_ids" in batch else range(len(labeled))
+        order = batch["attention_mask"].cpu().cumsum(1) - 1
         found = {}
         for row in torch.nonzero(labeled.any(1)).flatten().tolist():
-            key = keys[row].cpu().numpy().tobytes()
-            if key not in self._asked:
-                places = self._places(batch, row, labeled[row])
-                what = f"row {names[row]}"
-                self._asked[key] = self._pool.submit(self._answer, prompts[row].tolist(), places, what)
-            found[row] = key
+            positions = (order[row, 1:][labeled[row]] - 1).tolist()
+            found[row] = keys[row].cpu().numpy().tobytes(), _Row(prompts[row], positions, f"row {names[row]}")
         return found
 
-    def _result(self, answer: Future[TopK]) -> TopK:
-        """Wait for an answer; if there is none, or the wait is interrupted, cancel all others."""
-        try:
-            return answer.result()
-        except BaseException:
-            self._client.close()
-            if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-    @staticmethod
-    def _places(batch: Mapping[str, Tensor], row: int, labeled: Tensor) -> list[int]:
-        """Positions of a row's labels among its tokens without padding, minus one: indices of the entries."""
-        order = batch["attention_mask"][row].cpu().cumsum(0) - 1
-        return [int(place) for place in order[1:][labeled] - 1]
-
-    def _answer(self, ids: Sequence[int], places: Sequence[int], what: str) -> TopK:
-        assert self._scorer is not None and self._vocabulary is not None
-        entries = self._scorer.score(ids, what)
-        return as_top_k([entries[n] for n in places], [ids[n + 1] for n in places], self.top_k, self._vocabulary)
+    def _ask(self, row: _Row) -> TopK:
+        """The answer for one row; called in threads."""
+        assert self._scorer is not None and self._same_model is not None and self._vocabulary is not None
+        scores = self._scorer.score(row.ids.tolist(), row.what).select(row.positions)
+        self._same_model.check()
+        return as_top_k(scores, row.ids[1:][row.positions], self.top_k, self._vocabulary)
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Not available.
@@ -194,14 +191,19 @@ class ServerTeacher(Teacher):
         log_probs = torch.full(ids.shape, -math.log(max(width, 2)), device=device)
         log_tail = torch.full(labels.shape, -math.log(2.0), device=device)
         labeled = next_token_mask(labels)
-        asked = self._ask(batch)
-        for row, key in asked.items():
-            known, where = self._result(self._asked[key]), labeled[row]
+        if self._scorer is None:
+            raise ValueError("the teacher is not loaded yet: call `load(device)` first")
+        rows = self._rows(batch)
+        try:
+            answers = self._answers.take(dict(rows.values()))
+        except BaseException:
+            self._client.close()
+            raise
+        for row, (key, _) in rows.items():
+            known, where = answers[key], labeled[row]
             ids[row, :-1][where] = known.ids.to(device)
             log_probs[row, :-1][where] = known.log_probs.to(device)
             log_tail[row, :-1][where] = known.log_tail.to(device)
-        for key in asked.values():  # two rows may be the same
-            self._asked.pop(key, None)
         assert self._vocabulary is not None
         if self.is_exact:
             return torch.empty_like(log_probs).scatter_(-1, ids, log_probs)
@@ -217,40 +219,3 @@ def _prompts(batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The tokens of each row without padding."""
     ids, mask = batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool()
     return [row[there] for row, there in zip(ids, mask, strict=True)]
-
-
-def as_top_k(entries: Sequence[Mapping[int, float]], labels: Sequence[int], k: int, vocabulary: int) -> TopK:
-    """The k most probable tokens of each entry; the label replaces the last one where it is not among them.
-
-    Tokens outside of the vocabulary are removed and the rest is normalized again. Missing tokens of an entry that has
-    fewer than k are filled up with tokens that share its tail.
-
-    Args:
-        entries: log-probabilities by token id.
-        labels: the label of each; it has a log-probability.
-        k: number of tokens.
-        vocabulary: number of tokens that are known to the student.
-    """
-    width = min(k, vocabulary)
-    ids = torch.empty(len(entries), width, dtype=torch.long)
-    log_probs, log_tail = torch.empty(len(entries), width), torch.empty(len(entries))
-    for n, (entry, label) in enumerate(zip(entries, labels, strict=True)):
-        outside = math.fsum(math.exp(value) for token, value in entry.items() if token >= vocabulary)
-        shift = -math.log1p(-min(outside, 1 - 1e-6))
-        inside = {token: value + shift for token, value in entry.items() if token < vocabulary}
-        best = sorted(inside, key=lambda token: (-inside[token], token))[:width]
-        if label not in best:
-            best[-1] = label
-        mass = math.fsum(math.exp(inside[token]) for token in best)
-        rest = max(1 - mass, 0.0)
-        others = vocabulary - len(best)
-        share = rest / others if others else 0.0
-        spare = (token for token in itertools.count() if token not in inside)
-        filled = [*best, *itertools.islice(spare, width - len(best))]
-        missing = width - len(best)
-        ids[n] = torch.tensor(filled)
-        values = [inside[token] for token in best] + [math.log(share) if share else -math.inf] * missing
-        log_probs[n] = torch.tensor(values)
-        tail = rest - share * missing
-        log_tail[n] = math.log(tail) if tail > 0 and others > missing else -math.inf
-    return TopK(ids, log_probs, log_tail, vocabulary)

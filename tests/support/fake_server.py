@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +21,15 @@ def chat(text: Any, reason: str = "stop") -> Answer:
     choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
     body = {"choices": [choice], "usage": {"completion_tokens": 3}}
     return 200, json.dumps(body).encode()
+
+
+def stable_port() -> int:
+    """A free port that no outgoing connection is given, so that a server can return to it."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class FakeServer:

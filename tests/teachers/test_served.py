@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,26 @@ import pytest
 import torch
 from torch import Tensor
 
+import leaves
 import runs
-from kd_lightning import AdaptiveKL, DistillationModule, ForwardKL, ReverseKL, SkewKL, TotalVariation
+from kd_lightning import (
+    AdaptiveKL,
+    DistillationModule,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    TotalVariation,
+    distillation_loss,
+)
 from kd_lightning.cli.program import main
 from kd_lightning.data import InstructionDataModule
-from kd_lightning.engine.top_k import TopK
+from kd_lightning.engine.top_k import TopK, top_k
 from kd_lightning.teachers import HFTeacher
+from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.cache_format import CacheManifest, CacheReader
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
-from kd_lightning.teachers.served import ServerTeacher, as_top_k
+from kd_lightning.teachers.served import ServerTeacher
 from refusals import refused
 from scoring_server import ScoringServer
 from tiny_fits import assert_same_student, fit_data
@@ -81,17 +93,13 @@ def test_a_cache_of_a_server_is_that_of_its_model(rows: str, tmp_path: Path) -> 
         train(ServerTeacher(server.url, top_k=8), rows, steps=1)
         data = data_of(rows)
         data.setup("fit")
-        module = DistillationModule("asset:student", teacher=ServerTeacher(server.url, top_k=8))
-        module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        module.trainer.datamodule = data  # type: ignore[attr-defined]
-        module.configure_model()
-        assert module.teacher is not None
-        fill_cache(tmp_path / "a", module.teacher, data, 2048, kind="top_k", k=8, dtype="float32", bar=False)
+        behind = attached(ServerTeacher(server.url, top_k=8), data)
+        fill_cache(tmp_path / "a", behind, data, 2048, kind="top_k", k=8, dtype="float32", bar=False)
         asked = len(server.bodies)
-        fill_cache(tmp_path / "a", module.teacher, data, 2048, kind="top_k", k=8, dtype="float32", bar=False)
+        fill_cache(tmp_path / "a", behind, data, 2048, kind="top_k", k=8, dtype="float32", bar=False)
         assert len(server.bodies) == asked  # a finished row is not asked for again
         with pytest.raises(ValueError, match="k must be 8"):
-            fill_cache(tmp_path / "b", module.teacher, data, 2048, kind="top_k", k=9, dtype="float32", bar=False)
+            fill_cache(tmp_path / "b", behind, data, 2048, kind="top_k", k=9, dtype="float32", bar=False)
     teacher = HFTeacher("asset:teacher", FP32)
     teacher.load()
     fill_cache(tmp_path / "c", teacher, data, 2048, kind="top_k", k=8, dtype="float32", bar=False)
@@ -106,30 +114,6 @@ def test_a_cache_of_a_server_is_that_of_its_model(rows: str, tmp_path: Path) -> 
         torch.testing.assert_close(one.log_probs.sort(-1).values, other.log_probs.sort(-1).values, atol=1e-5, rtol=0)
 
 
-FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "words only": ({"dialect": "words"}, {}, "gives no log-probabilities of a prompt"),
-    "logits": ({"change": lambda x: x + 3}, {}, "no log-probabilities"),
-    "probabilities": ({"change": lambda x: x.exp()}, {}, "no log-probabilities"),
-    "too early": ({"shift": 1}, {}, r"off by -1: a change of token (\d+)"),
-    "two too early": ({"shift": 2}, {}, r"off by -\d"),
-    "deaf": ({"change": lambda x: x[:1].expand_as(x)}, {}, "does not read the token ids"),
-    "bound": ({"bound": 20}, {"top_k": 64}, r"max allowed: 20.*--max-logprobs"),
-    "short": ({"max_model_len": 20}, {}, "reads 20 tokens .* and the longest row has"),
-    "texts": ({"dialect": "echo", "text": lambda t: f"t{t % 100}"}, {}, "names tokens by text"),
-    "another model": ({}, {"model": "missing"}, "missing|teacher"),
-}
-
-
-@pytest.mark.parametrize("case", FAULTS.values(), ids=FAULTS.keys())
-def test_what_a_server_does_wrong_is_named_before_the_first_step(case: Any, rows: str) -> None:
-    server_settings, settings, words = case
-    fault = None
-    if settings.get("model"):
-        fault = lambda n, path, body: (404, b"model missing not found") if body and body["model"] == "missing" else None  # noqa: E731
-    with ScoringServer(fault=fault, **server_settings) as server, pytest.raises(ValueError, match=words):
-        train(ServerTeacher(server.url, patience=2.0, **settings), rows)
-
-
 def test_texts_that_are_unique_are_accepted(rows: str) -> None:
     data = data_of(rows)
     data.setup("fit")
@@ -141,6 +125,53 @@ def test_texts_that_are_unique_are_accepted(rows: str) -> None:
         else:
             with pytest.raises(ValueError, match="names tokens by text"):
                 train(ServerTeacher(server.url, top_k=2000), rows, steps=1)
+
+
+@pytest.fixture(scope="module")
+def known(rows: str) -> tuple[dict[str, Tensor], TopK, TopK]:
+    """A batch, and the top k of the bundled teacher: behind a server, and in this process."""
+    data = data_of(rows)
+    data.setup("fit")
+    teacher = HFTeacher("asset:teacher", FP32)
+    teacher.load()
+    batch = next(iter(data.every_row("train")))
+    with ScoringServer() as server:
+        served = attached(ServerTeacher(server.url, top_k=20), data).logits(batch)
+    labels = batch["labels"].roll(-1, 1)
+    with torch.no_grad():
+        head = teacher.head
+        assert head is not None
+        logits = head.logits(teacher.hidden(batch))
+    here = top_k(logits.flatten(0, 1), labels.clamp_min(0).flatten(), 20)
+    assert isinstance(served, TopK)
+    return batch, served, TopK(here.ids.view(*labels.shape, -1), here.log_probs.view(*labels.shape, -1),
+                               here.log_tail.view(labels.shape), here.vocabulary)  # fmt: skip
+
+
+def attached(teacher: ServerTeacher, data: InstructionDataModule) -> Teacher:
+    """The teacher in a run that is not started."""
+    module = DistillationModule("asset:student", teacher=teacher)
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.trainer.datamodule = data  # type: ignore[attr-defined]
+    module.configure_model()
+    return teacher
+
+
+TOP_K_LEAVES = {name: leaf for name, leaf in leaves.ALL.items() if leaf.make().not_f_divergence() is None}
+
+
+@pytest.mark.parametrize("leaf", TOP_K_LEAVES.values(), ids=TOP_K_LEAVES.keys())
+def test_every_divergence_of_a_top_k(leaf: leaves.Leaf, known: tuple[dict[str, Tensor], TopK, TopK]) -> None:
+    batch, served, here = known
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    student = torch.randn(*labels.shape, 2048, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    found = []
+    for teacher in (served, here):
+        columns = leaf.columns(torch.empty(*labels.shape, 1))
+        loss = distillation_loss(student, teacher, labels, objective=leaf.make(), rows=columns or None)
+        found.append((loss, torch.autograd.grad(loss, student)[0]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    assert found[0][0] > 0 or leaf.partial
 
 
 def test_trouble_that_passes_and_trouble_that_does_not(rows: str) -> None:
@@ -176,7 +207,7 @@ def test_the_next_batch_is_asked_for_while_this_one_is_used(rows: str) -> None:
             def on_train_start(self) -> None:
                 super().on_train_start()
                 nonlocal before
-                before = len(server.bodies) - len(teacher._asked)
+                before = len(server.bodies) - len(teacher._answers._answers)
 
         before = 0
         module = Watching("asset:student", teacher=teacher, optimizer=SGD)
@@ -187,6 +218,45 @@ def test_the_next_batch_is_asked_for_while_this_one_is_used(rows: str) -> None:
         trainer.fit(module, datamodule=data_of(rows))
     prompts = [tuple(body["prompt"]) for body in server.bodies[before:]]
     assert len(prompts) == len(set(prompts))  # nothing is asked twice
+
+
+def test_a_cache_asks_ahead_over_batches_and_keeps_what_was_answered(rows: str, tmp_path: Path) -> None:
+    data = data_of(rows, batch_size=1)
+    data.setup("fit")
+    settings: dict[str, Any] = {"kind": "top_k", "k": 4, "dtype": "float32", "bar": False}
+    dead = threading.Event()
+    down = lambda number, path, body: (503, b"down") if dead.is_set() else None  # noqa: E731
+
+    def stop(number: int, path: str, body: Any) -> Any:
+        if body is not None and number >= start + 12:
+            dead.set()
+        return down(number, path, body)
+
+    start = 10**9
+    with ScoringServer(fault=stop, delay=0.03) as server:
+        teacher = attached(ServerTeacher(server.url, top_k=4, requests=4, patience=0.2), data)
+        server.most, start = 0, len(server.bodies)
+        with pytest.raises(ValueError, match=r"does not answer.*`cache` with the same arguments"):
+            fill_cache(tmp_path / "cache", teacher, data, 2048, **settings)
+        assert server.most == 4
+    done = CacheReader(tmp_path / "cache", CacheManifest.read(tmp_path / "cache").digest)
+    assert 8 <= len(done.keys) <= 12
+    with ScoringServer() as server:
+        teacher = attached(ServerTeacher(server.url, top_k=4), data)
+        teacher.fingerprint = lambda: CacheManifest.read(tmp_path / "cache").teacher_fingerprint  # type: ignore[method-assign]
+        start = len(server.bodies)
+        fill_cache(tmp_path / "cache", teacher, data, 2048, **settings)
+        assert len(server.bodies) - start == 24 - len(done.keys)
+
+
+def test_the_teachers_own_rows_are_asked_ahead_and_each_once(rows: str) -> None:
+    data = {"teacher_prompt": "{prompt} {task}", "num_workers": 2, "batch_size": 2}
+    with ScoringServer() as server:
+        train(ServerTeacher(server.url, top_k=4, requests=2), rows, steps=10, data=data)
+        prompts = [tuple(body["prompt"]) for body in server.bodies]
+    asked = {prompt: prompts.count(prompt) for prompt in prompts if len(prompt) > 4}
+    assert len([count for count in asked.values() if count > 1]) <= 2  # those of the test at the start: one batch
+    assert len(asked) <= 24 + 3  # rows, and those with a changed token; none of the student's
 
 
 def test_no_more_requests_at_a_time_than_allowed(rows: str) -> None:
@@ -211,18 +281,6 @@ def test_what_the_top_k_cannot_give_is_refused(settings: dict[str, Any], words: 
 def test_bad_arguments(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ServerTeacher(**{"url": "http://localhost:1", **settings})
-
-
-def test_entries_become_the_top_k() -> None:
-    entries = [{0: -1.0, 5: -0.7, 3: -9.0}, {1: -0.1}, {2: -0.5, 9: -2.0}]
-    found = as_top_k(entries, [3, 1, 2], k=2, vocabulary=8)
-    assert found.ids[0].tolist() == [5, 3]  # the label replaces the last
-    assert found.ids[1, 0] == 1
-    total = found.log_probs.exp().sum(-1) + found.log_tail.exp()
-    torch.testing.assert_close(total, torch.ones(3))
-    torch.testing.assert_close(found.log_probs[2, 0].exp(), torch.tensor(0.6065 / (1 - 0.1353)), atol=1e-3, rtol=0)
-    whole = as_top_k([{n: float(v) for n, v in enumerate(torch.randn(8).log_softmax(0))}], [0], k=8, vocabulary=8)
-    assert whole.log_tail.item() == -torch.inf
 
 
 def test_the_key_is_in_nothing_that_a_run_writes(

@@ -1,0 +1,1 @@
+"""Log-probabilities of prompts from servers."""

@@ -1,0 +1,142 @@
+"""The forms in which servers are asked for log-probabilities of a prompt, and in which they answer."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TOKEN_ID = re.compile(r"token_id:(\d+)")
+
+
+class WrongAnswerError(Exception):
+    """An answer that would be as wrong again; the message continues after "it". Not a ValueError: it is not retried."""
+
+
+@dataclass
+class NamedTokens:
+    """The tokens that the entries of an answer name, one entry after the other.
+
+    Args:
+        ids: token ids.
+        values: log-probabilities.
+        lengths: number of tokens of each entry.
+    """
+
+    ids: list[int]
+    values: list[float]
+    lengths: list[int]
+
+
+class Dialect(ABC):
+    """A form of requests and answers. KeyError, TypeError, IndexError or ValueError of `parse`: the answer is invalid.
+
+    Attributes:
+        name: in messages.
+        path: below the server's `/v1`; with a leading slash: below its root.
+    """
+
+    name: str
+    path: str = "completions"
+
+    @abstractmethod
+    def body(self, model: str, ids: Sequence[int], top_k: int) -> dict[str, Any]:
+        """The request for one prompt."""
+
+    @abstractmethod
+    def parse(self, answer: Any, ids: Sequence[int], id_of: Callable[[str], int]) -> NamedTokens:
+        """The entries of an answer.
+
+        Raises:
+            WrongAnswerError: they are those of other tokens, or of more or fewer.
+        """
+
+    def texts(self, answer: Any) -> dict[int, str]:
+        """Texts of tokens by id, where the server gives them next to the ids."""
+        return {}
+
+
+class PromptLogprobs(Dialect):
+    """vLLM's `prompt_logprobs`."""
+
+    name = "prompt_logprobs (vLLM)"
+
+    def body(self, model: str, ids: Sequence[int], top_k: int) -> dict[str, Any]:
+        """One token is generated, the fewest that vLLM allows."""
+        return {**_completion(model, ids), "prompt_logprobs": top_k}
+
+    def parse(self, answer: Any, ids: Sequence[int], id_of: Callable[[str], int]) -> NamedTokens:
+        """Each entry maps ids, as text, to `logprob`."""
+        rows = answer["choices"][0]["prompt_logprobs"]
+        _check_length(len(rows), ids)
+        _check_first(rows[0])
+        found = NamedTokens([], [], [])
+        for row in rows[1:]:
+            found.ids.extend(map(int, row))
+            found.values.extend([entry["logprob"] for entry in row.values()])
+            found.lengths.append(len(row))
+        return found
+
+    def texts(self, answer: Any) -> dict[int, str]:
+        """The field `decoded_token`."""
+        rows = answer["choices"][0]["prompt_logprobs"][1:]
+        pairs = [(int(token), entry.get("decoded_token")) for row in rows for token, entry in row.items()]
+        return {token: text for token, text in pairs if isinstance(text, str)}
+
+
+class Echo(Dialect):
+    """`echo` with `logprobs`, the older form, in which many servers name tokens by text."""
+
+    name = "echo with logprobs"
+
+    def body(self, model: str, ids: Sequence[int], top_k: int) -> dict[str, Any]:
+        """Ask for ids instead of texts; servers that do not know this field ignore it."""
+        return {**_completion(model, ids), "echo": True, "logprobs": top_k, "return_tokens_as_token_ids": True}
+
+    def parse(self, answer: Any, ids: Sequence[int], id_of: Callable[[str], int]) -> NamedTokens:
+        """The prompt's tokens and at most one that was generated."""
+        logprobs = answer["choices"][0]["logprobs"]
+        own, top, tokens = logprobs["token_logprobs"], logprobs["top_logprobs"], logprobs.get("tokens") or []
+        if len(own) != len(top):
+            raise ValueError
+        _check_length(len(own) - (len(own) == len(ids) + 1), ids)
+        _check_first(own[0])
+        for n, (token, text) in enumerate(zip(ids, tokens, strict=False), start=1):
+            if (known := TOKEN_ID.fullmatch(text)) and int(known[1]) != token:
+                raise WrongAnswerError(f"reads token {known[1]} where token {n} of the prompt is {token}")
+        found = NamedTokens([], [], [])
+        for token, value, named in zip(ids[1:], own[1 : len(ids)], top[1 : len(ids)], strict=True):
+            by_id = {id_of(text): logprob for text, logprob in named.items()} | {token: value}
+            found.ids.extend(by_id)
+            found.values.extend(by_id.values())
+            found.lengths.append(len(by_id))
+        return found
+
+
+def _completion(model: str, ids: Sequence[int]) -> dict[str, Any]:
+    return {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
+
+
+def _check_length(found: int, ids: Sequence[int]) -> None:
+    """Refuse an answer with more or fewer positions than the prompt has tokens."""
+    if found != len(ids):
+        raise WrongAnswerError(
+            f"gives {found} positions for a prompt of {len(ids)} tokens: it "
+            + ("truncates the prompt" if found < len(ids) else "adds tokens to the prompt, such as BOS")
+            + "; start it such that it reads token ids as they are sent"
+        )
+
+
+def _check_first(entry: Any) -> None:
+    """Refuse a distribution for the first token, which nothing precedes."""
+    if entry:
+        raise WrongAnswerError(
+            "gives a distribution for the first token of the prompt: it reads a token before it, such as BOS; start it "
+            "such that it reads token ids as they are sent"
+        )
+
+
+DIALECTS: tuple[Dialect, ...] = (PromptLogprobs(), Echo())
+"""All forms, in the order in which they are tried."""
