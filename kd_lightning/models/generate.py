@@ -101,10 +101,10 @@ def generate(
         Response tokens, [B, up to max_new_tokens]; padding after the end of a response.
     """
     pad = padding_id(model, model.generation_config.pad_token_id)
-    options: dict[str, Any] = {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
     if sampling.temperature > 0:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        options |= {"top_k": 0, "repetition_penalty": 1.0, "min_p": None}
+        options |= {"top_k": 0, "min_p": None}
     if processors:
         options["logits_processor"] = LogitsProcessorList(processors)
     training = model.training
