@@ -10,7 +10,8 @@ slowdown of the machine affects all cases alike. Cases that cannot run (a peer l
 writes OUTPUT.json and OUTPUT.md; benchmarks/README.md says how to read them. Linux only. A case is LOSS[+EXTRA][:HOW]:
 
     EXTRA  40% (of the tokens have a label), 4x (the tokens), ce (half of the weight on the labels), t (temperature 2),
-           monitors (three of them), or the name of one monitor
+           monitors (three of them), the name of one monitor, or map (a teacher with another tokenizer: 70 % of the
+           student's tokens have a partner)
     HOW    eager, naive, trl_kernel, trl_gkd; default: compiled
 """
 
@@ -32,6 +33,7 @@ import kd_lightning as kd
 
 MONITORS = ("reverse_kl", "jsd", "total_variation")
 EAGER = ("forward_kl", "reverse_kl", "taid", "jsd", "skew_reverse_kl", "amid", "own")
+MAPPED = ("forward_kl", "jsd")
 LOSSES = tuple(name for name in OBJECTIVES if name not in ("symmetric_kl", "total_variation"))
 CASES = (
     *("plain", "best", "plain+40%"),
@@ -40,6 +42,7 @@ CASES = (
     *("forward_kl:naive", "jsd:naive", "forward_kl:trl_kernel", "jsd:trl_gkd"),
     *("jsd+40%", "jsd+40%:naive", "forward_kl+4x"),
     *(f"forward_kl+{extra}" for extra in (*MONITORS, "monitors", "ce", "t")),
+    *(f"{name}+map" for name in MAPPED),
 )
 QUICK = ("plain", "best", "forward_kl:eager", "amid+monitors:eager", "jsd:naive", "jsd+40%:eager", "jsd+40%:naive")
 
@@ -73,11 +76,21 @@ def prepared(
         compile=how != "eager",
     )
 
+    vocabulary_map = mapped(shape[0]) if extra == "map" else None
+
     def run() -> Any:
-        parts = loss.from_hidden(x["h"], x["w"], x["ht"], x["wt"], x["labels"])
+        parts = loss.from_hidden(x["h"], x["w"], x["ht"], x["wt"], x["labels"], vocabulary_map=vocabulary_map)
         return torch.autograd.grad(parts.mean, leaves)
 
     return run, x
+
+
+def mapped(vocabulary: int) -> kd.VocabularyMap:
+    """A map of 70 % of the tokens, at random, to a teacher's vocabulary that is 2 % smaller."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = vocabulary, vocabulary - vocabulary // 50
+    student, teacher = (torch.randperm(size, generator=generator)[: int(0.7 * vocabulary)] for size in sizes)
+    return kd.VocabularyMap(student, teacher, *sizes)
 
 
 def measure(case: str, shape: tuple[int, ...], chunk: int, threads: int) -> dict[str, float]:
@@ -112,6 +125,7 @@ def quantities(vocabulary: int) -> list[tuple[str, str, str, str, str, float]]:
         rows += [(f"{name}, time / {how}", name, f"{name}:{how}", "cpu", "", time)]
         rows += [(f"{name}, peak / {how}", name, f"{name}:{how}", "bytes", "", peak)] if peak else []
     rows += [("jsd, 40 % of the tokens labeled, time / naive", "jsd+40%", "jsd+40%:naive", "cpu", "", 0.4)]
+    rows += [(f"{name} across tokenizers, time / {name}", f"{name}+map", name, "cpu", "", 1.3) for name in MAPPED]
     rows += [
         (f"monitor {name}, added time / plain", f"forward_kl+{name}", "plain", "cpu", "forward_kl", 0.1)
         for name in MONITORS

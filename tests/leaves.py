@@ -161,6 +161,7 @@ def half_and_two(p: Row, q: Row) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------- lists
+# `ChunkLikelihood` compares likelihoods of text, not log p with log q: its loop is in tests/test_two_tokenizers.py.
 DIVERGENCES: dict[str, Leaf] = {
     "ForwardKL": Leaf(ForwardKL, kl),
     "ReverseKL": Leaf(ReverseKL, lambda p, q: kl(q, p)),

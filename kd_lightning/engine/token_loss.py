@@ -71,6 +71,9 @@ class TokenLoss(nn.Module):
         self.monitors = nn.ModuleDict(monitors)
         self.diagnostics = diagnostics
         self._reads = label_columns_of((objective,)), label_columns_of(monitors.values())
+        self._chunk_monitors = {name for name, x in monitors.items() if CHUNK_LOG_Q in label_columns_of((x,))}
+        if self._chunk_monitors and temperature != 1:  # its likelihoods are computed at the loss's temperature
+            raise ValueError(f"a monitor with ChunkLikelihood needs temperature 1, got {temperature}")
         self.compiled = Compiled(self.block, compile)
         # 1, 0, or −1 before the choice: a resumed run keeps the choice of the interrupted one.
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written to later
@@ -228,7 +231,7 @@ class TokenLoss(nn.Module):
             The values by name, and the gradients with respect to log q and, if the objective reads chunks, to log q of
             the label; empty without weights.
         """
-        t, (chunks, monitored) = self.temperature, (CHUNK_LOG_Q in reads for reads in self._reads)
+        t, chunks = self.temperature, CHUNK_LOG_Q in self._reads[0]
         log_p, log_q = pair.log_probs(t)
         rows = with_label_log_probs(columns, self._reads[0], pair, t)
 
@@ -243,11 +246,11 @@ class TokenLoss(nn.Module):
             values[score_name(path)] = pair.where_paired(score, torch.nan)
         log_p, log_q = pair.log_probs(1.0)
         rows = with_label_log_probs(columns, self._reads[1], pair, 1.0)
-        if monitored:
+        if self._chunk_monitors:
             rows[CHUNK_LOG_Q] = pair.student.label_log_prob(1.0)
         for name, monitor in self.monitors.items():
             found = evaluate(monitor, log_p, log_q, rows)  # type: ignore[arg-type]
-            values[name] = found if monitored else pair.where_paired(found)
+            values[name] = found if name in self._chunk_monitors else pair.where_paired(found)
         return values, (pair.where_paired(u[0]), *u[1:]) if u else ()
 
     def _label_rows(self, columns: dict[str, Tensor], pair: BlockPair | None, t: float) -> dict[str, Tensor]:

@@ -140,6 +140,7 @@ class Batch:
         if alignment.teacher_positions is None:
             index = self.mask.index_in(alignment.teacher_labels)
         else:
+            check_tensor("teacher_positions", alignment.teacher_positions)
             self.positions = TeacherPositions(self.mask, alignment.teacher_positions, teacher.shape[-1])
             index = self.positions.index
         if isinstance(teacher, TopK):
