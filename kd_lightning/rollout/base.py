@@ -224,8 +224,7 @@ class RolloutContext:
     def _with_room(self, sampling: Sampling, batch: Batch, limit: int | None = None) -> Sampling:
         """The sampling, cut to what student, teacher, and a server with this limit can read after the prompts."""
         width, own_width = (prompts(dict(view))[0].shape[1] for view in (batch, teacher_view(batch)))
-        student: Any = self.model.student
-        limits = [(limit, width), (max_positions(student), width)]
+        limits = [(limit, width), (max_positions(self.model.student), width)]  # type: ignore[arg-type]
         if (teacher := generating_model(self.teacher)) is not None:
             limits.append((max_positions(teacher), own_width))
         room = min(most - read for most, read in [*limits, (sampling.max_new_tokens, 0)] if most is not None)

@@ -91,7 +91,7 @@ def server(writer: WritingServer, **more: Any) -> Server:
 
 
 # ----------------------------------------------------------------------------------------------------------- exactness
-@pytest.mark.parametrize("kind", ["adapters", "all weights"])
+@pytest.mark.parametrize("kind", [pytest.param("adapters", marks=pytest.mark.slow), "all weights"])
 def test_a_server_gives_the_run_of_this_process(kind: str, rows: str, tmp_path: Path) -> None:
     lora = {"lora": LoRA(r=4)} if kind == "adapters" else {}
     there, _ = train(tmp_path / "here", rows, OnPolicy(1.0, **GREEDY), **lora)
@@ -125,6 +125,7 @@ def test_replayed_responses_can_be_those_of_a_server(rows: str, tmp_path: Path) 
     assert set(ages) == {0.0}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_again_and_is_the_same(rows: str, tmp_path: Path) -> None:
     sampled: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0}
     with WritingServer() as writer:
@@ -135,9 +136,8 @@ def test_a_resumed_run_asks_again_and_is_the_same(rows: str, tmp_path: Path) -> 
         train(cut, rows, OnPolicy(1.0, writer=server(writer), **sampled), max_steps=2, **save)
         (checkpoint,) = cut.rglob("*.ckpt")
         count = len(writer.generated())
-        resumed, _ = train(
-            cut, rows, OnPolicy(1.0, writer=server(writer), **sampled), max_steps=4, ckpt_path=checkpoint, **save
-        )
+        again, more = OnPolicy(1.0, writer=server(writer), **sampled), {"ckpt_path": checkpoint, "max_steps": 4}
+        resumed, _ = train(tmp_path / "resumed", rows, again, **more, **save)
         asked = writer.generated()[count:]
     assert_same_student(whole, resumed, atol=1e-6)
     keys = [sorted((body["seed"], body["prompt"]) for body in bodies) for bodies in (expected[8:], asked)]
@@ -145,7 +145,7 @@ def test_a_resumed_run_asks_again_and_is_the_same(rows: str, tmp_path: Path) -> 
 
 
 # ------------------------------------------------------------------------------------------------------- written ahead
-@pytest.mark.parametrize("bound", [1, 2])
+@pytest.mark.parametrize("bound", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_response_is_older_than_the_bound(bound: int, rows: str, tmp_path: Path) -> None:
     with WritingServer() as writer:
         source = OnPolicy(1.0, writer=server(writer), max_staleness=bound, **GREEDY)
