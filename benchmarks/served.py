@@ -220,7 +220,8 @@ def report(record: dict[str, Any]) -> str:
     step, client = record["step"], record["client"]
     lines = [
         f"{record['machine']}. Bundled student, {step['batch']} rows a step, as many requests at a time, k = {K}; "
-        "milliseconds, medians. The server sleeps; its time alone includes reading its answers.",
+        "milliseconds, medians. The server sleeps; its time alone includes reading its answers. Load of the machine: "
+        f"{record['load']:.1f}.",
         "",
         "| latency | step alone (answers from a cache) | server alone | both | both / larger | both / sum | "
         "CPU, both / step alone |",
