@@ -226,7 +226,7 @@ class RolloutContext:
         width, own_width = (prompts(dict(view))[0].shape[1] for view in (batch, teacher_view(batch)))
         limits = [(limit, width), (max_positions(self.model.student), width)]  # type: ignore[arg-type]
         if (teacher := generating_model(self.teacher)) is not None:
-            limits.append((max_positions(teacher), own_width))
+            limits.append((max_positions(teacher), own_width))  # type: ignore[arg-type]
         room = min(most - read for most, read in [*limits, (sampling.max_new_tokens, 0)] if most is not None)
         return dataclasses.replace(sampling, max_new_tokens=max(1, room))
 
