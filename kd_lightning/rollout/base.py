@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.constants import IGNORE_INDEX
-from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
@@ -32,6 +31,7 @@ from kd_lightning.models.hf_adapter import max_positions, text_config
 from kd_lightning.rollout.batches import Batch, Translate, append, append_for_teacher, live_tokens, prompts
 from kd_lightning.rollout.log_probs import LogProb, cut_head
 from kd_lightning.rollout.served import Request, ServedWriter, Upcoming, as_tokens, numbered_prompts
+from kd_lightning.rollout.teacher_mixture import unsharded_model
 from kd_lightning.seeding import derive_seed
 from kd_lightning.teachers.base import StudentModel, Teacher, generating_model
 from kd_lightning.teachers.batches import teacher_batch
@@ -315,19 +315,3 @@ class RolloutContext:
                 "only: use a teacher that is loaded"
             )
         return known[:, :-1, :width], None
-
-
-def unsharded_model(teacher: Teacher | None) -> Any:
-    """The teacher's model, unsharded, for sampling from a mixture with it.
-
-    Raises:
-        ValueError: the teacher cannot generate, or is sharded.
-    """
-    model = generating_model(teacher)
-    if model is None:
-        kind = "no teacher" if teacher is None else type(teacher).__name__
-        raise ValueError(f"teacher_share must be 0 unless the teacher can generate: it must be a model, got {kind}")
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        # generation keeps running the sharded student on ranks that are done, but not the teacher
-        raise ValueError("teacher_share must be 0 if the strategy shards the teacher (fsdp2): use ddp")
-    return model
