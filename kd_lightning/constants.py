@@ -26,6 +26,10 @@ def teacher_view(batch: Mapping[str, Field]) -> Mapping[str, Field]:
     return {**batch, **{name: batch[own] for name, own in TEACHER_FIELDS.items() if own in batch}}
 
 
+TEACHER_POSITIONS = "teacher_positions"
+"""Column [B, T] of a batch of two tokenizers: for a label of the student at t, the position s of the teacher such
+that both have read the same bytes of the response before t and s; -1: there is none."""
+
 TEACHER_INDEX = "teacher_index"
 """Column of a batch: the number of the teacher of each row among the teachers of a `RoutedTeacher`."""
 

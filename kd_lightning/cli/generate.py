@@ -83,6 +83,7 @@ def generate(
     device: str = "auto",
     server: str | None = None,
     patience: float = 180.0,
+    api_key_env: str = "OPENAI_API_KEY",
     progress: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
     teacher_prompt: str | None = None,
@@ -90,9 +91,8 @@ def generate(
     """Write a response to every row of the data, in its order, with all fields of the row.
 
     A line of the output has the fields of its row, then `model` (a hash of weights and tokenizer, or the name of the
-    served model), `sampling`, `finish_reason` ("eos" or "length") and `response`. Generation is resumable: after an
-    interruption, the same call continues, and every response is the same as without the interruption. An output with
-    other settings or other rows is refused. If the output is complete, nothing is done.
+    served model), `sampling`, `finish_reason` ("eos" or "length") and `response`. Generation is resumable: the same
+    call again continues with the same responses, or does nothing. An output of other settings or rows is refused.
 
     Args:
         data: anything that `InstructionDataModule` reads; answers are optional and ignored.
@@ -108,13 +108,13 @@ def generate(
         device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
         server: address of an OpenAI-compatible server that generates instead of a local model.
         patience: seconds during which requests to a server that does not answer are retried.
+        api_key_env: name of the environment variable that holds the server's key; `OPENAI_API_KEY` may be unset.
         progress: show a progress bar.
         chat_template_kwargs: variables for the chat template of a local model, such as those of the training data.
         teacher_prompt: what the model reads as the last user turn, as `data.teacher_prompt` of a run; None: that turn.
 
     Raises:
-        ValueError: an argument is out of its range; data or model cannot be read; the output holds something else; the
-            server refuses, does not answer, or sends invalid answers.
+        ValueError: an argument is out of its range; data, model or output cannot be used; the server refuses or fails.
     """
     output = expand_path(output)
     sampling = Sampling(max_new_tokens, temperature, top_p)
@@ -122,7 +122,7 @@ def generate(
     rows, questions = _questions(data, TeacherInput(teacher_prompt))
     settings = {**asdict(sampling), "seed": seed, **({} if teacher_prompt is None else {"prompt": teacher_prompt})}
     if server is not None:
-        served = ServerGenerator(OpenAIClient(server, patience), model, sampling, seed)
+        served = ServerGenerator(OpenAIClient(server, patience, api_key_env=api_key_env), model, sampling, seed)
         with ResponseFile(output, rows, f"{served.model} (server)", settings) as file:
             _write(file, lambda request: served.generate(questions, file.done, batch_size, request), progress)
         return

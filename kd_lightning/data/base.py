@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
@@ -13,11 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from kd_lightning.data.alignment.two_tokenizers import TwoTokenizers
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.row_report import IndexColumn
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
-
-SAMPLE = 1000  # texts of a split that enter its digest; all lengths do
 
 
 class GenerationRow(TypedDict):
@@ -38,7 +36,7 @@ class GenerationRow(TypedDict):
     index: int
 
 
-class DistillationDataModule(L.LightningDataModule, ABC):
+class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
     """Everything that the module, the callbacks, the teachers and the commands need of a data module.
 
     A `LightningDataModule` of any other class works with `DistillationModule` as well, as long as its batches have
@@ -74,11 +72,6 @@ class DistillationDataModule(L.LightningDataModule, ABC):
     # ------------------------------------------------------------------------------------------------------ tokenizer
     @property
     @abstractmethod
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The loaded tokenizer; available from `setup` on."""
-
-    @property
-    @abstractmethod
     def text_tokenizer(self) -> TextTokenizer:
         """How rows become token ids: tokenizer, chat template and maximum length."""
 
@@ -86,11 +79,6 @@ class DistillationDataModule(L.LightningDataModule, ABC):
     def teacher_text_tokenizer(self) -> TextTokenizer:
         """The same for the teacher, which may have a chat template of its own."""
         return self.text_tokenizer
-
-    @property
-    @abstractmethod
-    def pad_id(self) -> int:
-        """The token id of padding; the attention mask, not the id, marks what is padding."""
 
     @abstractmethod
     def use_tokenizer_of(self, model: str | None) -> None:
@@ -152,8 +140,8 @@ class DistillationDataModule(L.LightningDataModule, ABC):
         """
 
     @abstractmethod
-    def largest_id(self) -> int:
-        """The largest token id in the loaded rows."""
+    def largest_id(self, role: str = "student") -> int:
+        """The largest token id in the loaded rows, as the "student" or the "teacher" reads them."""
 
     # ----------------------------------------------------------------------------------------------------------- rows
     @abstractmethod
@@ -270,6 +258,15 @@ class NamesTokenizer(Protocol):
 
 
 @runtime_checkable
+class NamesTeacherTokenizer(Protocol):
+    """A Lightning module that names the tokenizer of its teacher."""
+
+    @property
+    def teacher_tokenizer_name(self) -> str | None:
+        """Folder or hub name; None without a teacher, and if it was passed as an object without one."""
+
+
+@runtime_checkable
 class HasTokenizer(Protocol):
     """A data module, of any class, that has a tokenizer."""
 
@@ -304,17 +301,3 @@ def max_length_of(trainer: L.Trainer | None) -> int | None:
 def _attached(trainer: L.Trainer | None) -> object:
     # Lightning's data connector sets the attribute in Trainer.__init__, so the class does not declare it
     return None if trainer is None else trainer.datamodule  # type: ignore[attr-defined]
-
-
-def describe_rows(rows: Any) -> str:
-    """A line that changes with the rows of a split: their number, and a digest of their lengths and of some texts.
-
-    Args:
-        rows: a `datasets.Dataset` with the column `row`, and `length` once it is tokenized.
-    """
-    lengths = rows["length"][:] if "length" in rows.column_names else []
-    digest = hashlib.sha256(str(lengths).encode())
-    some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLE) or 1))
-    for text in some["row"][:]:
-        digest.update(text.encode())
-    return f"{len(rows)} rows with digest {digest.hexdigest()[:12]}"

@@ -137,6 +137,15 @@ def backend_state(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if backend is None else str(backend.to_str())
 
 
+def is_token_of_model(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    """Whether the model inside a tokenizer of the `tokenizers` library reads the text of this token as the token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    found = backend.model.tokenize(backend.id_to_token(number))
+    return [token.id for token in found] == [number]
+
+
 # ------------------------------------------------------------------------------------------------------ chat templates
 def chat_template_environment() -> Environment:
     """The Jinja environment in which transformers compiles chat templates: a private function builds it."""

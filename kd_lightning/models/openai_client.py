@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import sys
 import threading
 import time
@@ -12,10 +11,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+from kd_lightning.models.api_key import DEFAULT_VARIABLE, ApiKey
 from kd_lightning.models.http_exchange import AnswerTooLargeError, HTTPExchange, SlowAnswerError, StatusError
-from kd_lightning.reporting.redaction import MASK, SHORTEST, print_message, redact_text
+from kd_lightning.reporting.redaction import print_message, redact_text
 
 T = TypeVar("T")
 
@@ -61,25 +61,27 @@ class _SlowError(_TransientError):
 class OpenAIClient:
     """HTTP client of an OpenAI-compatible server. Threads can share it.
 
-    The environment variable `OPENAI_API_KEY`, if set, is sent as the key.
-
     Args:
         url: address of the server, with or without `/v1`.
         patience: seconds of retries while the server does not answer.
         timeout: seconds for one answer, from the connection to its last byte.
+        api_key_env: name of the environment variable that holds the key; `OPENAI_API_KEY` may be unset.
 
     Raises:
-        ValueError: `url` is not an address, or holds a password or a key; the key of the environment cannot be sent.
+        ValueError: `url` is not an address, or holds a password or a key; the variable of the key is not set, or its
+            value cannot be sent.
     """
 
-    def __init__(self, url: str, patience: float = 180.0, timeout: float = 600.0) -> None:
+    def __init__(
+        self, url: str, patience: float = 180.0, timeout: float = 600.0, api_key_env: str = DEFAULT_VARIABLE
+    ) -> None:
         parts = _split(url)
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
                 f"server must be an address without a password and without ?arguments, got one at {parts.hostname!r}: "
-                "remove them, and set the environment variable OPENAI_API_KEY to the key"
+                f"remove them, and set the environment variable {DEFAULT_VARIABLE} to the key"
             )
-        _key()
+        self.key = ApiKey(api_key_env)
         self.url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
         self.patience = patience
         self.timeout = timeout
@@ -164,7 +166,7 @@ class OpenAIClient:
                     return parse(_decoded(content))
                 except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError):
                     invalid += 1
-                    reason = f"invalid answer: {_shorten(content)}"
+                    reason = f"invalid answer: {self.key.shortened(content)}"
                     if invalid == MAX_INVALID:
                         raise ValueError(f"server {self.url}, {what}: {reason}") from None
             now = time.monotonic()
@@ -197,7 +199,7 @@ class OpenAIClient:
             timeout = min(self.timeout, QUICK_SECONDS) if body is None else self.timeout
             content = HTTPExchange(self._request(path, body), timeout, seconds).content(self._closed)
         except StatusError as error:
-            reason = _status_reason(error)
+            reason = self._status_reason(error)
             if error.code not in RETRIED:
                 raise RequestRefusedError(f"server {self.url} refused {what}: {reason}", error.code) from None
             raise _TransientError(reason, error.retry_after) from None
@@ -206,19 +208,28 @@ class OpenAIClient:
         except AnswerTooLargeError as error:
             raise ValueError(f"server {self.url}, {what}: {error}") from None
         except urllib.error.URLError as error:
-            raise _TransientError(_one_line(str(error.reason)) or type(error).__name__) from None
+            raise _TransientError(self.key.one_line(str(error.reason)) or type(error).__name__) from None
         except (OSError, http.client.HTTPException) as error:
-            raise _TransientError(_one_line(str(error)) or type(error).__name__) from None
+            raise _TransientError(self.key.one_line(str(error)) or type(error).__name__) from None
         if content is None:
             raise ValueError(f"server {self.url}: {what} was canceled")
-        return _without_key(content, SHORTEST)
+        return self.key.mask(content)
 
     def _request(self, path: str, body: Mapping[str, Any] | None) -> urllib.request.Request:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
-        if key := _key():
+        if key := self.key.read():
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         return request
+
+    def _status_reason(self, error: StatusError) -> str:
+        """Status code and text of an HTTP error, or where it redirects to."""
+        if error.location is not None:
+            text = f"it redirects to {error.location}, which would lose the request: pass the address of that server"
+            return f"HTTP {error.code}: {self.key.one_line(text)}"
+        text = self.key.shortened(error.content) if error.content else self.key.one_line(error.reason)
+        hint = f" (the key is read from the environment variable {self.key.variable})" if error.code == 401 else ""
+        return f"HTTP {error.code} {text}{hint}"
 
     def _warn(self, reason: str, patience: float) -> None:
         """Print the first failure."""
@@ -251,34 +262,6 @@ def _split(url: str) -> SplitResult:
     raise ValueError(f"server must be an address such as http://localhost:8000/v1, got {shown!r}")
 
 
-def _key() -> str:
-    """The key in the environment; empty if there is none.
-
-    Raises:
-        ValueError: it cannot be sent in a header.
-    """
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ValueError("the environment variable OPENAI_API_KEY must be one line of ASCII characters")
-    return key
-
-
-def _without_key(content: bytes, shortest: int) -> bytes:
-    """An answer of a server that may echo the headers of its request, without the key in them.
-
-    Args:
-        content: the answer.
-        shortest: a shorter key stays: it is more likely an ordinary word.
-    """
-    key = _key()
-    if len(key) < shortest:
-        return content
-    forms = {key, json.dumps(key)[1:-1], key.replace("/", r"\/"), quote(key, safe=""), quote(key)}
-    for form in sorted(forms, key=len, reverse=True):
-        content = content.replace(form.encode(), MASK.encode())
-    return content
-
-
 def _decoded(content: bytes) -> Any:
     """The decoded JSON of an answer; ValueError or RecursionError if it is none."""
     return json.loads(content, parse_constant=_refuse_constant)
@@ -286,21 +269,3 @@ def _decoded(content: bytes) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _status_reason(error: StatusError) -> str:
-    """Status code and text of an HTTP error, or where it redirects to."""
-    if error.location is not None:
-        text = f"it redirects to {error.location}, which would lose the request: pass the address of that server"
-        return f"HTTP {error.code}: {_one_line(text)}"
-    return f"HTTP {error.code} {_shorten(error.content) if error.content else _one_line(error.reason)}"
-
-
-def _shorten(content: bytes) -> str:
-    text = _one_line(_without_key(content, 4)[:4096].decode("utf-8", "replace"))
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
-def _one_line(text: str) -> str:
-    """A text of a server as one line, without secrets."""
-    return redact_text(" ".join(_without_key(text.encode("utf-8", "replace"), 4).decode().split()))

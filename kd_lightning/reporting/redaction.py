@@ -31,6 +31,8 @@ _ORDINARY_TOKEN = re.compile(
     r"(.*_)?(bos|eos|pad|unk|sep|cls|mask|image|video|audio|vision|start|end|stop|begin|special|prefix|suffix|middle|per|"
     r"next|last|first|new|max|min|num|by|boi|eoi|bot|eot|eom|eod|eop|blank|separator|system|assistant|tool|think)_token"
 )
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_LIKE_A_KEY = re.compile(r"(?=.*\d)(?:(?:sk|hf|pk|key)_.*|[0-9a-f]{16,}|[A-Za-z0-9]{32,})")
 _LIKE_A_SECRET = re.compile(r"(?=.*[A-Za-z])(?=.*\d)[\w.+/=-]{8,}", re.ASCII)
 _WORD = r"[^\s'\"&;,()\[\]{}<>]++"
 # The beginning of name: "value" as in JSON and Python, name: value, name=value, --name value
@@ -67,6 +69,8 @@ def is_secret(name: object, value: object = "") -> bool:
     if not isinstance(name, str):
         return False
     words = re.sub(r"[-.\s]", "_", _CAMEL.sub("_", name.strip())).lower()
+    if words.endswith("_key_env"):  # the name of a variable, or a key that was given by mistake
+        return isinstance(value, str) and value != "" and not is_variable_name(value)
     if _SECRET_NAME.fullmatch(words):
         return True
     if not _OTHER_TOKEN.fullmatch(words) or _ORDINARY_TOKEN.fullmatch(words):
@@ -74,11 +78,26 @@ def is_secret(name: object, value: object = "") -> bool:
     return isinstance(value, str) and _LIKE_A_SECRET.fullmatch(value) is not None
 
 
+def is_variable_name(text: str) -> bool:
+    """Whether a text can be the name of an environment variable, and does not look like a key."""
+    known = any(pattern.search(text) for pattern, _ in _ANYWHERE)
+    return _VARIABLE.fullmatch(text) is not None and _LIKE_A_KEY.fullmatch(text) is None and not known
+
+
+_VARIABLES: set[str] = set()  # environment variables that hold a secret, whatever their names are
+
+
+def add_secret_variable(name: str) -> None:
+    """Mask the value of this environment variable from now on, whatever the variable is called."""
+    _VARIABLES.add(name)
+
+
 def redact_value(text: str) -> str:
     """A text with secrets masked that need no name: in URLs, of the environment, tokens of well-known services."""
     for name in os.environ:
         secret = os.environ[name].strip()
-        if len(secret) >= SHORTEST and is_secret(name, secret) and not secret.startswith(("/", "~")):
+        known = name in _VARIABLES or is_secret(name, secret)
+        if len(secret) >= SHORTEST and known and not secret.startswith(("/", "~")):
             text = text.replace(secret, MASK)
     for pattern, masked in _ANYWHERE:
         text = pattern.sub(masked, text)

@@ -36,13 +36,13 @@ class ServerTeacher(Teacher):
     log-probabilities, and whether it gives as many tokens as asked for.
 
     Args:
-        url: address of the server, with or without `/v1`. The key is read from the environment variable
-            `OPENAI_API_KEY`.
+        url: address of the server, with or without `/v1`.
         model: name of the served model; None: the only one that is served.
         top_k: number of tokens of each distribution, at least 1; vLLM allows 20 unless started with `--max-logprobs`.
         requests: largest number of requests at a time, at least 1.
         patience: seconds during which requests to a server that does not answer are retried.
         timeout: seconds to wait for one answer.
+        api_key_env: name of the environment variable that holds the server's key; `OPENAI_API_KEY` may be unset.
 
     Raises:
         ValueError: an argument is out of its range; on `load`: the server refuses, does not answer, or fails the test.
@@ -56,11 +56,12 @@ class ServerTeacher(Teacher):
         requests: int = 8,
         patience: float = 180.0,
         timeout: float = 600.0,
+        api_key_env: str = "OPENAI_API_KEY",
     ) -> None:
         for name, value in (("top_k", top_k), ("requests", requests)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._client = OpenAIClient(url, patience, timeout)
+        self._client = OpenAIClient(url, patience, timeout, api_key_env)
         self.top_k, self.requests = top_k, requests
         self._model = model
         self._scorer: PromptScorer | None = None

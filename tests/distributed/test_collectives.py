@@ -13,7 +13,7 @@ import pytest
 
 import processes
 import runs
-from kd_lightning.data.base import describe_rows
+from kd_lightning.data.rows.tokenized_splits import describe_rows
 from kd_lightning.distributed.collectives import check_ranks_agree
 from locations import ROOT
 

@@ -107,6 +107,19 @@ def test_plain_prompts_tools_and_a_key(tmp_path: Path, monkeypatch: pytest.Monke
     assert {headers["Authorization"] for headers in fake.headers} == {"Bearer secret"}
 
 
+def test_a_key_of_a_named_variable(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEAM_SERVER", "Pq-own+key/42x")
+    with FakeServer() as fake:
+        assert main(arguments(data, tmp_path / "out.jsonl", fake.url, "--api_key_env", "TEAM_SERVER")) == 0
+    assert {headers["Authorization"] for headers in fake.headers} == {"Bearer Pq-own+key/42x"}
+    assert "Pq-own+key/42x" not in (tmp_path / "out.jsonl").read_text(encoding="utf-8") + "".join(capfd.readouterr())
+    words = arguments(data, tmp_path / "other.jsonl", "http://localhost:1")
+    refused([*words, "--api_key_env", "NOT_SET"], ["api_key_env", "not set (NOT_SET)"], capfd)
+    assert "sk-12" not in refused([*words, "--api_key_env", "sk-12"], ["api_key_env must be the name"], capfd)
+
+
 def test_empty_responses(data: Path, tmp_path: Path, capfd: Any) -> None:
     def fault(number: int, path: str, body: Any) -> Answer | None:
         return [chat(None, "tool_calls"), chat("", "stop"), chat("and \ud800", "length")][number % 3] if body else None

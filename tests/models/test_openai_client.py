@@ -14,8 +14,9 @@ import pytest
 
 from kd_lightning.generation.response_file import Response
 from kd_lightning.generation.server_generator import parse_response
-from kd_lightning.models import http_exchange
+from kd_lightning.models import api_key, http_exchange
 from kd_lightning.models import openai_client as client
+from kd_lightning.reporting.redaction import redact_config, redact_text
 from raw_server import answer, raw_server
 
 KEY = "Zq7/not-a.real+key"
@@ -214,10 +215,53 @@ def test_an_address_with_a_secret_is_refused_without_showing_it(url: str) -> Non
 
 @pytest.mark.parametrize("key", ["two\nlines", "schlüssel", "a\x00b"])
 def test_a_key_that_no_header_can_hold(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.os, "environ", {"OPENAI_API_KEY": key})
-    with pytest.raises(ValueError, match="OPENAI_API_KEY must be one line") as error:
+    monkeypatch.setattr(api_key.os, "environ", {"OPENAI_API_KEY": key})
+    with pytest.raises(ValueError, match=r"\(OPENAI_API_KEY\) must be one line") as error:
         client.OpenAIClient("http://host")
     assert key not in str(error.value)
+
+
+def test_the_key_of_a_named_variable_is_sent_and_masked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, heads = "Pq-own+key/42x", []
+    monkeypatch.setenv("TEAM_SERVER", own)
+
+    def write(connection: socket.socket, head: str) -> None:
+        heads.append(head)
+        connection.sendall(answer(f"no: {own}".encode(), "401 Unauthorized"))
+
+    with raw_server(write) as url, pytest.raises(ValueError, match="variable TEAM_SERVER") as error:
+        client.OpenAIClient(url, 0.2, api_key_env="TEAM_SERVER").models()
+    assert f"Bearer {own}" in heads[0] and KEY not in heads[0]
+    assert own not in str(error.value) + redact_text(f"a log with {own}")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "sk-short",
+        "sk_live_4eC39HqLyjWD",
+        "hf_AbCdEfGh12345678",
+        "0f1e2d3c4b5a69788796a5b4c3d2e1f0",
+        "q7 x9",
+        "",
+        "my-key",
+    ],
+)
+def test_a_key_in_place_of_a_name_is_refused_without_showing_it(given: str) -> None:
+    with pytest.raises(ValueError, match=r"^api_key_env must be the name of an environment variable") as error:
+        client.OpenAIClient("http://host", api_key_env=given)
+    assert not given or given not in str(error.value)
+    assert not given or given not in str(redact_config({"api_key_env": given}))
+
+
+@pytest.mark.parametrize("given", ["NO_SUCH_VARIABLE", "no_such_variable1"])
+def test_a_named_variable_must_be_set(given: str) -> None:
+    with pytest.raises(ValueError, match=r"^api_key_env names an environment variable that is not set") as error:
+        client.OpenAIClient("http://host", api_key_env=given)
+    assert ("NO_SUCH_VARIABLE" in str(error.value)) == (given == "NO_SUCH_VARIABLE")
+    assert redact_config({"api_key_env": given}) == {"api_key_env": given}
 
 
 # ------------------------------------------------------------------------------------------------------------ nonsense

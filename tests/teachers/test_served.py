@@ -14,12 +14,14 @@ from torch import Tensor
 
 import runs
 from kd_lightning import AdaptiveKL, DistillationModule, ForwardKL, ReverseKL, SkewKL, TotalVariation
+from kd_lightning.cli.program import main
 from kd_lightning.data import InstructionDataModule
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.teachers import HFTeacher
 from kd_lightning.teachers.cache_writer import fill_cache
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.served import ServerTeacher, as_top_k
+from refusals import refused
 from scoring_server import ScoringServer
 from tiny_fits import assert_same_student, fit_data
 
@@ -221,3 +223,26 @@ def test_entries_become_the_top_k() -> None:
     torch.testing.assert_close(found.log_probs[2, 0].exp(), torch.tensor(0.6065 / (1 - 0.1353)), atol=1e-3, rtol=0)
     whole = as_top_k([{n: float(v) for n, v in enumerate(torch.randn(8).log_softmax(0))}], [0], k=8, vocabulary=8)
     assert whole.log_tail.item() == -torch.inf
+
+
+def test_the_key_is_in_nothing_that_a_run_writes(
+    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = "Pq-own+key/42x"
+    monkeypatch.setenv("TEAM_SERVER", key)
+    echo = lambda n, path, body: (500, f"bad header {key}".encode()) if n == 7 else None  # noqa: E731
+    with ScoringServer(fault=echo) as server:
+        words = [*runs.little(tmp_path / "run", steps=1), "--data.train", rows, "--model.teacher", "ServerTeacher"]
+        words += ["--model.teacher.url", server.url, "--model.teacher.api_key_env"]
+        assert main([*words, "TEAM_SERVER"]) == 0
+        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
+        printed = "".join(capfd.readouterr())
+        assert "bad header ***" in printed
+        assert key not in printed
+        written = {path.name: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        assert b"api_key_env: TEAM_SERVER" in written["config.yaml"]
+        assert [name for name, content in written.items() if key.encode() in content] == []
+        words[words.index(str(tmp_path / "run"))] = str(tmp_path / "other")
+        refused([*words, "NOT_SET"], ["api_key_env", "not set (NOT_SET)"], capfd)
+        assert "sk-12" not in refused([*words, "sk-12"], ["api_key_env must be the name"], capfd)
+    assert not (tmp_path / "other").exists()

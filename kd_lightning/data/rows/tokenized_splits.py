@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC
 from collections.abc import Callable
@@ -10,11 +11,13 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from kd_lightning.data.base import DistillationDataModule, GenerationRow, describe_rows
+from kd_lightning.data.base import DistillationDataModule, GenerationRow
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.rows.teacher_input import TeacherInput, prompts_of
 from kd_lightning.data.sampler import ResumableLoader, batches_in_pass
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
+
+SAMPLE = 1000  # texts of a split that enter its digest; all lengths do
 
 
 class TokenizedSplits(DistillationDataModule, ABC):
@@ -79,9 +82,11 @@ class TokenizedSplits(DistillationDataModule, ABC):
         tokenized = [rows for rows in self._rows.values() if name in rows.column_names]
         return max((max(rows[name][:], default=0) for rows in tokenized), default=0)
 
-    def largest_id(self) -> int:
-        """The largest token id in the loaded rows."""
-        names = ("input_ids", "teacher_input_ids")
+    def largest_id(self, role: str = "student") -> int:
+        """The largest token id in the loaded rows, as a role reads them; with one tokenizer, as both do."""
+        names: tuple[str, ...] = ("input_ids", "teacher_input_ids")
+        if self.has_two_tokenizers:
+            names = names[1:] if role == "teacher" else names[:1]
         columns = [rows[name] for rows in self._rows.values() for name in names if name in rows.column_names]
         return max((max(ids, default=0) for column in columns for ids in column), default=0)
 
@@ -112,3 +117,17 @@ class TokenizedSplits(DistillationDataModule, ABC):
         """File and line of the rows with these `row_ids`, for messages; unknown ids are left out."""
         locations = dict(zip(self._rows[split]["row_id"][:], self._rows[split]["location"][:], strict=True))
         return [locations[row_id] for row_id in row_ids if row_id in locations]
+
+
+def describe_rows(rows: Any) -> str:
+    """A line that changes with the rows of a split: their number, and a digest of their lengths and of some texts.
+
+    Args:
+        rows: a `datasets.Dataset` with the column `row`, and `length` once it is tokenized.
+    """
+    lengths = rows["length"][:] if "length" in rows.column_names else []
+    digest = hashlib.sha256(str(lengths).encode())
+    some = rows.select(range(0, len(rows), -(-len(rows) // SAMPLE) or 1))
+    for text in some["row"][:]:
+        digest.update(text.encode())
+    return f"{len(rows)} rows with digest {digest.hexdigest()[:12]}"

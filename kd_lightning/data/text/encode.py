@@ -82,6 +82,13 @@ def encode_end(tokenizer: PreTrainedTokenizerBase, text: str, plain: Sequence[Sp
     return [token for token, _ in encode(tokenizer, text, (), plain)]
 
 
+def encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that continues another one; special tokens inside it are words."""
+    if not has_offsets(tokenizer):
+        return [token for token, _ in _encode_pieces(tokenizer, text, (), [(0, len(text))])]
+    return [token for token, _, _ in _piece(tokenizer, f"\n{text}", 1, len(text) + 1, as_words=True)]
+
+
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, plain: Sequence[Span]) -> Iterator[tuple[int, int, int]]:
     """Token ids with the first and the last character of each."""
     edges = [0, *(edge for span in plain for edge in span), len(text)]

@@ -1,0 +1,1 @@
+"""Two tokenizers: what their tokens stand for, and where both have read the same bytes."""
