@@ -23,7 +23,9 @@ from kd_lightning.divergences.on_support import OnSupport as OnSupport
 from kd_lightning.divergences.total_variation import TotalVariation as TotalVariation
 from kd_lightning.divergences.weighted_sum import WeightedSum as WeightedSum
 from kd_lightning.engine.head import Head as Head
+from kd_lightning.engine.label_mask import shift_labels as shift_labels
 from kd_lightning.engine.vocabulary_map import VocabularyMap as VocabularyMap
+from kd_lightning.integrations.step import DistillationStep as DistillationStep
 from kd_lightning.label_losses import ClippedPolicyGradient as ClippedPolicyGradient
 from kd_lightning.label_losses import CrossEntropy as CrossEntropy
 from kd_lightning.label_losses import LabelLoss as LabelLoss
@@ -32,6 +34,7 @@ from kd_lightning.losses.distillation import DistillationLoss as DistillationLos
 from kd_lightning.losses.functional import distillation_loss as distillation_loss
 from kd_lightning.losses.functional import fused_distillation_loss as fused_distillation_loss
 from kd_lightning.losses.loss_parts import LossParts as LossParts
+from kd_lightning.losses.schedule_updates import update_schedules as update_schedules
 from kd_lightning.metrics.bucketed import ByPosition as ByPosition
 from kd_lightning.metrics.bucketed import BySource as BySource
 from kd_lightning.metrics.per_token import NLL as NLL
@@ -42,6 +45,7 @@ from kd_lightning.metrics.per_token import DivergenceMetric as DivergenceMetric
 from kd_lightning.metrics.per_token import Entropy as Entropy
 from kd_lightning.metrics.per_token import TokenMean as TokenMean
 from kd_lightning.models.backbone import body_and_head as body_and_head
+from kd_lightning.models.backbone import hidden_states as hidden_states
 from kd_lightning.models.lora import LoRA as LoRA
 from kd_lightning.module import DistillationModule as DistillationModule
 from kd_lightning.objectives.contrastive import Contrastive as Contrastive

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rollout", "training", "generation"),
     ("callbacks",),
     ("module",),
-    ("memory_plan",),
+    ("memory_plan", "integrations"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -20,10 +20,12 @@ from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamo
 from kd_lightning.data.collate import SIDES
 from kd_lightning.distributed.trainer import forward_context, is_fast_dev_run
 from kd_lightning.generation.batch_generator import BatchGenerator, summary
-from kd_lightning.generation.pass_generator import PassGenerator
+from kd_lightning.generation.pass_generator import PassGenerator, ResponsePass
 from kd_lightning.generation.response_file import Response
+from kd_lightning.generation.served_pass import ServedPass, connect
 from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.generate import Sampling
+from kd_lightning.serving.server import Server
 from kd_lightning.teachers.base import models_by_role
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.training.base import StudentTeacherModule
@@ -36,6 +38,9 @@ class Regeneration(L.Callback):
     Responses are saved in `ROOT/responses` as they are generated, so generation is resumable; they depend on the
     weights and the run's seed alone.
 
+    With `server`, a server generates: before each pass, the student's weights are published to it, and responses are
+    requested by token ids. A served teacher keeps its weights, and must have the student's tokens.
+
     Args:
         side: the model that generates, "teacher" or "student".
         when: "once": missing responses, before the first step; "every_pass": all responses, before each pass over the
@@ -46,14 +51,16 @@ class Regeneration(L.Callback):
         batch_size: prompts per batch on each rank, at least 1.
         keep_unfinished: also train on responses that were cut at `max_new_tokens`, with an end of sequence appended;
             False: such a row keeps its previous response, or is dropped if it has none.
+        server: that generates; None: the model in this process. `batch_size` is not used then.
 
     Logged: `train/regenerate_share`, the share of the run's time so far that was spent on generation; for each pass,
     under `train/SIDE_…`: `response_length` (tokens), `finished` (share of responses that end before `max_new_tokens`),
-    `empty`.
+    `empty`. With a server and the student: `train/staleness`, the number of steps between the weights that generated
+    and those that train on it.
 
     Raises:
         ValueError: an argument is out of range; before the first step: the data module accepts no responses, the model
-            cannot generate, there is no room for a prompt, or the teacher is cached.
+            cannot generate, there is no room for a prompt, the teacher is cached, or the server fails its test.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Regeneration(L.Callback):
         top_p: float = 1.0,
         batch_size: int = 64,
         keep_unfinished: bool = False,
+        server: Server | None = None,
     ) -> None:
         if side not in SIDES:
             raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
@@ -77,6 +85,8 @@ class Regeneration(L.Callback):
         self.sampling = Sampling(max_new_tokens, temperature, top_p)
         self.batch_size = batch_size
         self.keep_unfinished = keep_unfinished
+        self.server = server
+        self.written_at: int | None = None  # number of steps of the weights that a server has written with
         self.seconds = 0.0  # spent on generation in this run
         self._start = 0.0
         self._before_pass: Callable[[int], None] | None = None
@@ -84,6 +94,7 @@ class Regeneration(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the teacher before any model is loaded."""
         if stage == "fit":
+            self.written_at = None
             self.check(pl_module)
 
     def check(self, module: L.LightningModule) -> None:
@@ -98,6 +109,8 @@ class Regeneration(L.Callback):
             raise ValueError(
                 "teacher_cache must be false with Regeneration: its responses are not known before the run"
             )
+        if self.server is not None and self.side == "teacher":
+            return
         members = () if module.teacher is None else module.teacher.members.values()
         if any(isinstance(member, CachedTeacher) for member in members):
             raise ValueError(
@@ -106,12 +119,15 @@ class Regeneration(L.Callback):
             )
 
     def check_before_start(self, run: PreparedRun) -> None:
-        """Check that the teacher is not cached.
+        """Check that the teacher is not cached, and that the server has a model and a way to be given weights.
 
         Raises:
-            ValueError: it is.
+            ValueError: one of them is not the case.
         """
         self.check(run.module)
+        if self.server is not None:
+            student = run.student if self.side == "student" else None
+            connect(self.server, student, run.datamodule, self.sampling)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check data module and model, and register the generation before each pass."""
@@ -120,9 +136,12 @@ class Regeneration(L.Callback):
         if self.when == "every_pass" and not datamodule.responses_can_change:
             kind = type(datamodule).__name__
             raise ValueError(f"Regeneration.when must be 'once' for a {kind}, got 'every_pass'")
-        model = self._model(pl_module)
-        BatchGenerator(model, datamodule.tokenizer, self.sampling)
-        self.sampling.max_prompt_tokens(model, datamodule.max_length)
+        if self.server is not None:
+            connect(self.server, self._served_student(pl_module), datamodule, self.sampling)
+        else:
+            model = self._model(pl_module)
+            BatchGenerator(model, datamodule.tokenizer, self.sampling)
+            self.sampling.max_prompt_tokens(model, datamodule.max_length)
         self._remove(trainer)
         self._before_pass = functools.partial(self.generate_pass, trainer, pl_module)
         datamodule.add_before_pass(self._before_pass)
@@ -140,6 +159,25 @@ class Regeneration(L.Callback):
         if self._before_pass is not None and datamodule is not None:
             datamodule.remove_before_pass(self._before_pass)
         self._before_pass = None
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: a run can have one callback for each side."""
+        return f"Regeneration[side={self.side}]"
+
+    def state_dict(self) -> dict[str, int | None]:
+        """The number of steps of the weights that a server has written with."""
+        return {} if self.server is None else {"written_at": self.written_at}
+
+    def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
+        """Restore that number: a run that is resumed within a pass continues with its responses."""
+        self.written_at = state_dict.get("written_at")
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Log the age of the responses that a server has written with the student's weights."""
+        if self.written_at is not None:
+            age = float(trainer.global_step - self.written_at)
+            pl_module.log("train/staleness", torch.full((), age, device=pl_module.device))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         """Log the share of the run's time that was spent on generation, by all these callbacks together."""
@@ -191,9 +229,15 @@ class Regeneration(L.Callback):
     ) -> dict[int, Response]:
         """Generate with the time measured, and log what was generated."""
         start = time.perf_counter()
-        if self.side == "teacher" and (teacher := student_and_teacher(module).teacher) is not None:
+        in_process = self.side == "teacher" and self.server is None
+        if in_process and (teacher := student_and_teacher(module).teacher) is not None:
             teacher.to(module.device)
         with _folder(trainer) as folder, forward_context(trainer):
+            if self.server is not None and self.side == "student":
+                step = trainer.global_step
+                root = folder if is_fast_dev_run(trainer) else folder.parent
+                self.server.publish(student_of(module), step, root, rows[0]["prompt_ids"])
+                self.written_at = step
             responses = self._generator(trainer, module).responses(trainer, rows, folder, number)
         seconds = time.perf_counter() - start
         self.seconds += seconds
@@ -203,9 +247,16 @@ class Regeneration(L.Callback):
             logger.log_metrics(scalars, step=trainer.global_step)
         return responses
 
-    def _generator(self, trainer: L.Trainer, module: L.LightningModule) -> PassGenerator:
-        model, datamodule = self._model(module), self._datamodule(trainer)
+    def _generator(self, trainer: L.Trainer, module: L.LightningModule) -> ResponsePass:
+        datamodule = self._datamodule(trainer)
+        if self.server is not None:
+            return ServedPass(self.side, self.server, self.sampling, datamodule, self._served_student(module))
+        model = self._model(module)
         return PassGenerator(self.side, model, datamodule, self.sampling, self.batch_size, module.device)
+
+    def _served_student(self, module: L.LightningModule) -> PreTrainedModel | None:
+        """The student if a server generates with its weights, else None."""
+        return student_of(module) if self.side == "student" else None
 
     @staticmethod
     def _datamodule(trainer: L.Trainer) -> DistillationDataModule:

@@ -269,7 +269,7 @@ class TrainerCLI(LightningCLI):
             for folder in self.locked_folders:
                 self._lock.enter_context(folder_lock(folder, rank_zero_info))
             root = Path(self.trainer.default_root_dir)
-            remove_leftovers({root, root / "checkpoints", root / "responses", self.checkpoints})
+            remove_leftovers({root, root / "checkpoints", root / "responses", root / "served", self.checkpoints})
         if not resuming:
             for run_config in self.callbacks_of(RunConfig):
                 run_config.find_earlier_files(self.trainer.default_root_dir)

@@ -130,6 +130,11 @@ def gather(
         raise
 
 
+def processes(rows: int) -> int | None:
+    """Number of processes that tokenize so many rows; None: this one does."""
+    return min(os.cpu_count() or 1, 16) if rows > PARALLEL_ROWS else None
+
+
 def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
     """The rows with the columns of `TextTokenizer.tokenize` for their `conversation`, cached on disk.
 
@@ -141,7 +146,7 @@ def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
     integers = {name: datasets.Value("int32") for name in ("length", "full_length", "first_label", *COUNTS)}
     return rows.map(
         _Tokenize(tokenizer),
-        num_proc=min(os.cpu_count() or 1, 16) if len(rows) > PARALLEL_ROWS else None,
+        num_proc=processes(len(rows)),
         features=datasets.Features(
             {
                 **rows.features,

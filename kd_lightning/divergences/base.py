@@ -204,10 +204,18 @@ def first_not_mergeable(parts: Iterable[Divergence]) -> str | None:
     return next((name for part in parts if (name := part.not_mergeable()) is not None), None)
 
 
-def check_divergence(name: str, divergence: object) -> None:
-    """Raise a ValueError with the argument's name and value unless it is a `Divergence`."""
+def check_divergence(name: str, divergence: object) -> Divergence:
+    """The divergence.
+
+    Raises:
+        ValueError: with the argument's name and value: it is no `Divergence`, or not one that was made whole.
+    """
     if not isinstance(divergence, Divergence):
         raise ValueError(f"{name} must be a Divergence, got {described(divergence)}")
+    if "_parameters" not in vars(divergence):  # `nn.Module.__init__` makes it
+        kind = type(divergence).__name__
+        raise ValueError(f"{name}: {kind}.__init__ must call super().__init__() before anything else")
+    return divergence
 
 
 def described(value: object) -> str:

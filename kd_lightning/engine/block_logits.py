@@ -100,16 +100,16 @@ class SharedOutcomes(BlockLogits):
     Args:
         products: its logits, −inf at the student's tokens without a partner.
         label_products: those of the labels.
-        shared: which of the student's tokens have a partner, [V].
+        others: the student's tokens without a partner, ids.
         rest: the columns of `MappedLogits.rest`.
         student: the student's logits.
     """
 
     def __init__(
-        self, products: Tensor, label_products: Tensor, shared: Tensor, rest: dict[str, Tensor], student: BlockLogits
+        self, products: Tensor, label_products: Tensor, others: Tensor, rest: dict[str, Tensor], student: BlockLogits
     ) -> None:
         super().__init__(products, label_products, (1.0, None))
-        self.shared, self.rest, self.student = shared, rest, student
+        self.others, self.rest, self.student = others, rest, student
 
     def _log_odds(self, t: float) -> Tensor:
         """Log R / S, [..., 1]: a difference of logits, so that large ones cost no precision."""
@@ -119,13 +119,12 @@ class SharedOutcomes(BlockLogits):
     def log_probs(self, t: float) -> Tensor:
         """Log-probabilities at t, [..., V], clamped at `FLOOR`."""
         if t not in self._log_probs:
-            odds, log_q = self._log_odds(t), self.student.log_probs(t)
-            others = torch.where(self.shared, -torch.inf, log_q)
-            top = others.amax(-1, keepdim=True)
-            log_rest = top + _sum(torch.exp(others - top)).log()
-            inside = _divided(self.shifted, t) - (self._log_sum(t) - logsigmoid(-odds))
-            outside = log_q - (log_rest - logsigmoid(odds))
-            self._log_probs[t] = torch.where(self.shared, inside, outside).clamp_min(FLOOR)
+            odds, log_q = self._log_odds(t), self.student.log_probs(t).index_select(-1, self.others)
+            top = log_q.amax(-1, keepdim=True)
+            log_rest = top + _sum(torch.exp(log_q - top)).log()
+            log_p = _divided(self.shifted, t) - (self._log_sum(t) - logsigmoid(-odds))
+            log_p = log_p.index_copy_(-1, self.others, log_q - (log_rest - logsigmoid(odds)))
+            self._log_probs[t] = log_p.clamp_min(FLOOR)
         return self._log_probs[t]
 
     def label_log_prob(self, t: float) -> Tensor:
@@ -142,13 +141,13 @@ class SharedTokens(BlockLogits):
 
     Args:
         student: its logits of all tokens.
-        shared: which of them the teacher has too, [V].
+        others: those that the teacher has not, ids.
     """
 
-    def __init__(self, student: BlockLogits, shared: Tensor) -> None:
+    def __init__(self, student: BlockLogits, others: Tensor) -> None:
         self.scale, self.cap = student.scale, student.cap
-        self._set(torch.where(shared, student.logits, -torch.inf), student.label_logits)
-        self.student, self.shared = student, shared
+        self._set(student.logits.index_fill(-1, others, -torch.inf), student.label_logits)
+        self.student, self.others = student, others
 
     def gradient(self, u: tuple[Tensor, ...], t: float, g: Tensor, label_t: float) -> Tensor:
         """Gradient with respect to the logits of all tokens; arguments as in `BlockLogits`."""
@@ -157,7 +156,7 @@ class SharedTokens(BlockLogits):
             return total
         if len(u) > 1:
             total = total + self.student.gradient((), t, u[1], t)
-        inner, q = torch.where(self.shared, u[0], 0.0), self.log_probs(t).exp()
+        inner, q = u[0].index_fill(-1, self.others, 0.0), self.log_probs(t).exp()
         return total + _divided(inner, t) - q * (_sum(inner) / _sum(q) / t)
 
 
@@ -169,7 +168,7 @@ class BlockPair:
         products: the teacher's.
         transform: that of the teacher's LM head.
         columns: extra inputs per token; those that describe the teacher are taken out.
-        shared: which columns stand for a token of both models, [V]; None: all.
+        others: columns of tokens that the teacher has not, ids; None: it has all.
 
     Attributes:
         student: with all of its tokens.
@@ -183,19 +182,19 @@ class BlockPair:
         products: Tensor,
         transform: Transform,
         columns: dict[str, Tensor],
-        shared: Tensor | None,
+        others: Tensor | None,
     ) -> None:
         label = columns.pop("teacher_label")
         rest = {name: columns.pop(name) for name in tuple(columns) if name.startswith(REST)}
         self._paired, self._label_paired = columns.pop(PAIRED, None), columns.pop(LABEL_PAIRED, None)
         self._log_probs: dict[float, tuple[Tensor, Tensor]] = {}
         self.student = self.compared = student
-        if shared is not None and rest:
-            self.teacher: BlockLogits = SharedOutcomes(products, label, shared, rest, student)
+        if others is not None and rest:
+            self.teacher: BlockLogits = SharedOutcomes(products, label, others, rest, student)
         else:
             self.teacher = BlockLogits(products, label, transform)
-            if shared is not None:
-                self.compared = SharedTokens(student, shared)
+            if others is not None:
+                self.compared = SharedTokens(student, others)
 
     def log_probs(self, t: float) -> tuple[Tensor, Tensor]:
         """Log p and log q at t, [..., V]; a token without a partner in the teacher's input is compared with itself."""

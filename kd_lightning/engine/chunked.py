@@ -112,7 +112,7 @@ class ChunkedPass:
             for x, need in zip(student.inputs, needs, strict=bool(needs))
         ]
         transforms = (student.transform, (1.0, None) if teacher is None else teacher.transform)
-        shared = None if teacher is None else teacher.shared
+        others = None if teacher is None else teacher.others
         values = {name: torch.empty_like(weights) for name in self.token_loss.outputs(teacher is not None)}
         with torch.autocast(device.type, enabled=False):
             for a in range(0, n, chunk or 1):
@@ -127,7 +127,7 @@ class ChunkedPass:
                 if teacher is not None:
                     vectors |= teacher.rest(weights[a:b], a, b, self.token_loss.temperatures)
                 chunk_values = {name: value[a:b] for name, value in values.items()}
-                self.token_loss(z, y, transforms, vectors, block, gradient, chunk_values, shared)
+                self.token_loss(z, y, transforms, vectors, block, gradient, chunk_values, others)
                 if gradient:
                     student.add_gradients(z[: b - a], gradients, a, b)
         return values, gradients

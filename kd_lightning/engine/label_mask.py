@@ -15,6 +15,21 @@ def next_token_mask(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORE_INDEX
 
 
+def shift_labels(labels: Tensor) -> Tensor:
+    """Labels that stand at their own token, moved to the position that predicts it; the last position has none.
+
+    The losses take labels that are aligned with the logits: position t predicts `labels[..., t]`.
+
+    Args:
+        labels: integers [..., T], each at the position of its own token, as data modules and Hugging Face's models have
+            them.
+
+    Returns:
+        [..., T]; −100 at the last position.
+    """
+    return torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], IGNORE_INDEX)), dim=-1)
+
+
 class LabelMask:
     """The tokens of a batch that have a label.
 

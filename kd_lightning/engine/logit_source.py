@@ -21,13 +21,13 @@ class LogitSource(ABC):
         vocabulary: V, the width of a chunk; vocabulary entries from there on are cut off.
         transform: scale and soft-cap that turn what `fill` writes into logits.
         inputs: the tensors that the logits are computed from.
-        shared: whether each column stands for a token of both models, [V]; None: all do.
+        others: columns of the student's tokens that this model has not, ids; None: it has all.
     """
 
     vocabulary: int
     transform: Transform
     inputs: tuple[Tensor | None, ...]
-    shared: Tensor | None = None
+    others: Tensor | None = None
 
     @abstractmethod
     def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:

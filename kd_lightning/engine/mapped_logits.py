@@ -32,12 +32,12 @@ class MappedLogits(LogitSource):
         self.vocabulary = vocabulary_map.student_size
         self.transform = (1.0, None)
         self.inputs = teacher.inputs
-        self.shared = vocabulary_map.student_shared if vocabulary_map.student_unmapped else None
+        self.others = vocabulary_map.student_rest if vocabulary_map.student_unmapped else None
 
     def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:
         """Write the logits of the tokens start to stop; −inf for the student's tokens without a partner."""
-        if self.shared is not None:
-            chunk.index_fill_(1, self.map.student_rest, -torch.inf)
+        if self.others is not None:
+            chunk.index_fill_(1, self.others, -torch.inf)
         blocks = (torch.split(ids, UPCAST_ROWS) for ids in self.map.pairs)
         scratch = self._scratch(chunk)
         for columns, ids in zip(*blocks, strict=True):

@@ -145,7 +145,7 @@ class TokenLoss(nn.Module):
         block_size: int,
         gradient: bool,
         values: Mapping[str, Tensor],
-        shared: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> None:
         """Write the values of n tokens; z becomes the gradient of their weighted sum with respect to z.
 
@@ -157,7 +157,7 @@ class TokenLoss(nn.Module):
             block_size: tokens of one block.
             gradient: whether the gradient is computed; otherwise z is not changed.
             values: written: [n] for each of `names`.
-            shared: which columns stand for a token of both models, [V]; None: all.
+            others: columns of tokens that the teacher has not, ids; None: it has all.
         """
         labels = vectors["labels"].unsqueeze(1)
         n = len(labels)
@@ -170,7 +170,7 @@ class TokenLoss(nn.Module):
         for a in range(0, n, block_size):
             b = a + block_size if self.is_compiled else min(a + block_size, n)
             block = {name: pad(column[a:b], (0, b - a - len(column[a:b]))) for name, column in rows.items()}
-            results = self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient, shared)
+            results = self.compiled(z[a:b], None if y is None else y[a:b], transforms, block, gradient, others)
             for name, result in results.items():  # into one buffer: small tensors between large ones fragment the heap
                 out[name][a:b] = result[: n - a]
         if gradient:
@@ -183,13 +183,13 @@ class TokenLoss(nn.Module):
         transforms: tuple[Transform, Transform],
         rows: dict[str, Tensor],
         gradient: bool,
-        shared: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Values of one block by name, [tokens]; z is overwritten by its gradient. Compiled as one graph."""
         columns = dict(rows)
         weights = columns.pop("weights")
         student = BlockLogits(z, columns.pop("student_label"), transforms[0])
-        pair = None if y is None else BlockPair(student, y, transforms[1], columns, shared)
+        pair = None if y is None else BlockPair(student, y, transforms[1], columns, others)
         ce_weight = value(self.ce_weight, columns)
         label_t = self.label_loss.temperature or self.temperature
 

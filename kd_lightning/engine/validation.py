@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_lightning.divergences import ChunkLikelihood, described
 from kd_lightning.engine.block_logits import LABEL_PAIRED, PAIRED, REST
@@ -78,6 +78,11 @@ def check_head(role: str, hidden: Tensor, head: Head | Tensor | None, labels: Te
     check_tokens(f"{role}_hidden", hidden, labels)
     if head is None:
         raise ValueError(f"{role}_head must be given with {role}_hidden")
+    if isinstance(head, nn.Module):
+        raise ValueError(
+            f"{role}_head must be a Head or its weight, got the module {type(head).__name__}: pass {role}_head.weight, "
+            "or the Head that body_and_head returns, which also knows bias, scale and soft-cap"
+        )
     if not isinstance(head, (Head, Tensor)):
         raise ValueError(f"{role}_head must be a Head or its weight, a torch.Tensor, got {described(head)}")
     head = head if isinstance(head, Head) else Head(head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,59 @@ T = TypeVar("T")
 NumberedBatch = tuple[int, list[int]]
 
 
-@dataclass(frozen=True)
-class PassGenerator:
-    """Generates responses to training prompts into a file per rank, and gathers them.
+class ResponsePass(ABC):
+    """Writes the responses to training prompts into a file per rank, and gathers them.
 
-    The responses depend on the weights and the run's seed alone; a run that is killed continues its files.
+    A run that is killed continues its files.
+    """
+
+    side: str
+
+    @abstractmethod
+    def responses(
+        self, trainer: L.Trainer, rows: Sequence[GenerationRow], folder: Path, number: int
+    ) -> dict[int, Response]:
+        """The responses of all ranks by `index` of the rows; every rank calls this.
+
+        Args:
+            trainer: the Trainer of the run.
+            rows: the rows whose prompts are answered, at least one.
+            folder: folder of the files.
+            number: number of the pass, from 0; it determines the samples.
+        """
+
+    def file_path(self, trainer: L.Trainer, folder: Path, number: int) -> Path:
+        """This rank's file of a pass."""
+        return folder / f"{self.side}-pass-{number:04d}.{trainer.global_rank}-of-{trainer.world_size}.jsonl"
+
+    def file(
+        self,
+        trainer: L.Trainer,
+        rows: Sequence[GenerationRow],
+        folder: Path,
+        number: int,
+        model: str,
+        settings: Mapping[str, object],
+    ) -> ResponseFile:
+        """This rank's file of a pass, to be opened.
+
+        Args:
+            trainer: the Trainer of the run.
+            rows: of this rank, in the order of the file.
+            folder: folder of the files.
+            number: number of the pass.
+            model: identifies the weights.
+            settings: of generation.
+        """
+        fields = [{"row_id": row["index"], "prompt": row["prompt"]} for row in rows]
+        return ResponseFile(self.file_path(trainer, folder, number), fields, model, settings, start_over=True)
+
+
+@dataclass(frozen=True)
+class PassGenerator(ResponsePass):
+    """Generates responses to training prompts with a model in this process.
+
+    The responses depend on the weights and the run's seed alone.
 
     Args:
         side: "teacher" or "student", whose responses these are.
@@ -57,14 +106,7 @@ class PassGenerator:
     def responses(
         self, trainer: L.Trainer, rows: Sequence[GenerationRow], folder: Path, number: int
     ) -> dict[int, Response]:
-        """The responses of all ranks by `index` of the rows; every rank calls this.
-
-        Args:
-            trainer: the Trainer of the run.
-            rows: the rows whose prompts are answered, at least one.
-            folder: folder of the files.
-            number: number of the pass, from 0; it determines the samples.
-        """
+        """The responses of all ranks by `index` of the rows; see `ResponsePass`."""
         longest = self.sampling.max_prompt_tokens(self.model, self.datamodule.max_length)
         prompts = [row["prompt_ids"][-longest:] for row in rows]
         own = self._own_batches(trainer, prompts)
@@ -73,18 +115,15 @@ class PassGenerator:
         seed = derive_seed(run_seed(), SIDES[self.side], number)
         generator = BatchGenerator(self.model, self.datamodule.tokenizer, self.sampling, seed, self.device)
         title = f"{self.side}, pass {number}"
-        with self._file(trainer, [rows[row] for row in order], folder, number, seed) as file:
-            done = min(_gathered(trainer, {trainer.global_rank: _batches_done(file, own)}).values())
+        settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
+        with self.file(trainer, [rows[row] for row in order], folder, number, self._weights(), settings) as file:
+            done = min(gathered(trainer, {trainer.global_rank: _batches_done(file, own)}).values())
             responses: NumberedResponses = (
                 (line[row], response) for row, response in generator.generate(prompts, own[done:])
             )
             write_responses(file, responses, progress_bar_enabled(trainer), title)
             own_responses = {rows[row]["index"]: file.responses[number] for row, number in line.items()}
-        return _gathered(trainer, own_responses)
-
-    def file_path(self, trainer: L.Trainer, folder: Path, number: int) -> Path:
-        """This rank's file of a pass."""
-        return folder / f"{self.side}-pass-{number:04d}.{trainer.global_rank}-of-{trainer.world_size}.jsonl"
+        return gathered(trainer, own_responses)
 
     def _own_batches(self, trainer: L.Trainer, prompts: Sequence[Sequence[int]]) -> list[NumberedBatch]:
         """This rank's batches with their numbers; every rank has equally many, as the model may be sharded."""
@@ -93,13 +132,9 @@ class PassGenerator:
         own = batches[rank::ranks]
         return own + batches[:1] * (-(-len(batches) // ranks) - len(own))
 
-    def _file(
-        self, trainer: L.Trainer, rows: Sequence[GenerationRow], folder: Path, number: int, seed: int
-    ) -> ResponseFile:
-        weights = tensor_digest(itertools.chain(self.model.named_parameters(), self.model.named_buffers()))
-        fields = [{"row_id": row["index"], "prompt": row["prompt"]} for row in rows]
-        settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
-        return ResponseFile(self.file_path(trainer, folder, number), fields, weights[:16], settings, start_over=True)
+    def _weights(self) -> str:
+        """A hash of the model's weights. A collective if they are sharded."""
+        return tensor_digest(itertools.chain(self.model.named_parameters(), self.model.named_buffers()))[:16]
 
 
 def _batches_done(file: ResponseFile, batches: Sequence[NumberedBatch]) -> int:
@@ -107,6 +142,6 @@ def _batches_done(file: ResponseFile, batches: Sequence[NumberedBatch]) -> int:
     return sum(end <= file.done for end in ends)
 
 
-def _gathered(trainer: L.Trainer, own: Mapping[int, T]) -> dict[int, T]:
+def gathered(trainer: L.Trainer, own: Mapping[int, T]) -> dict[int, T]:
     """The entries of all ranks, on every rank."""
     return {key: value for part in all_gather_objects(own, trainer.world_size) for key, value in part.items()}

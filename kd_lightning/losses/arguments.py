@@ -44,7 +44,7 @@ def check_loss_arguments(
     Raises:
         ValueError: one is of another type, or out of range.
     """
-    check_divergence("objective", objective)
+    check_fixed("objective", check_divergence("objective", objective))
     check_weight("ce_weight", ce_weight)
     check_temperature("temperature", temperature)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
@@ -52,6 +52,7 @@ def check_loss_arguments(
     if label_loss is not None:
         if not isinstance(label_loss, LabelLoss):
             raise ValueError(f"label_loss must be a LabelLoss or None, got {described(label_loss)}")
+        check_fixed("label_loss", label_loss)
         if label_loss.temperature is not None:
             check_temperature(f"temperature of {type(label_loss).__name__}", label_loss.temperature)
     check_flag("square_temperature", square_temperature)
@@ -59,6 +60,17 @@ def check_loss_arguments(
         check_count("chunk", chunk, "a number of tokens > 0 or None")
     if compile is not None:
         check_flag("compile", compile, "True, False or None")
+
+
+def check_fixed(name: str, part: nn.Module) -> None:
+    """Raise a ValueError if a part of the loss has parameters to train: the loss gives them no gradient."""
+    for path, parameter in part.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"{name} must have no parameter to train, as the loss gives it no gradient, got {path!r} of "
+                f"{type(part).__name__}: make it a buffer (register_buffer) or a Schedule, or call "
+                "requires_grad_(False)"
+            )
 
 
 def check_monitors(monitors: object) -> dict[str, Divergence]:

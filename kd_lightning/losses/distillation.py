@@ -225,7 +225,7 @@ class DistillationLoss(nn.Module):
         if (gap := response_gap(columns)) is not None:
             values["gap"] = gap
         means = {} if teacher is None else response_means(self.token_loss, mask, columns)
-        return LossParts(loss, divisor, weights, values, means, token_weights=token_weights)
+        return LossParts(loss, divisor, weights, values, means, token_weights=token_weights, reduction=self.reduction)
 
     def _check_teacher(self, teacher: LogitSource | None) -> None:
         if teacher is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from torch import Tensor
 
 from kd_lightning.engine.sequence_stats import Mean
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossParts:
     """A loss that is not divided yet, so that sums over batches and ranks are exact.
 
@@ -30,6 +31,7 @@ class LossParts:
         components: means over tokens of the components of the objective, where they were measured.
         token_weights: sums over tokens by the path of each `Weighted` in the objective, for its `update`: the sum of
             the weights, the tokens with a weight above 0, the tokens, and a histogram if the weight needs one.
+        reduction: of the loss, which says what the divisor counts.
     """
 
     loss: Tensor
@@ -39,8 +41,41 @@ class LossParts:
     by_response: dict[str, Mean] = field(default_factory=dict)
     components: dict[str, Mean] = field(default_factory=dict)
     token_weights: dict[str, Tensor] = field(default_factory=dict)
+    reduction: str = "token_mean"
 
     @property
     def mean(self) -> Tensor:
         """The divided loss; 0 without labels."""
         return self.loss / self.divisor.clamp_min(1)
+
+    def divided(self, by: Tensor | float | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The loss of a training step of another loop, whose gradients add up to those of the mean over all its tokens.
+
+        Args:
+            by: labeled tokens of the whole step: of all micro-batches, and of all ranks if there are several (Hugging
+                Face's `num_items_in_batch`). None: the divisor of this batch.
+            group: ranks whose gradients are averaged, as DDP does. The divisor of this batch is summed over them (`by`
+                is that sum already), and the loss is multiplied by their number. All of them must call. None: one
+                process.
+
+        Raises:
+            ValueError: `by` is not above 0, or is given although the divisor is not the number of labeled tokens; the
+                reduction is "none".
+        """
+        if self.reduction == "none":
+            raise ValueError("divided needs a loss that is one number: reduction must not be 'none'")
+        if by is not None and self.reduction != "token_mean":
+            raise ValueError(
+                f"by is a number of tokens, and reduction {self.reduction!r} does not divide by that: use "
+                "reduction='token_mean', or divide by the sum of `divisor` over the batches of the step"
+            )
+        if by is not None and not isinstance(by, Tensor) and not by > 0:
+            raise ValueError(f"by must be above 0, the number of labeled tokens, got {by}")
+        divisor = self.divisor if by is None else by
+        if group is None:
+            return self.loss / (divisor.clamp_min(1) if isinstance(divisor, Tensor) else divisor)
+        if by is None and self.reduction != "sum":
+            divisor = self.divisor.detach().clone()
+            dist.all_reduce(divisor, group=group)
+        ranks = dist.get_world_size(group)
+        return self.loss * ranks / (divisor.clamp_min(1) if isinstance(divisor, Tensor) else divisor)

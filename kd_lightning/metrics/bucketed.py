@@ -52,6 +52,21 @@ class Bucketed(WrapperMetric, ABC):
         for metric, selected in self._split(labels, kwargs):
             metric.update(*args, labels=selected, **metric._filter_kwargs(**kwargs))
 
+    def update_from_logits(self, *args: Tensor, labels: Tensor, **kwargs: Any) -> None:
+        """Add tokens from logits.
+
+        Args:
+            args: arguments of the metric's `update_from_logits` before its labels (`student_logits`, `teacher_logits`).
+            labels: [B, T]; −100: no label.
+            kwargs: further arguments of the metric or of `bucket`.
+
+        Raises:
+            ValueError: raised by the metric or by `bucket`.
+        """
+        for metric, selected in self._split(labels, kwargs):
+            update: Any = metric.update_from_logits  # a metric of this package
+            update(*args, labels=selected, **metric._filter_kwargs(**kwargs))
+
     def forward(self, *args: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         """Add tokens and return the metric of each bucket over these tokens; arguments as in `update`."""
         buckets = self._split(labels, kwargs)

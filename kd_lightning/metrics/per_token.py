@@ -17,8 +17,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from kd_lightning import functional
-from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.divergences import Divergence, evaluate
+from kd_lightning.metrics.tokens import labeled, labeled_pair, select, shape_of, targets_of
 
 
 class _Plotted(Metric, ABC):
@@ -73,6 +73,43 @@ class _PerTokenMean(_Plotted, ABC):
         return (self.total / self.count).float()
 
 
+class _OfTwoModels(_Plotted, ABC):
+    """A metric whose `update` takes the log-probabilities of teacher and student."""
+
+    def update_from_logits(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        """Add tokens from logits, in the order of the losses: the student first.
+
+        Args:
+            student_logits: [..., V], aligned with the labels.
+            teacher_logits: the same shape.
+            labels: as in `update`.
+            kwargs: further arguments of `update`.
+
+        Raises:
+            ValueError: as `update`.
+        """
+        log_p, log_q = functional.log_softmax(teacher_logits.detach()), functional.log_softmax(student_logits.detach())
+        self.update(log_p, log_q, labels=labels, **kwargs)
+
+
+class _OfOneModel(_Plotted, ABC):
+    """A metric whose `update` takes the log-probabilities of one model."""
+
+    def update_from_logits(self, logits: Tensor, labels: Tensor | None = None) -> None:
+        """Add tokens from logits.
+
+        Args:
+            logits: of either model, [..., V], aligned with the labels.
+            labels: as in `update`.
+
+        Raises:
+            ValueError: as `update`.
+        """
+        self.update(functional.log_softmax(logits.detach()), labels=labels)
+
+
 class TokenMean(_PerTokenMean):
     r"""Mean of given values, \(\sum_i w_i x_i / \sum_i w_i\), for example the `values` of `LossParts`.
 
@@ -93,11 +130,11 @@ class TokenMean(_PerTokenMean):
             ValueError: the shapes differ.
         """
         if weights is not None and weights.shape != values.shape:
-            raise ValueError(f"weights must have the shape of values, {_shape(values)}, got {_shape(weights)}")
+            raise ValueError(f"weights must have the shape of values, {shape_of(values)}, got {shape_of(weights)}")
         self._add(values, weights)
 
 
-class DivergenceMetric(_PerTokenMean):
+class DivergenceMetric(_PerTokenMean, _OfTwoModels):
     r"""Mean divergence of teacher and student, \(\frac1N \sum_t D(p_t, q_t)\), independent of the training loss.
 
     Args:
@@ -129,13 +166,12 @@ class DivergenceMetric(_PerTokenMean):
         Raises:
             ValueError: shapes differ.
         """
-        _check_pair(log_p, log_q)
-        index = _labeled(log_q, labels)
+        index = labeled_pair(log_p, log_q, labels)
         columns = None if rows is None else {name: column.reshape(-1)[index] for name, column in rows.items()}
-        self._add(evaluate(self.divergence, _select(log_p, index), _select(log_q, index), columns))
+        self._add(evaluate(self.divergence, select(log_p, index), select(log_q, index), columns))
 
 
-class NLL(_PerTokenMean):
+class NLL(_PerTokenMean, _OfOneModel):
     r"""Mean negative log-likelihood of the labels, \(-\frac1N \sum_t \log q_t(y_t)\), in nats per token with a label.
 
     Args:
@@ -154,11 +190,11 @@ class NLL(_PerTokenMean):
         Raises:
             ValueError: shapes differ, or a label is outside the vocabulary.
         """
-        index = _labeled(log_q, labels)
-        self._add(functional.nll(_select(log_q, index), _targets(log_q, labels, index)))
+        index = labeled(log_q, labels)
+        self._add(functional.nll(select(log_q, index), targets_of(log_q, labels, index)))
 
 
-class BeatsTeacher(_PerTokenMean):
+class BeatsTeacher(_PerTokenMean, _OfTwoModels):
     r"""Share of tokens whose label has a higher probability under the student, \(q_t(y_t) > p_t(y_t)\), in [0, 1].
 
     Equal probabilities count ½, so that a copy of the teacher scores ½.
@@ -181,13 +217,12 @@ class BeatsTeacher(_PerTokenMean):
         Raises:
             ValueError: shapes differ, or a label is outside the vocabulary.
         """
-        _check_pair(log_p, log_q)
-        index = _labeled(log_q, labels)
-        targets = _targets(log_q, labels, index)
-        self._add(functional.beats_teacher(_select(log_p, index), _select(log_q, index), targets))
+        index = labeled_pair(log_p, log_q, labels)
+        targets = targets_of(log_q, labels, index)
+        self._add(functional.beats_teacher(select(log_p, index), select(log_q, index), targets))
 
 
-class Agreement(_PerTokenMean):
+class Agreement(_PerTokenMean, _OfTwoModels):
     r"""Share of the teacher's k most probable tokens that are among the student's k most probable ones, in [0, 1].
 
     Reduces to the share of positions with the same most probable token, \(\arg\max p_t = \arg\max q_t\), at k = 1.
@@ -211,14 +246,13 @@ class Agreement(_PerTokenMean):
 
     def update(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None = None) -> None:
         """Add tokens; arguments as in `DivergenceMetric.update`."""
-        _check_pair(log_p, log_q)
+        index = labeled_pair(log_p, log_q, labels)
         if self.top_k > log_p.shape[-1]:
             raise ValueError(f"top_k must be at most the vocabulary's size, {log_p.shape[-1]}, got {self.top_k}")
-        index = _labeled(log_q, labels)
-        self._add(functional.agreement(_select(log_p, index), _select(log_q, index), self.top_k))
+        self._add(functional.agreement(select(log_p, index), select(log_q, index), self.top_k))
 
 
-class Entropy(_PerTokenMean):
+class Entropy(_PerTokenMean, _OfOneModel):
     r"""Mean entropy of one model, \(-\frac1N \sum_t \sum_v q_t(v) \log q_t(v)\), in nats.
 
     Zero if and only if every distribution has one token with probability 1; at most \(\log V\).
@@ -237,10 +271,10 @@ class Entropy(_PerTokenMean):
         Raises:
             ValueError: shapes differ.
         """
-        self._add(functional.entropy(_select(log_q, _labeled(log_q, labels))))
+        self._add(functional.entropy(select(log_q, labeled(log_q, labels))))
 
 
-class CalibrationError(_Plotted):
+class CalibrationError(_OfOneModel):
     r"""Expected calibration error of the top token, \(\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|\).
 
     The mean difference between accuracy and confidence \(\max_v q_t(v)\) over bins of equal width of the confidence.
@@ -268,46 +302,12 @@ class CalibrationError(_Plotted):
 
     def update(self, log_q: Tensor, labels: Tensor) -> None:
         """Add tokens; arguments and errors as in `NLL.update`."""
-        index = _labeled(log_q, labels)
-        targets = _targets(log_q, labels, index)
-        self.sums = self.sums + functional.calibration_sums(_select(log_q, index), targets, self.bins)
+        index = labeled(log_q, labels)
+        targets = targets_of(log_q, labels, index)
+        self.sums = self.sums + functional.calibration_sums(select(log_q, index), targets, self.bins)
 
     def compute(self) -> Tensor:
         """The error in [0, 1], 0-d fp32; NaN before the first token."""
         count, confidence, correct = self.sums
         error: Tensor = (correct - confidence).abs().sum() / count.sum()
         return error.float()
-
-
-def _labeled(log_q: Tensor, labels: Tensor | None) -> Tensor:
-    """Indices of the tokens with a label among all tokens."""
-    if labels is None:
-        return torch.arange(log_q.shape[:-1].numel(), device=log_q.device)
-    if labels.shape != log_q.shape[:-1]:
-        raise ValueError(
-            f"labels must have the shape of the log-probabilities without the vocabulary, {_shape(log_q[..., 0])}, "
-            f"got {_shape(labels)}"
-        )
-    return (labels.reshape(-1).long() != IGNORE_INDEX).nonzero().squeeze(-1)  # uint8 cannot hold −100
-
-
-def _targets(log_q: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-    """Labels of the tokens with a label; a ValueError if one is outside the vocabulary."""
-    targets = labels.reshape(-1)[index].long()
-    outside = targets[(targets < 0) | (targets >= log_q.shape[-1])]
-    if outside.numel():
-        raise ValueError(f"labels must be in [0, {log_q.shape[-1]}) or −100, got {int(outside[0])}")
-    return targets
-
-
-def _select(log_p: Tensor, index: Tensor) -> Tensor:
-    return log_p.detach().reshape(-1, log_p.shape[-1]).index_select(0, index)
-
-
-def _check_pair(log_p: Tensor, log_q: Tensor) -> None:
-    if log_p.shape != log_q.shape:
-        raise ValueError(f"log_p and log_q must have the same shape, got {_shape(log_p)} and {_shape(log_q)}")
-
-
-def _shape(x: Tensor) -> str:
-    return str(list(x.shape))

@@ -16,7 +16,9 @@ from kd_lightning.models.hf_adapter import (
     base_model,
     config_numbers,
     decoder,
+    has_output_embeddings,
     is_adapted,
+    is_wrapped,
     output_embeddings,
     text_config,
     weight_and_bias,
@@ -46,7 +48,15 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
         ValueError: no combination of the factors gives the model's logits (layers between backbone and LM head, an
             encoder, an adapter on the LM head, a quantized LM head …); use the `logits` of the model instead.
     """
+    if is_wrapped(model):
+        raise _not_splittable(
+            model,
+            "it wraps a model, whose gradients it would not synchronize: wrap a DistillationStep, which splits the "
+            "model inside of its forward",
+        )
     base = base_model(model)
+    if not has_output_embeddings(base):
+        raise _not_splittable(model, "it is no causal language model: it has no output embeddings")
     layer = output_embeddings(base)
     weight, bias = _matrix(model, layer)
     body = decoder(base)

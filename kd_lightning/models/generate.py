@@ -40,17 +40,18 @@ class Sampling:
             check_number("temperature", self.temperature, *TEMPERATURES, hint=", or 0 (greedy)")
         check_number("top_p", self.top_p, 0, 1, "(]")
 
-    def max_prompt_tokens(self, model: PreTrainedModel, max_length: int | None) -> int:
+    def max_prompt_tokens(self, model: PreTrainedModel | None, max_length: int | None) -> int:
         """The longest prompt that leaves room for a response.
 
         Args:
-            model: generates the responses.
+            model: generates the responses; None: it is not in this process.
             max_length: of prompt and response together; None: as long as the model can read.
 
         Raises:
             ValueError: there is no room for a prompt.
         """
-        limits = {"max_length": max_length, "the model's max_position_embeddings": max_positions(model)}
+        positions = None if model is None else max_positions(model)
+        limits = {"max_length": max_length, "the model's max_position_embeddings": positions}
         given = {name: limit for name, limit in limits.items() if limit is not None}
         for name, limit in given.items():
             if self.max_new_tokens >= limit:
@@ -100,10 +101,10 @@ def generate(
         Response tokens, [B, up to max_new_tokens]; padding after the end of a response.
     """
     pad = padding_id(model, model.generation_config.pad_token_id)
-    options: dict[str, Any] = {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
     if sampling.temperature > 0:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        options |= {"top_k": 0, "repetition_penalty": 1.0, "min_p": None}
+        options |= {"top_k": 0, "min_p": None}
     if processors:
         options["logits_processor"] = LogitsProcessorList(processors)
     training = model.training

@@ -27,6 +27,20 @@ def name_or_path(model: object) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether DDP, FSDP1, DataParallel or Fabric wraps a model; Fabric's wrapper passes on all attributes."""
+    from lightning.fabric.wrappers import is_wrapped as is_fabric_module
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    kinds = (DataParallel, DistributedDataParallel)
+    return isinstance(model, kinds) or type(model).__name__ == "FullyShardedDataParallel" or is_fabric_module(model)
+
+
+def has_output_embeddings(model: nn.Module) -> bool:
+    """Whether a model says which layer makes its logits: a custom `nn.Module` does not."""
+    return callable(getattr(model, "get_output_embeddings", None)) and output_embeddings(model) is not None
+
+
 def is_peft_model(model: nn.Module) -> bool:
     """Whether a model is wrapped by PEFT. Asked without an import of `peft`, which takes a second."""
     return hasattr(model, "get_base_model")

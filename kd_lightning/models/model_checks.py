@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.models.backbone import eval_mode, logits
+from kd_lightning.models.hf_adapter import base_model, has_output_embeddings
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,11 +32,18 @@ def check_finite(model: nn.Module, role: Role) -> None:
 
 
 def check_causal(model: PreTrainedModel, role: Role) -> None:
-    """Check that a token does not change the logits before it: an encoder would see its own labels.
+    """Check that a model gives logits of the next token, and that a token does not change those before it.
+
+    An encoder would see its own labels.
 
     Raises:
-        ValueError: it does.
+        ValueError: it does not.
     """
+    base = base_model(model)
+    if not has_output_embeddings(base) or base.config.is_encoder_decoder:
+        raise ValueError(
+            f"{role} must be a causal language model, such as AutoModelForCausalLM loads, got {type(base).__name__}"
+        )
     ids = _few_tokens().to(model.device)
     ids[1, -1] = 0
     with torch.no_grad():

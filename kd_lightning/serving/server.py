@@ -129,6 +129,7 @@ class Server:
             self.check(student)
             self._eos = eos_token_ids(student)
             self._vocabulary = num_embeddings(input_embeddings(student))
+            self.last_published = None  # another run may have published the same step
         if self._model is None:
             self._model, self._max_length = on_first_rank(self._find_model)
 

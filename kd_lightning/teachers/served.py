@@ -16,7 +16,7 @@ from kd_lightning.constants import teacher_view
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
-from kd_lightning.models.openai_client import OpenAIClient
+from kd_lightning.models.openai_client import OpenAIClient, ServerError
 from kd_lightning.models.scoring.scorer import PromptScorer, detect_dialect
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.cache_format import row_keys
@@ -123,6 +123,11 @@ class ServerTeacher(Teacher):
         data = self._run.data
         tokenizer = None if data is None else data.text_tokenizer.tokenizer
         model = self._client.select_model(self._model)
+        listed = self._client.models()
+        if listed and model not in listed:
+            raise ServerError(
+                f"model must be the name of one that {self._client.url} serves ({', '.join(listed[:5])}), got {model!r}"
+            )
         names = self._client.aliases(model)
         scorer = PromptScorer(self._client, model, self.top_k, tokenizer=tokenizer, names=names)
         rows = self._first_rows()

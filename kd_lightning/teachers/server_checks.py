@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,8 @@ ROUNDING = 0.02
 """The probabilities of an entry may sum to so much more than 1."""
 OTHER_MODEL = 0.05
 """If a probability of the first test changes by more, another model has answered; servers batch, and round."""
+FEW = 20
+"""Number of tokens of each distribution that are asked for in all tests but the first."""
 LABELS = 32
 """Number of labels, of some rows, that must be more probable than by chance."""
 SECONDS = 60.0
@@ -51,8 +54,9 @@ def check_scores(scorer: PromptScorer, ids: Sequence[int], vocabulary: int, long
         ) from None
     entries = scores.entries()
     check_distributions(where, entries, min(scorer.top_k, vocabulary), vocabulary)
-    check_positions(scorer, where, ids, entries, vocabulary)
-    check_tokens(scorer, where, ids, scores, vocabulary)
+    few = replace(scorer, top_k=min(scorer.top_k, FEW))
+    check_positions(few, where, ids, entries, vocabulary)
+    check_tokens(few, where, ids, scores, vocabulary)
     return scores
 
 
@@ -72,7 +76,9 @@ def check_length(scorer: PromptScorer, ids: Sequence[int], longest: int) -> None
     if limit is None and longest > len(ids):
         repeated = [*ids] * (longest // len(ids) + 1)
         try:
-            scorer.score(repeated[:longest], f"a prompt of {longest} tokens, as many as the longest row has")
+            replace(scorer, top_k=1).score(
+                repeated[:longest], f"a prompt of {longest} tokens, as many as the longest row has"
+            )
         except ServerError as error:
             raise ServerError(f"{error}; if it is about the length, {advice}") from None
 
@@ -177,7 +183,9 @@ def check_labels(scorer: PromptScorer, rows: Sequence[tuple[Tensor, Sequence[int
     found: list[float] = []
     for number, (ids, positions) in enumerate(rows):
         if positions and len(found) < LABELS:
-            scores = scorer.score(ids.tolist(), f"row {number} of the test of labels").select(positions)
+            scores = (
+                replace(scorer, top_k=1).score(ids.tolist(), f"row {number} of the test of labels").select(positions)
+            )
             found += scores.of(ids[1:][positions]).clamp_min(-100.0).tolist()
     if len(found) >= LABELS // 2 and math.fsum(found) / len(found) < -math.log(vocabulary):
         mean, chance = math.fsum(found) / len(found), -math.log(vocabulary)
@@ -209,7 +217,8 @@ class SameModel:
     """
 
     def __init__(self, scorer: PromptScorer, ids: Sequence[int], scores: PromptScores) -> None:
-        self._scorer, self._ids, self._entries = scorer, [*ids], scores.entries()
+        self._scorer, self._ids = replace(scorer, top_k=min(scorer.top_k, FEW)), [*ids]
+        self._entries = scores.entries()
         self._lock = threading.Lock()
         self._outages = scorer.client.outages
         self._last = time.monotonic()

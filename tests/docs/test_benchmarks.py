@@ -192,7 +192,12 @@ def test_methods_beside_their_controls_go_on_where_they_were(
 
 
 def test_every_method_that_ships_is_compared(script: Any) -> None:
-    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"lora", "sft", "self_distillation", "cross_tokenizer"}
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {
+        "lora",
+        "sft",
+        "self_distillation",
+        "cross_tokenizer",
+    }
     assert shipped == {words[0] for words in script("compare_methods").METHODS.values()}
 
 
@@ -284,3 +289,27 @@ def test_two_tokenizers_are_compared_with_labels(script: Any, tmp_path: Path) ->
     assert teacher["exact_match"] > before["exact_match"]
     assert found["nll"] < before["nll"] + 1
     assert "| labels only | 2 | 1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_step_beside_a_server(script: Any) -> None:
+    served = script("served")
+    row = {"latency": 0.2, "step": (0.1, 0.08), "server": 0.22, "both": (0.24, 0.12)}
+    client = {str(n): {"tokens_per_s": 12345.6, "cpu_per_1000": 0.031} for n in served.REQUESTS}
+    record = {
+        "machine": "a machine",
+        "load": 1.0,
+        "step": {"batch": 8, "rows": [row]},
+        "client": {"rows": 4, "length": 64, "k": 20, **client},
+    }
+    text = served.report(record)
+    assert "| 200 | 100 | 220 | 240 | 1.09 | 0.75 | 1.50 |" in text
+    assert "| 8 | 12,346 | 31 |" in text
+
+
+@pytest.mark.slow
+def test_a_step_beside_a_server_is_measured(script: Any, tmp_path: Path) -> None:
+    words = ["--steps", "2", "--batch", "2", "--rows", "2", "--length", "16", "--output", str(tmp_path / "served")]
+    script("served").main(words)
+    record = json.loads((tmp_path / "served.json").read_text())
+    assert len(record["step"]["rows"]) == 4
+    assert "| requests at a time |" in (tmp_path / "served.md").read_text()

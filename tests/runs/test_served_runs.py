@@ -129,7 +129,7 @@ def test_killed_and_resumed_equals_untouched(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_it_is_measured_as_in_process(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    data = runs.little_data(tmp_path, rows=12)
+    data = runs.little_data(tmp_path, rows=4)
     found = []
     for served in (True, False):
         with ScoringServer() as server:

@@ -72,11 +72,13 @@ class Found:
         texts: number of texts.
         tokens: tokens of the student, with the ends of turns.
         pairs: of them, those with a partner.
+        different: texts that the two tokenizers spell differently.
     """
 
     texts: int = 0
     tokens: int = 0
     pairs: int = 0
+    different: int = 0
 
 
 def spelled(vocabulary: Vocabulary, ids: Sequence[int], other: str = STUDENT_ONLY) -> list[str]:
@@ -89,12 +91,12 @@ def bytes_before(spellings: Sequence[str]) -> list[str]:
     return ["".join(spellings[:n]) for n in range(len(spellings))]
 
 
-def tokens_of(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that continues another one, and the end of the turn."""
+def tokens_of(tokenizer: Any, text: str, end: int | None) -> list[int]:
+    """The tokens of a text that continues another one, and its end."""
     lead = tokenizer("\n", add_special_tokens=False).input_ids
     ids = tokenizer(f"\n{text}", add_special_tokens=False).input_ids
     ids = ids[len(lead) :] if ids[: len(lead)] == lead else tokenizer(text, add_special_tokens=False).input_ids
-    return [*ids, vocabulary_of(tokenizer).end_of_turn]
+    return [*ids, *([] if end is None else [end])]
 
 
 def check_pair(student: Any, teacher: Any, texts: Sequence[str]) -> Found:
@@ -104,10 +106,13 @@ def check_pair(student: Any, teacher: Any, texts: Sequence[str]) -> Found:
     pair has read the same, or the same follows on both sides.
     """
     found = Found()
+    vocabularies = vocabulary_of(student), vocabulary_of(teacher)
     for text in texts:
         sides = []
-        for tokenizer, other in ((student, STUDENT_ONLY), (teacher, TEACHER_ONLY)):
-            symbols = spelled(vocabulary_of(tokenizer), tokens_of(tokenizer, text), other)
+        for tokenizer, vocabulary, other in zip(
+            (student, teacher), vocabularies, (STUDENT_ONLY, TEACHER_ONLY), strict=True
+        ):
+            symbols = spelled(vocabulary, tokens_of(tokenizer, text, vocabulary.end_of_turn), other)
             sides.append(SpelledRow(symbols, [True] * len(symbols)))
         aligned = align(*sides)
         ours, theirs = (bytes_before(side.spellings) for side in sides)
@@ -123,6 +128,7 @@ def check_pair(student: Any, teacher: Any, texts: Sequence[str]) -> Found:
             assert pairs[-1] == (len(ours) - 1, len(theirs) - 1)
         else:
             assert not aligned.same
+            found.different += 1
             for t, s in pairs:
                 read, follows = ours[t] == theirs[s], whole[0][len(ours[t]) :] == whole[1][len(theirs[s]) :]
                 blanks = ours[t].lstrip() == theirs[s].lstrip()

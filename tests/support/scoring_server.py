@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,8 @@ class ScoringServer(FakeServer):
     """Answers with the log-probabilities of the bundled teacher.
 
     Args:
-        dialect: "vllm", "echo" (tokens by text), "echo ids" (tokens as `token_id:N`) or "words" (no log-probabilities).
+        dialect: "vllm", "echo" (tokens by text), "echo ids" (tokens as `token_id:N`), "sglang" (`/generate`; no
+            log-probabilities of completions) or "words" (no log-probabilities).
         bound: largest number of log-probabilities.
         change: is applied to the log-probabilities [T, V] of each prompt.
         shift: entries are given so many tokens too early.
@@ -57,7 +59,7 @@ class ScoringServer(FakeServer):
         self.dialect, self.bound, self.change, self.shift, self.text = dialect, bound, change, shift, text
         self.max_model_len = max_model_len
         tokenizer = load_tokenizer("asset:teacher")
-        self.decode = decode or (lambda token: str(tokenizer.decode([token])))
+        self.decode = functools.cache(decode or (lambda token: str(tokenizer.decode([token]))))
         self.reads, self.names, self.edit, self.models, self.cap = reads, names, edit, models, cap
         self.fault = fault
         super().__init__(self._choose, delay=delay, port=port)
@@ -69,15 +71,17 @@ class ScoringServer(FakeServer):
         if path == "/v1/models":
             length = {} if self.max_model_len is None else {"max_model_len": self.max_model_len}
             return 200, json.dumps({"data": [{**model, **length} for model in self.models]}).encode()
-        if path != "/v1/completions":
+        if path != ("/generate" if self.dialect == "sglang" and "input_ids" in body else "/v1/completions"):
             return 404, b"no such endpoint"
         return self._scores(body)
 
     def _scores(self, body: dict[str, Any]) -> Answer:
-        ids = self.reads(body["prompt"])
+        ids = self.reads(body["input_ids"] if "input_ids" in body else body["prompt"])
         k = (
             body.get("prompt_logprobs")
             if self.dialect == "vllm"
+            else body.get("top_logprobs_num")
+            if self.dialect == "sglang"
             else body.get("logprobs")
             if body.get("echo")
             else None
@@ -93,6 +97,11 @@ class ScoringServer(FakeServer):
         rows = [None, *(self._entry(scores[min(t + self.shift, len(ids)) - 1], ids[t], k) for t in range(1, len(ids)))]
         own = [None, *(row[str(ids[t])] for t, row in enumerate(rows) if row is not None)]
         rows = self.edit(rows)
+        if self.dialect == "sglang":
+            named = [None if row is None else [[v, int(t), None] for t, v in row.items()] for row in rows]
+            pairs = [[value, token, None] for value, token in zip(own, ids, strict=False)]
+            meta = {"input_token_logprobs": pairs, "input_top_logprobs": named, "prompt_tokens": len(ids)}
+            return 200, json.dumps({"text": "", "meta_info": meta}).encode()
         if self.dialect == "vllm":
             choice: dict[str, Any] = {"text": "", "finish_reason": "length", "prompt_logprobs": rows}
             for row in filter(None, rows):

@@ -63,6 +63,7 @@ def train(
     [
         ("vllm", ForwardKL(), 2),
         ("echo ids", AdaptiveKL(), 1),
+        ("sglang", ForwardKL(), 1),
         pytest.param("vllm", ReverseKL(), 10, marks=pytest.mark.slow),
     ],
 )

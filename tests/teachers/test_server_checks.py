@@ -45,7 +45,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bound": ({"bound": 20}, {"top_k": 64}, r"max allowed: 20.*--max-logprobs"),
     "short": ({"max_model_len": 20}, {}, "reads 20 tokens .* and the longest row has"),
     "texts": ({"dialect": "echo", "text": lambda t: f"t{t % 100}"}, {}, "names tokens by text"),
-    "another model": ({}, {"model": "missing"}, "missing|teacher"),
+    "another model": ({}, {"model": "missing"}, r"model must be the name of one .*\(teacher\), got 'missing'"),
     "fewer than asked for": ({"cap": 5}, {}, r"gives [56] tokens at token \d+ where 20 are asked"),
     "without the own token": ({"edit": without_own}, {}, "without the prompt's own token"),
     "ids shifted": ({"edit": lambda rows: renamed(rows, lambda token: token + 1)}, {}, r"ids are shifted by \+1"),
@@ -68,6 +68,13 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "distribution for the first token",
     ),
     "BOS in an echo": ({"dialect": "echo ids", "reads": lambda ids: [1, *ids]}, {}, "reads token 1 where token 1"),
+    "BOS in SGLang": ({"dialect": "sglang", "reads": lambda ids: [1, *ids]}, {}, "gives 5 positions for a prompt of 4"),
+    "other tokens in SGLang": (
+        {"dialect": "sglang", "reads": lambda ids: ids[::-1]},
+        {},
+        "reads token .* where",
+    ),
+    "SGLang too early": ({"dialect": "sglang", "shift": 1}, {}, "off by -1"),
     "another model's name": ({"names": lambda name: "other"}, {}, "answers with model other, where teacher was asked"),
 }
 
@@ -75,10 +82,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", FAULTS.values(), ids=FAULTS.keys())
 def test_what_a_server_does_wrong_is_named_before_the_first_step(case: Any, rows: str) -> None:
     server_settings, settings, words = case
-    fault = None
-    if settings.get("model"):
-        fault = lambda n, path, body: (404, b"model missing not found") if body and body["model"] == "missing" else None  # noqa: E731
-    with ScoringServer(fault=fault, **server_settings) as server, pytest.raises(ValueError, match=words):
+    with ScoringServer(**server_settings) as server, pytest.raises(ValueError, match=words):
         train(ServerTeacher(server.url, patience=2.0, **settings), rows)
 
 

@@ -49,14 +49,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     read = _reading(tokenizer, backend)
     ids = {**tokenizer.get_vocab()}
     table: list[bytes | None] = [None] * max(len(tokenizer), max(ids.values(), default=-1) + 1)
-    added = {token["content"]: token["id"] for token in backend["added_tokens"]}
+    added = {token["content"] for token in backend["added_tokens"]} - _tokens_of_model(backend["model"])
     special = special_ids(tokenizer)
     fallback = bool(backend["model"].get("byte_fallback"))
     for token, number in ids.items():
         if fallback and (byte := fallback_byte(token)) is not None:
             table[number] = byte
         elif number not in special:
-            table[number] = (token.encode() if added.get(token) == number else read(token)) or None
+            table[number] = (token.encode() if token in added else read(token)) or None
     _check(tokenizer, table)
     return table
 
@@ -120,6 +120,12 @@ def _reading(tokenizer: PreTrainedTokenizerBase, backend: Mapping[str, Any]) -> 
         return token.encode(errors="replace")
 
     return read
+
+
+def _tokens_of_model(model: Mapping[str, Any]) -> set[str]:
+    """The tokens that the model knows: an added one among them (as `▁▁` of Gemma) is read as they are."""
+    vocab = model["vocab"]
+    return set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
 
 
 def _steps(part: Mapping[str, Any] | None, name: str) -> Iterator[Mapping[str, Any]]:

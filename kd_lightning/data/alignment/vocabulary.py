@@ -204,14 +204,14 @@ def same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenize
     One of them may have more tokens at the end of its vocabulary. What they put around a text, and their chat
     templates, may differ.
     """
-    states = backend_state(student), backend_state(teacher)
-    if student is teacher or (states[0] is not None and states[0] == states[1]):
+    if student is teacher:
         return True
     by_id = {number: token for token, number in teacher.get_vocab().items()}
     if any(by_id.get(number, token) != token for token, number in student.get_vocab().items()):
         return False
-    if states[0] is None or states[1] is None:
-        return states[0] is states[1]
+    states = backend_state(student), backend_state(teacher)
+    if states[0] is None or states[0] == states[1] or states[1] is None:
+        return states[0] == states[1]
     ours, theirs = (json.loads(state) for state in states if state is not None)
     if any(ours[name] != theirs[name] for name in ("normalizer", "pre_tokenizer")):
         return False

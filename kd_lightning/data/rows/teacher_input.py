@@ -15,7 +15,7 @@ from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.data.conversation import Conversation, text_of
 from kd_lightning.data.text.text_tokenizer import TextTokenizer
-from kd_lightning.data.tokenization import json_digest
+from kd_lightning.data.tokenization import json_digest, processes
 
 PROMPT = "prompt"
 """The name of the last user turn in a `teacher_prompt`."""
@@ -152,6 +152,7 @@ def with_teacher_input(rows: Any, split: str, own: TeacherInput, student: TextTo
     aligned = {} if own.tokenizer is None else {name: types[kind] for name, kind in ALIGNED_COLUMNS.items()}
     return rows.map(
         AddTeacherInput(own, student),
+        num_proc=processes(len(rows)),
         features=datasets.Features(
             {
                 **rows.features,

@@ -46,6 +46,7 @@ class TokenizedSplits(DistillationDataModule, ABC):
         super().__init__()
         self._rows: dict[str, Any] = {}
         self._teacher_name: str | None = None
+        self._vocabulary_map: VocabularyMap | None = None
         self._compared_source: str | PreTrainedTokenizerBase | None = None
         self._ahead: list[Callable[[dict[str, Tensor]], None]] = []
 
@@ -67,9 +68,11 @@ class TokenizedSplits(DistillationDataModule, ABC):
         found = None if source is None else self._own_tokenizer(source)
         if found is None and not self.has_two_tokenizers:
             return
+        self._vocabulary_map = None
         if found is not None:
             found = with_template(found, self.teacher_input.chat_template, rank_zero_info, "the teacher's tokenizer")
-            shared = len(vocabulary_map(self.tokenizer, found).student_ids)
+            self._vocabulary_map = vocabulary_map(self.tokenizer, found)
+            shared = len(self._vocabulary_map.student_ids)
             rank_zero_info(
                 f"teacher and student have two tokenizers: {shared} of the student's {len(self.tokenizer)} tokens and "
                 f"of the teacher's {len(found)} stand for the same bytes"
@@ -110,8 +113,7 @@ class TokenizedSplits(DistillationDataModule, ABC):
     @property
     def vocabulary_map(self) -> VocabularyMap | None:
         """Which tokens of the two tokenizers are partners; None: there is one tokenizer. Known from `setup` on."""
-        own = self.teacher_input.tokenizer
-        return None if own is None else vocabulary_map(self.tokenizer, own)
+        return self._vocabulary_map
 
     def teacher_response(self, ids: Sequence[int]) -> TeacherResponse:
         """A response of the student in the teacher's tokens; call it only with two tokenizers.

@@ -86,6 +86,36 @@ class PromptLogprobs(Dialect):
         return {token: text for token, text in pairs if isinstance(text, str)}
 
 
+class SGLang(Dialect):
+    """SGLang's own endpoint: its completions endpoint names tokens by text."""
+
+    name = "/generate (SGLang)"
+    path = "/generate"
+
+    def body(self, model: str, ids: Sequence[int], top_k: int) -> dict[str, Any]:
+        """Log-probabilities from the first token on; the endpoint takes no name of a model."""
+        sampling = {"max_new_tokens": 1, "temperature": 0.0}
+        wanted = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": top_k}
+        return {"input_ids": list(ids), "sampling_params": sampling, **wanted}
+
+    def parse(self, answer: Any, ids: Sequence[int], id_of: Callable[[str], int]) -> NamedTokens:
+        """Log-probability, id and text of each named token."""
+        own, top = answer["meta_info"]["input_token_logprobs"], answer["meta_info"]["input_top_logprobs"]
+        if len(own) != len(top):
+            raise ValueError
+        _check_length(len(own), ids)
+        _check_first(top[0])
+        found = NamedTokens([], [], [])
+        for n, (token, (value, read, *_), named) in enumerate(zip(ids, own, top, strict=True)):
+            _check_token(read, token, n)
+            if n:
+                by_id = {int(other): logprob for logprob, other, *_ in named} | {token: value}
+                found.ids.extend(by_id)
+                found.values.extend(by_id.values())
+                found.lengths.append(len(by_id))
+        return found
+
+
 class Echo(Dialect):
     """`echo` with `logprobs`, the older form, in which many servers name tokens by text."""
 
@@ -103,9 +133,9 @@ class Echo(Dialect):
             raise ValueError
         _check_length(len(own) - (len(own) == len(ids) + 1), ids)
         _check_first(own[0])
-        for n, (token, text) in enumerate(zip(ids, tokens, strict=False), start=1):
-            if (known := TOKEN_ID.fullmatch(text)) and int(known[1]) != token:
-                raise WrongAnswerError(f"reads token {known[1]} where token {n} of the prompt is {token}")
+        for n, (token, text) in enumerate(zip(ids, tokens, strict=False)):
+            if known := TOKEN_ID.fullmatch(text):
+                _check_token(int(known[1]), token, n)
         found = NamedTokens([], [], [])
         for token, value, named in zip(ids[1:], own[1 : len(ids)], top[1 : len(ids)], strict=True):
             by_id = {id_of(text): logprob for text, logprob in named.items()} | {token: value}
@@ -129,6 +159,12 @@ def _check_length(found: int, ids: Sequence[int]) -> None:
         )
 
 
+def _check_token(read: int, sent: int, number: int) -> None:
+    """Refuse another token than was sent."""
+    if read != sent:
+        raise WrongAnswerError(f"reads token {read} where token {number + 1} of the prompt is {sent}")
+
+
 def _check_first(entry: Any) -> None:
     """Refuse a distribution for the first token, which nothing precedes."""
     if entry:
@@ -138,5 +174,5 @@ def _check_first(entry: Any) -> None:
         )
 
 
-DIALECTS: tuple[Dialect, ...] = (PromptLogprobs(), Echo())
+DIALECTS: tuple[Dialect, ...] = (PromptLogprobs(), SGLang(), Echo())
 """All forms, in the order in which they are tried."""

@@ -1,0 +1,71 @@
+"""A teacher behind a server over two gloo ranks: each asks for its own rows, and a step is that of one process."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import Tensor
+
+import processes
+import runs
+from kd_lightning import DistillationModule
+from kd_lightning.data import InstructionDataModule
+from kd_lightning.distributed.dtensor import full_state_dict
+from kd_lightning.strategies import FSDP2Strategy
+from kd_lightning.teachers.served import ServerTeacher
+from scoring_server import ScoringServer
+from sharded_fits import joined
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+def trained(folder: Path, url: str, data: str, strategy: Any, ranks: int = 1) -> dict[str, Tensor]:
+    """Weights after the 24 rows, three steps of eight."""
+    module = DistillationModule("asset:student", ServerTeacher(url, top_k=8), ce_weight=0.2, optimizer=SGD)
+    rows = InstructionDataModule(
+        data, tokenizer="asset:student", batch_size=8 // ranks, max_length=96, shuffle=False, group_by_length=False
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        max_epochs=1,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=rows)
+    return full_state_dict(module.student)
+
+
+def on_two_ranks(rank: int, folder: str, url: str, data: str) -> dict[str, dict[str, Tensor]]:
+    joined(rank, 2)
+    kinds = {"ddp": "ddp", "fsdp2": FSDP2Strategy()}
+    return {kind: trained(Path(folder) / kind, url, data, strategy, 2) for kind, strategy in kinds.items()}
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process(tmp_path: Path) -> None:
+    data = str(runs.little_data(tmp_path, rows=24))
+    with ScoringServer() as server:
+        found = processes.run(on_two_ranks, str(tmp_path / "two"), server.url, data)
+        prompts = [tuple(body["prompt"]) for body in server.bodies]
+        one = trained(tmp_path / "one", server.url, data, "auto")
+        rows = {tuple(body["prompt"]) for body in server.bodies[-16:]}  # those of the last two steps
+    counts = [prompts.count(row) for row in rows]
+    assert len(rows) == 16
+    assert counts.count(2) >= 8  # once in each run; the others are also in the tests at the start
+    assert min(counts) == 2
+    for states in found:
+        for kind, state in states.items():
+            for name, x in one.items():
+                torch.testing.assert_close(state[name], x, atol=2e-5, rtol=0, msg=f"{kind} {name}")
