@@ -172,6 +172,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
             rank_zero_warn(text)
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
+            self.rollout.read_ahead(self._trainer)
 
     def run_context(self) -> RunContext:
         """What the teacher is given of the run; the student must be loaded."""
@@ -211,6 +212,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         super().on_train_start()
         if self.teacher_cache and self.teacher is not None and not is_fast_dev_run(self.trainer):
             self.teacher = cached_teacher(self.trainer, self.teacher, self.model.vocabulary, self.device)
+        self.rollout.start(self.trainer, self.model)
         self.rollout.after_resume(self.trainer, lambda: validation_ce(self.trainer, self))
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:

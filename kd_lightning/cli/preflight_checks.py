@@ -109,6 +109,9 @@ def check_responses(fit: PreparedFit) -> Findings:
     """Nothing has to be known in advance of responses that are generated during the run."""
     for regeneration in fit.regenerations:
         regeneration.check_before_start(fit)
+    source = fit.module.responses
+    if source is not None and source.served is not None and source.sampling is not None:
+        source.served.start(fit.student, fit.datamodule, source.sampling, None)
     return iter(())  # a refusal is the finding
 
 
