@@ -119,9 +119,9 @@ class EvaluationReporter:
             for number, (member, own) in enumerate(members):
                 part = None if tokens is None else tokens[own]
                 found[f"{stage}/{name}/{member}"] = (f"{name}/{number}", value[own], part)  # no dots in module names
-            for logged, (key_name, *chosen) in found.items():
+            for logged, (key_name, chosen, weights) in found.items():
                 key, metric = self.metric(stage, key_name, device)
-                metric.update(*chosen)
+                metric.update(chosen, weights)
                 yield logged, f"evaluation.{key}", metric
 
     def mean(self, stage: str, name: str) -> float | None:
