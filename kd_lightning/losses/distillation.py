@@ -197,7 +197,8 @@ class DistillationLoss(nn.Module):
             teacher = _checked(teacher_hidden, "teacher_hidden", head.vocabulary, labels, alignment)
         elif teacher_hidden is not None:
             tokens = alignment.tokens("teacher_hidden", teacher_hidden, labels)
-            teacher = Outputs(teacher_hidden.detach(), check_head("teacher", teacher_hidden, teacher_head, tokens))
+            other = check_head("teacher", teacher_hidden, teacher_head, tokens)
+            teacher = Outputs(teacher_hidden.detach(), other)
         return self._compute(Batch(Outputs(student_hidden, head), teacher, labels, alignment), rows)
 
     def _compute(self, batch: Batch, rows: Mapping[str, Tensor] | None) -> LossParts:
