@@ -115,7 +115,7 @@ class PassGenerator(ResponsePass):
         seed = derive_seed(run_seed(), SIDES[self.side], number)
         generator = BatchGenerator(self.model, self.datamodule.tokenizer, self.sampling, seed, self.device)
         title = f"{self.side}, pass {number}"
-        settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
+        settings = {**self.sampling.settings(), "seed": seed, "batch_size": self.batch_size}
         with self.file(trainer, [rows[row] for row in order], folder, number, self._weights(), settings) as file:
             done = min(gathered(trainer, {trainer.global_rank: _batches_done(file, own)}).values())
             responses: NumberedResponses = (
