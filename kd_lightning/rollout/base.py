@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX, teacher_view
-from kd_lightning.distributed.dtensor import is_sharded
+from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.sequence_stats import Mean
-from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.models.backbone import hidden_states, logits
 from kd_lightning.models.generate import (
@@ -29,9 +28,13 @@ from kd_lightning.models.generate import (
     require_eos_token_ids,
 )
 from kd_lightning.models.hf_adapter import max_positions, text_config
-from kd_lightning.rollout.batches import Batch, append, append_for_teacher, live_tokens, prompts
+from kd_lightning.rollout.batches import Batch, Translate, append, append_for_teacher, live_tokens, prompts
+from kd_lightning.rollout.log_probs import LogProb, cut_head
+from kd_lightning.rollout.served import Request, ServedWriter, Upcoming, as_tokens, numbered_prompts
+from kd_lightning.rollout.teacher_mixture import unsharded_model
 from kd_lightning.seeding import derive_seed
 from kd_lightning.teachers.base import StudentModel, Teacher, generating_model
+from kd_lightning.teachers.batches import teacher_batch
 
 
 class ResponseSource(nn.Module, ABC):
@@ -42,10 +45,12 @@ class ResponseSource(nn.Module, ABC):
 
     Attributes:
         sampling: how the student generates; None: it does not.
+        served: lets a server generate; None: the model in this process does.
         columns: names of the columns that it adds to the batch for the losses; None: not declared.
     """
 
     sampling: Sampling | None = None
+    served: ServedWriter | None = None
     columns: tuple[str, ...] | None = None
 
     @property
@@ -81,6 +86,14 @@ class ResponseSource(nn.Module, ABC):
         model: Any = student  # a Hugging Face model, or one wrapped by PEFT
         if self.sampling is not None:
             self.sampling.check(model, max_length)
+            if self.served is not None:
+                self.served.check(model, teacher, self.sampling)
+
+    def in_process(self) -> ResponseSource:
+        """A copy whose responses are generated in this process."""
+        twin = copy.deepcopy(self)
+        twin.served = None
+        return twin
 
     def validated(self, loss: float, step: int = 0) -> None:
         """Receive the result of a validation.
@@ -110,6 +123,8 @@ class RolloutContext:
         rank: this process among those that read different rows.
         ranks: number of those processes.
         max_length: longest row of the data in tokens; longer responses are truncated.
+        translate: turns responses into the teacher's tokens; None: student and teacher have one tokenizer.
+        upcoming: the next batch of the data; None: there is none, or it is not read ahead.
 
     Attributes:
         notes: values to log, each as a sum and a count.
@@ -126,6 +141,8 @@ class RolloutContext:
     rank: int = 0
     ranks: int = 1
     max_length: int | None = None
+    translate: Translate | None = None
+    upcoming: Upcoming | None = None
     notes: dict[str, Mean] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -133,9 +150,9 @@ class RolloutContext:
         """A pseudo-random number in [0, 2⁵⁶) that is a function of the seed and `parts`."""
         return derive_seed(self.seed, *parts)
 
-    def coin(self) -> float:
-        """A pseudo-random number in [0, 1): one per step, the same on all ranks and for all its micro-batches."""
-        return self.number("coin", self.step) / 2.0**56
+    def coin(self, step: int | None = None) -> float:
+        """A pseudo-random number in [0, 1): one per step (None: the present one), the same on all ranks."""
+        return self.number("coin", self.step if step is None else step) / 2.0**56
 
     def order(self, count: int, *parts: int | str) -> Tensor:
         """A permutation of `count` elements that is a function of `parts`, the same on all ranks."""
@@ -146,13 +163,16 @@ class RolloutContext:
         count = torch.full((), float(values.numel()), device=values.device)
         self.notes[name] = Mean(values.sum(dtype=torch.float32), count)
 
-    def respond(self, batch: Batch, sampling: Sampling, teacher_share: float = 0.0) -> Batch:
+    def respond(
+        self, batch: Batch, sampling: Sampling, teacher_share: float = 0.0, served: ServedWriter | None = None
+    ) -> Batch:
         """Responses of the student to the prompts of a batch: the tokens before the first label of each row.
 
         Args:
             batch: `input_ids`, `attention_mask`, `labels`; a row without labels gets no response.
             sampling: how responses are sampled.
-            teacher_share: weight of the teacher in the distribution that is sampled from, in [0, 1].
+            teacher_share: weight of the teacher in the distribution that is sampled from, in [0, 1]; 0 with `served`.
+            served: lets a server generate; None: the model in this process does.
 
         Returns:
             A batch like those of the data, padded on the right, with a label for every token of the response including
@@ -162,22 +182,26 @@ class RolloutContext:
         student: Any = self.model.student
         labeled = next_token_mask(batch["labels"]).any(1)
         ids, mask = prompts(batch)
-        own_ids, own_mask = prompts(dict(teacher_view(batch)))
-        room = min(self._room(student, ids), self._room(generating_model(self.teacher), own_ids))
-        tokens = self.model.call(
-            generate,
-            student,
-            ids,
-            mask,
-            dataclasses.replace(sampling, max_new_tokens=int(max(1, min(sampling.max_new_tokens, room)))),
-            seed=self.number("write", self.batch, self.rank),
-            processors=self._processors((own_ids, own_mask), sampling, teacher_share),
-            together=teacher_share > 0 and self.ranks > 1,
-        )
+        if served is None:
+            tokens = self.model.call(
+                generate,
+                student,
+                ids,
+                mask,
+                self._with_room(sampling, batch),
+                seed=self.number("write", self.batch, self.rank),
+                processors=self._processors(batch, sampling, teacher_share),
+                together=teacher_share > 0 and self.ranks > 1,
+            )
+            complete = torch.ones_like(tokens, dtype=torch.bool)
+        else:
+            responses, ages = served.take(self._requests(batch, self.step, sampling, served), self.step)
+            tokens, complete = as_tokens(responses, labeled)
+            self.note("staleness", torch.tensor(ages, dtype=torch.float32, device=tokens.device))
         ends = torch.tensor(require_eos_token_ids(student), device=tokens.device)
-        live = live_tokens(tokens, ends, labeled)
+        live = live_tokens(tokens, ends, labeled) & complete
         generated = append(batch, (ids, mask), tokens, live, self.max_length)
-        generated |= append_for_teacher(batch, generated, tokens, live)
+        generated |= append_for_teacher(batch, generated, tokens, live, self.translate)
         labels = generated["labels"][labeled]
         lengths = labels.ne(IGNORE_INDEX).sum(1)
         finished = torch.isin(labels, ends).any(1)
@@ -187,15 +211,35 @@ class RolloutContext:
         self.seconds += time.perf_counter() - began
         return generated
 
-    @staticmethod
-    def _room(model: Any, ids: Tensor) -> float:
-        """Number of tokens that a model can read after these prompts."""
-        limit = None if model is None else max_positions(model)
-        return float("inf") if limit is None else limit - ids.shape[1]
+    def respond_ahead(self, sampling: Sampling, served: ServedWriter) -> None:
+        """Let a server write the responses to the next batch of the data, if the bound on their age allows it."""
+        following, began = self.upcoming, time.perf_counter()
+        if following is not None and served.publish(self.step, following.step) and following.batch is not None:
+            served.ask_ahead(self._requests(following.batch, following.step, sampling, served))
+        self.seconds += time.perf_counter() - began
 
-    def _processors(self, prompt: tuple[Tensor, Tensor], sampling: Sampling, teacher_share: float) -> list[Any]:
+    def _requests(self, batch: Batch, step: int, sampling: Sampling, served: ServedWriter) -> list[Request]:
+        """What a server is asked for a batch of a step; the randomness follows from (seed, row, step)."""
+        sampling = self._with_room(sampling, batch, served.server.max_length)
+        numbered = numbered_prompts(batch)
+        return [Request(step, row, ids, sampling, self.number("write", row, step)) for row, ids in numbered]
+
+    def _with_room(self, sampling: Sampling, batch: Batch, limit: int | None = None) -> Sampling:
+        """The sampling, cut to what student, teacher, and a server with this limit can read after the prompts."""
+        width, own_width = (prompts(dict(view))[0].shape[1] for view in (batch, teacher_batch(batch)))
+        limits = [(limit, width), (max_positions(self.model.student), width)]  # type: ignore[arg-type]
+        if (teacher := generating_model(self.teacher)) is not None:
+            limits.append((max_positions(teacher), own_width))  # type: ignore[arg-type]
+        room = min(most - read for most, read in [*limits, (sampling.max_new_tokens, 0)] if most is not None)
+        return dataclasses.replace(sampling, max_new_tokens=max(1, room))
+
+    def _processors(self, batch: Batch, sampling: Sampling, teacher_share: float) -> list[Any]:
+        if self.translate is not None:
+            if teacher_share > 0:
+                raise self._one_tokenizer("a mixture of student and teacher that is sampled from")
+            return []
         if teacher_share > 0:
-            teacher = unsharded_model(self.teacher)
+            teacher, prompt = unsharded_model(self.teacher), prompts(dict(teacher_batch(batch)))
             return [TeacherMixture(teacher, teacher_share, sampling.temperature or 1.0, *prompt)]
         known = None if self.teacher is None else self.teacher.vocabulary
         return [RestrictVocabulary(known)] if known is not None and known < self.vocabulary else []
@@ -203,8 +247,7 @@ class RolloutContext:
     @property
     def vocabulary(self) -> int:
         """Number of tokens that the student has logits for."""
-        student: Any = self.model.student
-        return int(text_config(student).vocab_size)
+        return int(text_config(self.model.student).vocab_size)  # type: ignore[arg-type]
 
     def label_log_probs(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the labels under student and teacher, without dropout and gradient.
@@ -216,12 +259,14 @@ class RolloutContext:
         Returns:
             The student's and the teacher's, [B, T], each at the position of its label, 0 at positions without a label.
         """
+        if self.translate is not None:
+            raise self._one_tokenizer("a reward from the teacher's log-probability of each token")
         began = time.perf_counter()
         loss = DistillationLoss(
-            ForwardKL(), ce_weight=1.0, temperature=temperature, label_loss=_LogProb(), compile=False
+            ForwardKL(), ce_weight=1.0, temperature=temperature, label_loss=LogProb(), compile=False
         )
         labeled = batch["labels"][:, 1:] != IGNORE_INDEX
-        found, own = [], teacher_view(batch)
+        found, own = [], teacher_batch(batch)
         students = self.model.call(self._student_states, batch)
         for (hidden, head), view in ((students, batch), (self._teacher_states(own), own)):
             labels = view["labels"][:, 1:]  # the k-th label of a row is the same token on both sides
@@ -235,6 +280,13 @@ class RolloutContext:
         self.seconds += time.perf_counter() - began
         return found[0], found[1]
 
+    @staticmethod
+    def _one_tokenizer(what: str) -> ValueError:
+        return ValueError(
+            f"{what} needs one tokenizer, and teacher and student have two: use another source of responses, such as "
+            "OnPolicy, or a teacher with the student's tokenizer"
+        )
+
     @torch.no_grad()
     def _student_states(self, batch: Batch) -> tuple[Tensor, Head | None]:
         """The student's hidden states and LM head (or its logits) in eval mode, cut to the teacher's vocabulary."""
@@ -246,7 +298,7 @@ class RolloutContext:
         try:
             if head is None or self.model.body is None:
                 return logits(student, **inputs)[:, :-1, :width], None
-            return hidden_states(self.model.body, **inputs)[:, :-1], _cut(head, width)
+            return hidden_states(self.model.body, **inputs)[:, :-1], cut_head(head, width)
         finally:
             student.train(training)
 
@@ -255,7 +307,7 @@ class RolloutContext:
             raise ValueError("the reward is the teacher's log-probability, and there is no teacher: pass one")
         width, head = self.vocabulary, self.teacher.head
         if head is not None:
-            return self.teacher.hidden(batch)[:, :-1], _cut(head, width)
+            return self.teacher.hidden(batch)[:, :-1], cut_head(head, width)
         known = self.teacher.logits(batch)
         if not isinstance(known, Tensor):
             raise ValueError(
@@ -263,37 +315,3 @@ class RolloutContext:
                 "only: use a teacher that is loaded"
             )
         return known[:, :-1, :width], None
-
-
-def unsharded_model(teacher: Teacher | None) -> Any:
-    """The teacher's model, unsharded, for sampling from a mixture with it.
-
-    Raises:
-        ValueError: the teacher cannot generate, or is sharded.
-    """
-    model = generating_model(teacher)
-    if model is None:
-        kind = "no teacher" if teacher is None else type(teacher).__name__
-        raise ValueError(f"teacher_share must be 0 unless the teacher can generate: it must be a model, got {kind}")
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        # generation keeps running the sharded student on ranks that are done, but not the teacher
-        raise ValueError("teacher_share must be 0 if the strategy shards the teacher (fsdp2): use ddp")
-    return model
-
-
-def _cut(head: Head, vocabulary: int | None) -> Head:
-    if vocabulary is None or head.vocabulary <= vocabulary or head.group is not None:
-        return head  # a head that is split over ranks keeps its padding, which has next to no mass
-    bias = None if head.bias is None else head.bias[:vocabulary]
-    return dataclasses.replace(head, weight=head.weight[:vocabulary], bias=bias)
-
-
-@final
-class _LogProb(LabelLoss):
-    """The label's log-probability itself, at the loss's temperature."""
-
-    temperature = None
-    columns = ()
-
-    def forward(self, log_q_label: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        return log_q_label

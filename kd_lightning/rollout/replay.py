@@ -15,7 +15,9 @@ from kd_lightning.engine.validation import check_count
 from kd_lightning.models.generate import Sampling
 from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import Batch, gather_rows, pad_rows
+from kd_lightning.rollout.served import served_writer
 from kd_lightning.schedules import Linear, Weight, check_number, check_weight, value
+from kd_lightning.serving.server import Server
 
 
 class ReplayBuffer(nn.Module, ResizableState):
@@ -113,6 +115,10 @@ class AdaptiveReplay(ResponseSource):
         max_new_tokens: longest response, at least 1.
         temperature: of sampling, ≥ 0.
         top_p: of sampling, in (0, 1].
+        writer: a server that generates the responses with the student's weights, those of the next batch while a step
+            trains; None: they are generated in this process.
+        max_staleness: largest number of optimizer steps between the weights that generate a response and those that are
+            trained on it first, at least 0; 0: as in this process.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -138,6 +144,8 @@ class AdaptiveReplay(ResponseSource):
         max_new_tokens: int = 128,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        writer: Server | None = None,
+        max_staleness: int = 0,
     ) -> None:
         super().__init__()
         check_number("threshold", threshold, 0, 1)
@@ -148,6 +156,7 @@ class AdaptiveReplay(ResponseSource):
         check_weight("fresh_share", self.fresh_share, per_row=False)
         self.rise, self.tolerance = rise, tolerance
         self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        self.served = served_writer(writer, max_staleness)
         self.capacity, self.memory = capacity, ReplayBuffer(capacity)
         self.register_buffer("threshold", torch.tensor(float(threshold)))
         self.register_buffer("previous", torch.tensor(torch.nan))  # no validation yet
@@ -160,12 +169,15 @@ class AdaptiveReplay(ResponseSource):
             self._decided = (context.step, self.decide(context.coin()))
         choice = self._decided[1]
         if choice == "write":
-            batch = context.respond(batch, self.sampling)
+            batch = context.respond(batch, self.sampling, served=self.served)
             self.memory.push(gather_rows(batch, context.ranks))
         elif choice == "replay":
             order = context.order(self.memory.filled, context.batch)
             index = context.rank + context.ranks * torch.arange(len(batch["labels"]))
             batch = self.memory.rows(order[index % len(order)])
+        following = context.upcoming
+        if self.served is not None and following is not None and self.decide(context.coin(following.step)) == "write":
+            context.respond_ahead(self.sampling, self.served)
         context.note("replay_fill", self.memory.pushed.clamp_max(self.capacity) / self.capacity)
         context.note("replay_threshold", self.threshold)
         return batch

@@ -33,6 +33,11 @@ def check_sampled_tokens(label_loss: LabelLoss | None, temperature: float, respo
             )
         if sampling is not None and sampling.top_p != 1:
             raise ValueError(f"top_p must be 1 for {name}, got {sampling.top_p:g} in {source}")
+        if responses.served is not None and responses.served.max_staleness > 0:
+            raise ValueError(
+                f"max_staleness must be 0 for {name}: {source} gives no importance weights for responses of earlier "
+                f"weights, got {responses.served.max_staleness}"
+            )
         weights = {"importance", "old_log_prob"} & set(responses.columns or ())
         if responses.replays and not weights:
             raise ValueError(

@@ -192,7 +192,12 @@ def test_methods_beside_their_controls_go_on_where_they_were(
 
 
 def test_every_method_that_ships_is_compared(script: Any) -> None:
-    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"lora", "sft", "self_distillation"}
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {
+        "lora",
+        "sft",
+        "self_distillation",
+        "cross_tokenizer",
+    }
     assert shipped == {words[0] for words in script("compare_methods").METHODS.values()}
 
 
@@ -270,6 +275,19 @@ def test_self_distillation_is_compared_with_labels(
     benchmark.main(["--steps", "2", "--runs", "labels only", "--output", str(tmp_path)])
     (found,) = json.loads((tmp_path / "results.json").read_text())
     assert found["teacher"]["exact_match"] > found["student_before"]["exact_match"]
+    assert "| labels only | 2 | 1 |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_tokenizers_are_compared_with_labels(script: Any, tmp_path: Path) -> None:
+    benchmark = script("two_tokenizers")
+    words = ["--steps", "2", "--rows", "20", "--runs", "labels only", "--output", str(tmp_path)]
+    benchmark.main(words)
+    benchmark.main(words)  # nothing is repeated
+    teacher, before, found = json.loads((tmp_path / "results.json").read_text())
+    assert teacher["nll"] < before["nll"]
+    assert teacher["exact_match"] > before["exact_match"]
+    assert found["nll"] < before["nll"] + 1
     assert "| labels only | 2 | 1 |" in (tmp_path / "report.md").read_text()
 
 

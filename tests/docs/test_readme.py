@@ -34,6 +34,7 @@ CONFIGS = (
     "opd",
     "eopd",
     "self_distillation",
+    "cross_tokenizer",
 )
 
 

@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor
 
-from kd_lightning.cli.preflight_checks import Check
+from kd_lightning.cli.checks.preflight_checks import Check
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.functional import entropy, forward_kl, log_softmax
@@ -141,7 +141,7 @@ def check_steps(fit: PreparedFit) -> Findings:
     batch, model = fit.batches[0], copy.deepcopy(fit.model)
     begin = time.perf_counter()
     if fit.module.responses is not None:
-        batch = copy.deepcopy(fit.module.responses)(batch, RolloutContext(model, fit.module.teacher))
+        batch = fit.module.responses.in_process()(batch, RolloutContext(model, fit.module.teacher))
     generating = time.perf_counter() - begin
     optimizer = fit.module.optimizer_callable([p for p in model.parameters() if p.requires_grad])
     losses, norm, seconds = _train(fit, model, optimizer, batch)
