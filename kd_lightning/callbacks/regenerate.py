@@ -24,7 +24,7 @@ from kd_lightning.generation.pass_generator import PassGenerator, ResponsePass
 from kd_lightning.generation.response_file import Response
 from kd_lightning.generation.served_pass import ServedPass, connect
 from kd_lightning.models.compatibility import check_models_fit_data
-from kd_lightning.models.generate import Sampling
+from kd_lightning.models.generate import Sampling, stop_strings
 from kd_lightning.serving.server import Server
 from kd_lightning.teachers.base import models_by_role
 from kd_lightning.teachers.cached import CachedTeacher
@@ -52,6 +52,8 @@ class Regeneration(L.Callback):
         keep_unfinished: also train on responses that were cut at `max_new_tokens`, with an end of sequence appended;
             False: such a row keeps its previous response, or is dropped if it has none.
         server: that generates; None: the model in this process. `batch_size` is not used then.
+        min_new_tokens: the end of sequence cannot be one of the first `min_new_tokens` tokens.
+        stop: texts that end a response; it is trained on without the text, and with an end of sequence appended.
 
     Logged: `train/regenerate_share`, the share of the run's time so far that was spent on generation; for each pass,
     under `train/SIDE_…`: `response_length` (tokens), `finished` (share of responses that end before `max_new_tokens`),
@@ -73,6 +75,8 @@ class Regeneration(L.Callback):
         batch_size: int = 64,
         keep_unfinished: bool = False,
         server: Server | None = None,
+        min_new_tokens: int = 0,
+        stop: list[str] | None = None,
     ) -> None:
         if side not in SIDES:
             raise ValueError(f"side must be 'teacher' or 'student', got {side!r}")
@@ -82,7 +86,7 @@ class Regeneration(L.Callback):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.side = side
         self.when = when
-        self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        self.sampling = Sampling(max_new_tokens, temperature, top_p, min_new_tokens, stop_strings(stop))
         self.batch_size = batch_size
         self.keep_unfinished = keep_unfinished
         self.server = server
@@ -207,9 +211,7 @@ class Regeneration(L.Callback):
             return
         responses = self._generate(trainer, module, rows, number)
         texts = {
-            index: response.text
-            for index, response in responses.items()
-            if self.keep_unfinished or response.finish_reason == "eos"
+            index: response.text for index, response in responses.items() if self.keep_unfinished or response.finished
         }
         if len(missing) == len(every_row) and not any(text.strip() for text in texts.values()):
             raise ValueError(
@@ -295,7 +297,7 @@ def _figures(responses: Collection[Response]) -> dict[str, float]:
     lengths = [response.tokens for response in responses if response.tokens] or [0]  # a resumed file has no lengths
     return {
         "response_length": sum(lengths) / len(lengths),
-        "finished": sum(response.finish_reason == "eos" for response in responses) / len(responses),
+        "finished": sum(response.finished for response in responses) / len(responses),
         "empty": sum(not response.text.strip() for response in responses) / len(responses),
     }
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from kd_lightning.generation.batch_generator import (
 )
 from kd_lightning.generation.response_file import ResponseFile, check_output
 from kd_lightning.generation.server_generator import ServerGenerator
-from kd_lightning.models.generate import Sampling
+from kd_lightning.models.generate import Sampling, stop_strings
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.openai_client import OpenAIClient
 from kd_lightning.paths import expand_path
@@ -59,7 +58,11 @@ def main(args: Sequence[str]) -> int:
         usage="kd-lightning generate --model M --data FILE --output OUT.jsonl [--ARGUMENT VALUE ...]",
         exit_on_error=False,
     )
-    parser.add_function_arguments(generate)
+    parser.add_function_arguments(generate, skip={"stop"})
+    about = "a text that ends a response, which does not contain it; several with several `--stop TEXT`"
+    parser.add_argument(
+        "--stop", action="append", type=str, metavar="TEXT", help=about
+    )  # a text, not YAML: "###", "[1]"
     given = parser.parse_args(list(args)).as_dict()
     try:
         generate(**given)
@@ -87,12 +90,13 @@ def generate(
     progress: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
     teacher_prompt: str | None = None,
+    min_new_tokens: int = 0,
+    stop: list[str] | None = None,
 ) -> None:
     """Write a response to every row of the data, in its order, with all fields of the row.
 
-    A line of the output has the fields of its row, then `model` (a hash of weights and tokenizer, or the name of the
-    served model), `sampling`, `finish_reason` ("eos" or "length") and `response`. Generation is resumable: the same
-    call again continues with the same responses, or does nothing. An output of other settings or rows is refused.
+    A line has its row's fields, `model` (a hash, or the served model's name), `sampling`, `finish_reason` ("eos",
+    "stop" or "length") and `response`. The same call again resumes; an output of other settings or rows is refused.
 
     Args:
         data: anything that `InstructionDataModule` reads; answers are optional and ignored.
@@ -112,20 +116,19 @@ def generate(
         progress: show a progress bar.
         chat_template_kwargs: variables for the chat template of a local model, such as those of the training data.
         teacher_prompt: what the model reads as the last user turn, as `data.teacher_prompt` of a run; None: that turn.
+        min_new_tokens: the end of sequence cannot be one of the first `min_new_tokens` tokens.
+        stop: texts that end a response, which does not contain them.
 
     Raises:
         ValueError: an argument is out of its range; data, model or output cannot be used; the server refuses or fails.
     """
-    output = expand_path(output)
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    _check_arguments(output, model or server, batch_size=batch_size, max_length=max_length, patience=patience)
+    sampling = Sampling(max_new_tokens, temperature, top_p, min_new_tokens, stop_strings(stop))
+    output = _checked_output(output, model or server, batch_size=batch_size, max_length=max_length, patience=patience)
     rows, questions = _questions(data, TeacherInput(teacher_prompt))
-    settings = {**asdict(sampling), "seed": seed, **({} if teacher_prompt is None else {"prompt": teacher_prompt})}
+    settings = {**sampling.settings(), "seed": seed, **({} if teacher_prompt is None else {"prompt": teacher_prompt})}
     if server is not None:
         served = ServerGenerator(OpenAIClient(server, patience, api_key_env=api_key_env), model, sampling, seed)
-        with ResponseFile(output, rows, f"{served.model} (server)", settings) as file:
-            _write(file, lambda request: served.generate(questions, file.done, batch_size, request), progress)
-        return
+        return _ask(served, questions, output, rows, settings, batch_size, progress)
     date = _date_of_output(output)
     local = LocalModel(str(model), sampling, seed, max_length, dtype, device, chat_template_kwargs, date)
     _generate(local, questions, output, rows, {**settings, "batch_size": batch_size}, progress)
@@ -135,6 +138,19 @@ def _questions(data: str, own: TeacherInput) -> tuple[list[dict[str, Any]], list
     """The rows, and what a model is asked about each."""
     found = list(read_rows(data, "train"))
     return [row for _, row in found], [own.conversation(parse_question(row, at), row, at) for at, row in found]
+
+
+def _ask(
+    served: ServerGenerator,
+    questions: Sequence[Conversation],
+    output: str,
+    rows: Sequence[Mapping[str, Any]],
+    settings: dict[str, Any],
+    requests: int,
+    progress: bool,
+) -> None:
+    with ResponseFile(output, rows, f"{served.model} (server)", settings) as file:
+        _write(file, lambda request: served.generate(questions, file.done, requests, request), progress)
 
 
 def _generate(
@@ -150,8 +166,9 @@ def _generate(
         _write(file, lambda request: local.responses(prompts, file.done, settings["batch_size"], request), progress)
 
 
-def _check_arguments(output: str, generator: str | None, **numbers: float | None) -> None:
-    """Refuse numbers that are too small (None is allowed), an output that is no `.jsonl` file, and a missing model."""
+def _checked_output(output: str, generator: str | None, **numbers: float | None) -> str:
+    """The expanded path of the output; refuses too small numbers, another suffix than `.jsonl`, and a missing model."""
+    output = expand_path(output)
     least = {"batch_size": 1, "max_length": 2, "patience": 0}
     for name, value in numbers.items():
         if value is not None and value < least[name]:
@@ -161,6 +178,7 @@ def _check_arguments(output: str, generator: str | None, **numbers: float | None
     check_output(Path(output))
     if generator is None:
         raise ValueError("model must be a folder, hub name or asset: name (or pass server), got None")
+    return output
 
 
 class LocalModel:

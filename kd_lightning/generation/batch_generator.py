@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kd_lightning.console import terminal_bar
 from kd_lightning.data.collate import left_pad
 from kd_lightning.generation.response_file import Response, ResponseFile
+from kd_lightning.generation.stop_strings import StopStrings
 from kd_lightning.models.generate import Sampling, generate, require_eos_token_ids
 from kd_lightning.models.hf_adapter import eos_token_ids, padding_id
 from kd_lightning.seeding import derive_seed
@@ -80,21 +81,33 @@ class BatchGenerator:
         for number, rows in batches:
             inputs = left_pad([prompts[row] for row in rows], pad_id)
             ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-            tokens = generate(self.model, ids, mask, self.sampling, seed=derive_seed(self.seed, number))
-            yield from zip(rows, self.decode(tokens), strict=True)
+            stop = StopStrings(self.sampling, self._text, eos_token_ids(self.model)) if self.sampling.stop else None
+            criteria = [] if stop is None else [stop]
+            seed = derive_seed(self.seed, number)
+            tokens = generate(self.model, ids, mask, self.sampling, seed=seed, criteria=criteria)
+            yield from zip(rows, self.decode(tokens, None if stop is None else stop.found), strict=True)
 
-    def decode(self, tokens: Tensor) -> list[Response]:
-        """Response tokens [B, N] as texts, each up to its end."""
+    def decode(self, tokens: Tensor, stopped: Mapping[int, tuple[int, str]] | None = None) -> list[Response]:
+        """Response tokens [B, N] as texts, each up to its end.
+
+        Args:
+            tokens: of the responses.
+            stopped: number of tokens and text of the rows that were ended by a stop string.
+        """
         eos = torch.tensor(eos_token_ids(self.model), device=tokens.device)
         responses = []
-        for ids, ends in zip(tokens.tolist(), torch.isin(tokens, eos).cpu(), strict=True):
+        for row, (ids, ends) in enumerate(zip(tokens.tolist(), torch.isin(tokens, eos).cpu(), strict=True)):
+            if stopped is not None and row in stopped:
+                length, text = stopped[row]
+                responses.append(Response(text, "stop", length))
+                continue
             finished = bool(ends.any())
             length = int(ends.int().argmax()) if finished else len(ids)
-            text = str(
-                self.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            )
-            responses.append(Response(text, "eos" if finished else "length", length + finished))
+            responses.append(Response(self._text(ids[:length]), "eos" if finished else "length", length + finished))
         return responses
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def write_responses(

@@ -116,7 +116,7 @@ class PassGenerator(ResponsePass):
         tokenizer = self.datamodule.tokenizer_of(self.side)
         generator = BatchGenerator(self.model, tokenizer, self.sampling, seed, self.device)
         title = f"{self.side}, pass {number}"
-        settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
+        settings = {**self.sampling.settings(), "seed": seed, "batch_size": self.batch_size}
         with self.file(trainer, [rows[row] for row in order], folder, number, self._weights(), settings) as file:
             done = min(gathered(trainer, {trainer.global_rank: _batches_done(file, own)}).values())
             responses: NumberedResponses = (

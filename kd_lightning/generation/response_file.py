@@ -22,14 +22,19 @@ class Response:
 
     Args:
         text: without the token that ends it.
-        finish_reason: "eos": the model ended it; "length": it was cut off at `max_new_tokens`; "unknown": the server
-            gives none. Servers may have others.
+        finish_reason: "eos": the model ended it; "stop": a stop string ended it; "length": it was cut off at
+            `max_new_tokens`; "unknown": the server gives none. Servers may have others.
         tokens: number of tokens, the one that ends it included.
     """
 
     text: str
     finish_reason: str
     tokens: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is complete: the model, or a stop string, has ended it."""
+        return self.finish_reason in ("eos", "stop")
 
 
 class OtherResponsesError(ValueError):
@@ -175,9 +180,10 @@ class ResponseFile:
         try:
             row = json.loads(line)
             was, sampling = row["model"], row["sampling"]
-            for name, value in self.sampling.items():
-                if sampling.get(name) != value:
-                    return f"line {number + 1} was written with {name} {sampling.get(name)}, not {value}"
+            for name in {**self.sampling, **sampling}:
+                old, new = sampling.get(name), self.sampling.get(name)
+                if old != new:
+                    return f"line {number + 1} was written with {name} {old}, not {new}"
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"line {number + 1} is not a response to row {number + 1} of the data"
         if was != self.model:

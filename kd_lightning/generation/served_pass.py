@@ -52,7 +52,7 @@ class ServedPass(ResponsePass):
         seed = derive_seed(run_seed(), SIDES[self.side], number)
         seeds = [derive_seed(seed, row["index"]) for row in own]
         names = [row["index"] for row in own]
-        settings = {**vars(self.sampling), "seed": seed}
+        settings = {**self.sampling.settings(), "seed": seed}
         with self.file(trainer, own, folder, number, self.server.written_by, settings) as file:
             completions = self.server.generate(prompts, self.sampling, seeds, file.done, names)
             responses: NumberedResponses = (

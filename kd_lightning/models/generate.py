@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    Cache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from kd_lightning.engine.validation import TEMPERATURES, check_count
 from kd_lightning.models.hf_adapter import eos_token_ids, max_positions, padding_id
@@ -24,6 +31,9 @@ class Sampling:
         max_new_tokens: longest response, at least 1.
         temperature: samples of softmax(logits / temperature), in [0.001, 1000]; 0: greedy.
         top_p: sample from the most likely tokens that together have this probability, in (0, 1].
+        min_new_tokens: the end of sequence cannot be one of the first `min_new_tokens` tokens, in [0, max_new_tokens].
+        stop: a response ends before the first of these texts that it contains; a text that is complete within the first
+            `min_new_tokens` tokens does not count. Special tokens are no part of the text.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -32,6 +42,8 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens)
@@ -39,6 +51,26 @@ class Sampling:
         if not greedy or isinstance(self.temperature, bool):
             check_number("temperature", self.temperature, *TEMPERATURES, hint=", or 0 (greedy)")
         check_number("top_p", self.top_p, 0, 1, "(]")
+        if type(self.min_new_tokens) is not int or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be an integer in [0, max_new_tokens {self.max_new_tokens}], "
+                f"got {self.min_new_tokens!r}"
+            )
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be texts that are not empty, got {self.stop!r}")
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as files of responses hold them: the last two only where they are not their defaults."""
+        given: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+        if self.min_new_tokens:
+            given["min_new_tokens"] = self.min_new_tokens
+        if self.stop:
+            given["stop"] = list(self.stop)
+        return given
 
     def max_prompt_tokens(self, model: PreTrainedModel | None, max_length: int | None) -> int:
         """The longest prompt that leaves room for a response.
@@ -75,6 +107,13 @@ class Sampling:
         self.max_prompt_tokens(model, max_length)
 
 
+def stop_strings(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop strings for `Sampling`: of one text, of several, or none."""
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -83,6 +122,7 @@ def generate(
     *,
     seed: int = 0,
     processors: Sequence[LogitsProcessor] = (),
+    criteria: Sequence[StoppingCriteria] = (),
     together: bool = False,
 ) -> Tensor:
     """Responses to left-padded prompts, without dropout.
@@ -91,22 +131,27 @@ def generate(
         model: a causal LM; its mode (train or eval) is restored afterwards.
         input_ids: prompts, padded on the left, [B, T].
         attention_mask: 1 for tokens, 0 for padding, [B, T].
-        sampling: how responses are sampled. Other settings of the model's generation config (`top_k`, penalties) are
-            not used: they would change the distribution.
+        sampling: how responses are sampled; `stop` needs `criteria`. Other settings of the model's generation config
+            (`top_k`, penalties) are not used: they would change the distribution.
         seed: of the samples; torch's global generators are left unchanged.
         processors: change the logits of each token before temperature and `top_p` are applied.
+        criteria: end rows, besides the end of sequence and `max_new_tokens`.
         together: all ranks continue until the last of them has finished, because what they compute with is sharded.
 
     Returns:
         Response tokens, [B, up to max_new_tokens]; padding after the end of a response.
+
+    Raises:
+        ValueError: there are stop strings, and no criteria that find them.
     """
+    if sampling.stop and not criteria:
+        raise ValueError("criteria must have StopStrings for the stop strings of sampling, got none")
     pad = padding_id(model, model.generation_config.pad_token_id)
-    options: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
-    if sampling.temperature > 0:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        options |= {"top_k": 0, "min_p": None}
+    options = _options(sampling)
     if processors:
         options["logits_processor"] = LogitsProcessorList(processors)
+    if criteria:
+        options["stopping_criteria"] = StoppingCriteriaList(criteria)
     training = model.training
     device = input_ids.device
     if any(part.training for part in model.modules()):
@@ -127,6 +172,17 @@ def generate(
         if training:
             model.train()
     return tokens[:, input_ids.shape[1] :]
+
+
+def _options(sampling: Sampling) -> dict[str, Any]:
+    """Arguments of `model.generate` that say how tokens are sampled."""
+    options: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+    if sampling.temperature > 0:
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        options |= {"top_k": 0, "min_p": None}
+    if sampling.min_new_tokens:
+        options["min_new_tokens"] = sampling.min_new_tokens
+    return options
 
 
 def require_eos_token_ids(model: PreTrainedModel) -> list[int]:

@@ -12,6 +12,8 @@ from kd_lightning.models.generate import Sampling
 from kd_lightning.models.openai_client import valid_string
 
 FINISH_REASONS = {"stop": "eos", "length": "length"}
+STOPPED = "stop"
+"""The reason of a response that a stop string has ended."""
 UNKNOWN = "unknown"
 """The reason of a response where the server gives none."""
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -25,7 +27,7 @@ class Completion:
     Args:
         ids: token ids, up to the end of sequence, which is included if the model has generated it.
         text: without the end of sequence and other special tokens.
-        finish_reason: "eos", "length", "unknown", or the server's own.
+        finish_reason: "eos", "stop", "length", "unknown", or the server's own.
         exact: the server gave the ids; False: they are those of the text.
     """
 
@@ -60,12 +62,14 @@ def sampling_fields(model: str, sampling: Sampling, seed: int) -> dict[str, Any]
         sampling: how.
         seed: of this sample.
     """
+    ends = {"min_tokens": sampling.min_new_tokens, "stop": list(sampling.stop)}
     return {
         "model": model,
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": seed % 2**31,
+        **{name: value for name, value in ends.items() if value},
     }
 
 
@@ -87,9 +91,14 @@ def completion_body(
 
 
 def finish_reason(choice: Any) -> str:
-    """Why a response in an answer ended, in the words of this package."""
+    """Why a response in an answer ended, in the words of this package.
+
+    A stop string gives "stop" if the server names it, as vLLM does in `stop_reason`; otherwise "eos".
+    """
     reason = choice.get("finish_reason")
     reason = UNKNOWN if reason is None else valid_string(reason) or UNKNOWN
+    if reason == STOPPED and isinstance(choice.get("stop_reason"), str):
+        return STOPPED
     return FINISH_REASONS.get(reason, reason)
 
 
@@ -137,7 +146,10 @@ def to_completion(
     content = list(raw.ids)
     end = [content.pop()] if ended and content and content[-1] in eos_token_ids else list(eos_token_ids[:1])
     text = str(tokenizer.decode(content, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    if _comparable(text) != _comparable(raw.text):
+    ids_text, server_text = _comparable(text), _comparable(raw.text)
+    if raw.finish_reason == STOPPED:  # the ids may contain the stop string, the text does not
+        ids_text, text = ids_text[: len(server_text)], raw.text
+    if ids_text != server_text:
         raise ValueError(
             f"{what}: the token ids of the server's response do not decode to its text with the tokenizer of this run: "
             "serve a model with the same tokenizer"

@@ -235,6 +235,27 @@ def test_a_server_of_several_models_needs_a_name(data: Path, tmp_path: Path, cap
         refused(arguments(data, tmp_path / "out.jsonl", fake.url), ["model", "a, b"], capfd)
 
 
+def test_ends_of_responses_are_sent_and_named(data: Path, tmp_path: Path) -> None:
+    reasons: list[Any] = ["###", 7, None]  # a stop string, a token, and a server that does not say
+
+    def fault(number: int, path: str, body: Any) -> Answer | None:
+        if not body:
+            return None
+        choice = {"message": {"content": "x"}, "finish_reason": "stop", "stop_reason": reasons[number % 3]}
+        return 200, json.dumps({"choices": [choice]}).encode()
+
+    output = tmp_path / "out.jsonl"
+    with FakeServer(fault) as fake:
+        words = ["--stop", "###", "--stop", "[1]", "--min_new_tokens", "3", "--batch_size", "1", "--model", "m"]
+        assert main(arguments(data, output, fake.url, *words)) == 0
+    assert all((body["stop"], body["min_tokens"]) == (["###", "[1]"], 3) for body in fake.bodies)
+    assert [row["finish_reason"] for row in read(output)[:3]] == ["stop", "eos", "eos"]
+    assert read(output)[0]["sampling"]["stop"] == ["###", "[1]"]
+    with FakeServer() as fake:
+        assert main(arguments(data, tmp_path / "other.jsonl", fake.url)) == 0
+    assert not {"stop", "min_tokens"} & {name for body in fake.bodies for name in body}
+
+
 def test_other_settings_are_refused(data: Path, tmp_path: Path, capfd: Any) -> None:
     output = tmp_path / "out.jsonl"
     with FakeServer() as fake:
