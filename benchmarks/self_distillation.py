@@ -5,7 +5,8 @@ labels, forward KL to the teacher with the context, exact match.
 
     python benchmarks/self_distillation.py --steps 300 --seeds 0 1 2 3 4 --jobs 2 --output build/self_distillation
 
-writes OUTPUT/results.json after each run (a repeated call resumes) and OUTPUT/report.md.
+writes OUTPUT/results.json after each run (a repeated call resumes) and OUTPUT/report.md. `--quick` checks in about a
+minute that the script runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def report(results: list[dict[str, Any]]) -> str:
         nll, kl, match = (results[0][row][column] for column in COLUMNS)
         lines.append(f"| {name} | | | {nll:.3f} | {kl:.3f} | {100 * match:.1f} |")
     for run in RUNS:
-        if found := [r for r in results if r["run"] == run]:
+        if found := sorted((r for r in results if r["run"] == run), key=lambda r: int(r["seed"])):
             cells = [_spread([r["student_after"][column] for r in found], column) for column in COLUMNS]
             lines.append(f"| {run} | {found[0]['steps']} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -76,7 +77,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
     parser.add_argument("--output", type=Path, default=Path("build/self_distillation"))
+    parser.add_argument("--quick", action="store_true", help="two steps of the first run: meaningless figures")
     arguments = parser.parse_args(words)
+    if arguments.quick:
+        arguments.steps, arguments.seeds, arguments.runs = 2, [0], list(RUNS)[:1]
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "results.json"
     results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -89,7 +93,8 @@ def main(words: Sequence[str] | None = None) -> None:
         return {"run": run, "seed": seed, "steps": steps, **one(run, seed, steps, root)}
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for found in pool.map(work, [key for key in wanted if key not in there]):
+        for future in as_completed([pool.submit(work, key) for key in wanted if key not in there]):
+            found = future.result()
             results.append(found)
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             (arguments.output / "report.md").write_text(report(results), encoding="utf-8")

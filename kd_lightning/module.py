@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_lightning.console import enable_info_logging
 from kd_lightning.constants import moves_objective
-from kd_lightning.data.base import datamodule_of, max_length_of, tokenizer_of
+from kd_lightning.data.base import datamodule_of, max_length_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run
@@ -33,7 +33,7 @@ from kd_lightning.training.optimization import AccumulatingModule
 from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
-from kd_lightning.training.teacher_setup import cached_teacher, check_teacher_tokenizers, load_teacher
+from kd_lightning.training.teacher_setup import cached_teacher, compare_tokenizers, load_teacher
 
 
 class DistillationModule(PredictingModule, AccumulatingModule):
@@ -148,11 +148,16 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         """Folder or hub name of the student's tokenizer; None for a loaded model without a name."""
         return self.student_source.name
 
+    @property
+    def teacher_tokenizer_name(self) -> str | None:
+        """Folder or hub name of the teacher's tokenizer; None if it has none of its own."""
+        return None if self.teacher is None else self.teacher.name
+
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
         install_checkpoint_io(self.trainer.strategy)
         datamodule = datamodule_of(self.trainer)
-        check_teacher_tokenizers(self.teacher, tokenizer_of(self.trainer))
+        compare_tokenizers(self.trainer, self.teacher, self.model, self.reporter)
         check_label_columns(self.loss.token_loss.label_loss, self.teacher, self.responses, datamodule is not None)
         if stage == "fit" and self.trainer.world_size > 1:
             rows = {} if datamodule is None else datamodule.description()

@@ -189,7 +189,7 @@ class GenerationQuality(L.Callback):
         rows = datamodule.generation_rows(split, self.rows, role)
         prompts = [row["prompt_ids"] for row in rows]
         batches = length_batches([len(prompt) for prompt in prompts], self.batch_size)
-        generator = BatchGenerator(model, datamodule.tokenizer, sampling, seed, module.device)
+        generator = BatchGenerator(model, datamodule.tokenizer_of(role), sampling, seed, module.device)
         rank, ranks = data_parallel_rank(trainer)
         own = list(batches_of_rank(batches, rank=rank, ranks=ranks))
         own += [(0, batches[0])] * (-(-len(batches) // ranks) - len(own))  # ranks run a sharded model equally often

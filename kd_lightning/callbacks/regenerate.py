@@ -140,7 +140,7 @@ class Regeneration(L.Callback):
             connect(self.server, self._served_student(pl_module), datamodule, self.sampling)
         else:
             model = self._model(pl_module)
-            BatchGenerator(model, datamodule.tokenizer, self.sampling)
+            BatchGenerator(model, datamodule.tokenizer_of(self.side), self.sampling)
             self.sampling.max_prompt_tokens(model, datamodule.max_length)
         self._remove(trainer)
         self._before_pass = functools.partial(self.generate_pass, trainer, pl_module)

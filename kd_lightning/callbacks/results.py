@@ -185,7 +185,8 @@ class ResultsTable(L.Callback):
         """Share of rows with the right response; keeps a few responses as samples."""
         if model is None or not rows:
             return None
-        responses = greedy_responses(trainer, datamodule, model, rows, self.max_new_tokens, self.batch_size, name)
+        role = "teacher" if name == "teacher" else "student"
+        responses = greedy_responses(trainer, datamodule, model, rows, self.max_new_tokens, self.batch_size, name, role)
         kept = {row["index"]: row for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]}
         for index, text in responses.items():
             if index in kept:

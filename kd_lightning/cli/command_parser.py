@@ -22,6 +22,7 @@ OTHER_COMMANDS = {
     "preflight": "check a run for common misconfigurations before it starts",
     "compare": "compare finished or running runs",
     "cache": "cache the teacher's outputs for the data",
+    "prune": "cut a smaller model out of a larger one: fewer layers, narrower MLPs",
     "plan": "estimate the memory of a run on each of many ranks, without the hardware",
 }
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from kd_lightning.cli.checks.preflight_checks import DATA_CHECKS
+from kd_lightning.cli.checks.preflight_model_checks import MODEL_CHECKS
 from kd_lightning.cli.command_parser import CommandParser, path_argument
 from kd_lightning.cli.error_messages import expected, explain
-from kd_lightning.cli.preflight_checks import DATA_CHECKS
-from kd_lightning.cli.preflight_model_checks import MODEL_CHECKS
 from kd_lightning.cli.prepared_run import Finding, PreparedFit
 from kd_lightning.cli.program import run
 from kd_lightning.console import progress_bar

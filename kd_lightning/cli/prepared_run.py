@@ -15,16 +15,15 @@ from transformers import PreTrainedModel
 
 from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.trainer_cli import TrainerCLI
-from kd_lightning.constants import teacher_view
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.functional import log_softmax
 from kd_lightning.models.backbone import logits
 from kd_lightning.module import DistillationModule
+from kd_lightning.teachers.batches import member_names, teacher_batch, tokens_by_member
 from kd_lightning.training.evaluation import evaluated_batches, sums_and_counts
 from kd_lightning.training.student import StudentWithLoss
-from kd_lightning.training.teacher_setup import member_names, tokens_by_member
 
 Level = Literal["error", "warning", "note"]  # the run would be wasted; it may be; for information
 Findings = Iterator[tuple[Level, str]]
@@ -81,6 +80,7 @@ class PreparedFit:
         """The data module, with its rows tokenized."""
         data = self._datamodule
         data.use_tokenizer_of(self.module.tokenizer_name)
+        data.use_teacher_tokenizer_of(self.module.teacher_tokenizer_name)
         data.setup("fit")
         if data.sources["test"]:
             data.setup("test")
@@ -170,13 +170,15 @@ class PreparedFit:
 
     @cached_property
     def teacher_log_probs(self) -> Tensor | None:
-        """The teacher's, [N, V]; None without a teacher, and for one of which only the top k are known."""
+        """The teacher's, [N, V]; None without a teacher, if only its top k are known, and if it has other tokens."""
         if self.module.teacher is None or not self.module.teacher.knows_all_tokens:
+            return None
+        if self.datamodule.has_two_tokenizers:
             return None
         assert self.model is not None  # loads both
         with torch.no_grad(), forward_context(self.trainer):
-            found = self.module.teacher.logits(teacher_view(self.batches[0]))
-        return self._labeled(found, teacher_view(self.batches[0])["labels"]) if isinstance(found, Tensor) else None
+            found = self.module.teacher.logits(teacher_batch(self.batches[0]))
+        return self._labeled(found, teacher_batch(self.batches[0])["labels"]) if isinstance(found, Tensor) else None
 
     @staticmethod
     def _labeled(logits: Tensor, labels: Tensor) -> Tensor:

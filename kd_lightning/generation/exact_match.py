@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.base import DistillationDataModule, GenerationRow
 from kd_lightning.data.collate import left_pad
+from kd_lightning.data.tokenization import masked_id
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context
 from kd_lightning.models.generate import Sampling, generate
 
@@ -23,6 +24,7 @@ def greedy_responses(
     max_new_tokens: int,
     batch_size: int,
     name: str,
+    role: str = "student",
 ) -> dict[int, str]:
     """Greedy responses to this rank's share of some rows, by their `index`.
 
@@ -37,16 +39,17 @@ def greedy_responses(
         max_new_tokens: longest response.
         batch_size: prompts per batch.
         name: name of the model, for the progress bar.
+        role: of the model, "student" or "teacher", which may have a tokenizer of its own.
     """
     rank, ranks = data_parallel_rank(trainer)
     own_rows = sorted(rows[rank::ranks], key=lambda row: len(row["prompt_ids"]))
-    tokenizer, device = datamodule.tokenizer, model.device
+    tokenizer, device = datamodule.tokenizer_of(role), model.device
     responses: dict[int, str] = {}
     starts = range(0, -(-len(rows) // ranks), batch_size)
     for start in progress_bar(starts, f"{name} answers", shown=progress_bar_enabled(trainer)):
         own = own_rows[start : start + batch_size]
         batch = own or rows[:1]  # every rank runs a sharded model equally often
-        inputs = left_pad([row["prompt_ids"] for row in batch], datamodule.pad_id)
+        inputs = left_pad([row["prompt_ids"] for row in batch], masked_id(tokenizer))
         longest = max(len(ids) for ids in tokenizer([row["answer"] for row in batch])["input_ids"]) + 1
         sampling = Sampling(min(max_new_tokens, longest), temperature=0.0)
         with forward_context(trainer):

@@ -113,7 +113,8 @@ class PassGenerator(ResponsePass):
         order = list(dict.fromkeys(row for _, batch in own for row in batch))
         line = {row: number for number, row in enumerate(order)}
         seed = derive_seed(run_seed(), SIDES[self.side], number)
-        generator = BatchGenerator(self.model, self.datamodule.tokenizer, self.sampling, seed, self.device)
+        tokenizer = self.datamodule.tokenizer_of(self.side)
+        generator = BatchGenerator(self.model, tokenizer, self.sampling, seed, self.device)
         title = f"{self.side}, pass {number}"
         settings = {**vars(self.sampling), "seed": seed, "batch_size": self.batch_size}
         with self.file(trainer, [rows[row] for row in order], folder, number, self._weights(), settings) as file:

@@ -15,6 +15,7 @@ from kd_lightning.divergences import Divergence, ForwardKL
 from kd_lightning.engine.head import Head
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.losses.batch import Alignment
 from kd_lightning.losses.schedule_updates import update_from_means
 from kd_lightning.models.hf_adapter import base_model
 from kd_lightning.schedules import Weight
@@ -23,6 +24,7 @@ from kd_lightning.teachers.hf import as_teacher
 from kd_lightning.training.accumulation import AccumulationWindow
 from kd_lightning.training.student import ForwardPass, StudentWithLoss
 
+SAME_TOKENS = Alignment(None, None, None)
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """Distributed types of Accelerate whose LM head cannot be read outside of the model's forward."""
 
@@ -132,12 +134,12 @@ class DistillationMixin(Trainer):
             known = teacher.hidden(inputs)[:, :-1] if fused else teacher.logits(inputs)[:, :-1]
         if head is None or self._student.body is None or (isinstance(known, Tensor) and known_head is None):
             outputs = model(**inputs, use_cache=False)
-            return outputs, ForwardPass(outputs.logits[:, :-1], None, known, None, labels, columns)
+            return outputs, ForwardPass(outputs.logits[:, :-1], None, known, None, labels, columns, SAME_TOKENS)
         fewer = {} if whole else self._one_position()
         with _hidden_states(self._student.body) as seen:
             outputs = model(**inputs, use_cache=False, **fewer)
         (hidden,) = seen
-        return outputs, ForwardPass(hidden[:, :-1], head, known, known_head, labels, columns)
+        return outputs, ForwardPass(hidden[:, :-1], head, known, known_head, labels, columns, SAME_TOKENS)
 
     def _one_position(self) -> dict[str, int]:
         """The argument by which a model computes the logits of one position alone, if it has it."""

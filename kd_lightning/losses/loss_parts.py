@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -79,3 +80,22 @@ class LossParts:
             dist.all_reduce(divisor, group=group)
         ranks = dist.get_world_size(group)
         return self.loss * ranks / (divisor.clamp_min(1) if isinstance(divisor, Tensor) else divisor)
+
+
+OF_ALL_TOKENS = ("loss", "kd", "ce", "student_nll", "aligned", "gap")
+"""Values whose mean is over all tokens with a label, whether the teacher's input has a partner of them or not."""
+
+
+def measured_tokens(values: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The tokens over which the mean of a value is taken, 1 or 0 each, [N]; None: all of them.
+
+    With two tokenizers a divergence is measured where both models have read the same text, and the teacher's NLL where
+    besides the label has a partner.
+
+    Args:
+        values: of a `LossParts`.
+        name: of the value.
+    """
+    if name in OF_ALL_TOKENS or "aligned" not in values:
+        return None
+    return values["label_aligned" if name == "teacher_nll" else "aligned"]

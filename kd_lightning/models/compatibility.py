@@ -16,13 +16,17 @@ class LoadedRows(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the rows."""
+        """The student's tokenizer of the rows."""
+
+    @property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's."""
 
     def longest(self, role: str = "student") -> int:
         """Number of tokens of the longest row."""
 
-    def largest_id(self) -> int:
-        """The largest token id in the rows."""
+    def largest_id(self, role: str = "student") -> int:
+        """The largest token id in the rows, as a role reads them."""
 
 
 def check_models_fit_data(models: Mapping[str, nn.Module], datamodule: LoadedRows | None) -> Iterator[str]:
@@ -43,14 +47,15 @@ def check_models_fit_data(models: Mapping[str, nn.Module], datamodule: LoadedRow
 
 def _check(role: str, model: nn.Module, datamodule: LoadedRows) -> Iterator[str]:
     embeddings = input_embeddings(model)
-    known = num_embeddings(embeddings)
-    if known is not None and len(datamodule.tokenizer) > known and (largest := datamodule.largest_id()) >= known:
-        token = datamodule.tokenizer.convert_ids_to_tokens(largest)
+    known, side = num_embeddings(embeddings), role.split()[0]
+    tokenizer = datamodule.teacher_tokenizer if side == "teacher" else datamodule.tokenizer
+    if known is not None and len(tokenizer) > known and (largest := datamodule.largest_id(side)) >= known:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
             f"token {largest} ({token!r}) of the data is outside of the {role}'s {known} embeddings: call "
             "resize_token_embeddings on the model, or do not add tokens to the tokenizer"
         )
-    positions, longest = max_positions(base_model(model)), datamodule.longest(role.split()[0])
+    positions, longest = max_positions(base_model(model)), datamodule.longest(side)
     if positions is None or longest <= positions:
         return
     text = f"a row has {longest} tokens and the {role} max_position_embeddings of {positions}: lower data.max_length"

@@ -139,6 +139,19 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def number_of_layers(model: PreTrainedModel) -> int:
+    """Number of layers of the decoder. Families name it `num_hidden_layers`, or map that name to their own."""
+    found = getattr(text_config(model), "num_hidden_layers", None)
+    return found if isinstance(found, int) else 0
+
+
+def set_number_of_layers(config: PreTrainedConfig, count: int) -> None:
+    """Set the number of layers of a decoder, under the name that its family gives it."""
+    config.num_hidden_layers = count
+    if hasattr(config, "decoder_layers"):  # the OPT-like families that were made from encoder-decoder models
+        config.decoder_layers = count
+
+
 # ---------------------------------------------------------------------------------------------------------- tokenizers
 def has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer gives the characters of each token: only those of the `tokenizers` library do."""

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX, teacher_view
-from kd_lightning.distributed.dtensor import is_sharded
+from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.divergences import ForwardKL
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
@@ -29,11 +28,13 @@ from kd_lightning.models.generate import (
     require_eos_token_ids,
 )
 from kd_lightning.models.hf_adapter import max_positions, text_config
-from kd_lightning.rollout.batches import Batch, append, append_for_teacher, live_tokens, prompts
+from kd_lightning.rollout.batches import Batch, Translate, append, append_for_teacher, live_tokens, prompts
 from kd_lightning.rollout.log_probs import LogProb, cut_head
 from kd_lightning.rollout.served import Request, ServedWriter, Upcoming, as_tokens, numbered_prompts
+from kd_lightning.rollout.teacher_mixture import unsharded_model
 from kd_lightning.seeding import derive_seed
 from kd_lightning.teachers.base import StudentModel, Teacher, generating_model
+from kd_lightning.teachers.batches import teacher_batch
 
 
 class ResponseSource(nn.Module, ABC):
@@ -122,6 +123,7 @@ class RolloutContext:
         rank: this process among those that read different rows.
         ranks: number of those processes.
         max_length: longest row of the data in tokens; longer responses are truncated.
+        translate: turns responses into the teacher's tokens; None: student and teacher have one tokenizer.
         upcoming: the next batch of the data; None: there is none, or it is not read ahead.
 
     Attributes:
@@ -139,6 +141,7 @@ class RolloutContext:
     rank: int = 0
     ranks: int = 1
     max_length: int | None = None
+    translate: Translate | None = None
     upcoming: Upcoming | None = None
     notes: dict[str, Mean] = field(default_factory=dict)
     seconds: float = 0.0
@@ -198,7 +201,7 @@ class RolloutContext:
         ends = torch.tensor(require_eos_token_ids(student), device=tokens.device)
         live = live_tokens(tokens, ends, labeled) & complete
         generated = append(batch, (ids, mask), tokens, live, self.max_length)
-        generated |= append_for_teacher(batch, generated, tokens, live)
+        generated |= append_for_teacher(batch, generated, tokens, live, self.translate)
         labels = generated["labels"][labeled]
         lengths = labels.ne(IGNORE_INDEX).sum(1)
         finished = torch.isin(labels, ends).any(1)
@@ -223,7 +226,7 @@ class RolloutContext:
 
     def _with_room(self, sampling: Sampling, batch: Batch, limit: int | None = None) -> Sampling:
         """The sampling, cut to what student, teacher, and a server with this limit can read after the prompts."""
-        width, own_width = (prompts(dict(view))[0].shape[1] for view in (batch, teacher_view(batch)))
+        width, own_width = (prompts(dict(view))[0].shape[1] for view in (batch, teacher_batch(batch)))
         limits = [(limit, width), (max_positions(self.model.student), width)]  # type: ignore[arg-type]
         if (teacher := generating_model(self.teacher)) is not None:
             limits.append((max_positions(teacher), own_width))  # type: ignore[arg-type]
@@ -231,8 +234,12 @@ class RolloutContext:
         return dataclasses.replace(sampling, max_new_tokens=max(1, room))
 
     def _processors(self, batch: Batch, sampling: Sampling, teacher_share: float) -> list[Any]:
+        if self.translate is not None:
+            if teacher_share > 0:
+                raise self._one_tokenizer("a mixture of student and teacher that is sampled from")
+            return []
         if teacher_share > 0:
-            teacher, prompt = unsharded_model(self.teacher), prompts(dict(teacher_view(batch)))
+            teacher, prompt = unsharded_model(self.teacher), prompts(dict(teacher_batch(batch)))
             return [TeacherMixture(teacher, teacher_share, sampling.temperature or 1.0, *prompt)]
         known = None if self.teacher is None else self.teacher.vocabulary
         return [RestrictVocabulary(known)] if known is not None and known < self.vocabulary else []
@@ -252,12 +259,14 @@ class RolloutContext:
         Returns:
             The student's and the teacher's, [B, T], each at the position of its label, 0 at positions without a label.
         """
+        if self.translate is not None:
+            raise self._one_tokenizer("a reward from the teacher's log-probability of each token")
         began = time.perf_counter()
         loss = DistillationLoss(
             ForwardKL(), ce_weight=1.0, temperature=temperature, label_loss=LogProb(), compile=False
         )
         labeled = batch["labels"][:, 1:] != IGNORE_INDEX
-        found, own = [], teacher_view(batch)
+        found, own = [], teacher_batch(batch)
         students = self.model.call(self._student_states, batch)
         for (hidden, head), view in ((students, batch), (self._teacher_states(own), own)):
             labels = view["labels"][:, 1:]  # the k-th label of a row is the same token on both sides
@@ -270,6 +279,13 @@ class RolloutContext:
             found.append(full)
         self.seconds += time.perf_counter() - began
         return found[0], found[1]
+
+    @staticmethod
+    def _one_tokenizer(what: str) -> ValueError:
+        return ValueError(
+            f"{what} needs one tokenizer, and teacher and student have two: use another source of responses, such as "
+            "OnPolicy, or a teacher with the student's tokenizer"
+        )
 
     @torch.no_grad()
     def _student_states(self, batch: Batch) -> tuple[Tensor, Head | None]:
@@ -299,19 +315,3 @@ class RolloutContext:
                 "only: use a teacher that is loaded"
             )
         return known[:, :-1, :width], None
-
-
-def unsharded_model(teacher: Teacher | None) -> Any:
-    """The teacher's model, unsharded, for sampling from a mixture with it.
-
-    Raises:
-        ValueError: the teacher cannot generate, or is sharded.
-    """
-    model = generating_model(teacher)
-    if model is None:
-        kind = "no teacher" if teacher is None else type(teacher).__name__
-        raise ValueError(f"teacher_share must be 0 unless the teacher can generate: it must be a model, got {kind}")
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        # generation keeps running the sharded student on ranks that are done, but not the teacher
-        raise ValueError("teacher_share must be 0 if the strategy shards the teacher (fsdp2): use ddp")
-    return model

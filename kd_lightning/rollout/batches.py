@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kd_lightning.constants import IGNORE_INDEX, SOURCES, TEACHER_FIELDS, teacher_view
+from kd_lightning.constants import IGNORE_INDEX, SOURCES, TEACHER_FIELDS, TEACHER_POSITIONS
+from kd_lightning.data.alignment.two_tokenizers import TeacherResponse
+from kd_lightning.teachers.batches import teacher_batch
 
 Batch = dict[str, Tensor]
+Translate = Callable[[Sequence[int]], TeacherResponse]
+"""A response of the student in the tokens of a teacher with another tokenizer."""
 
 
 def prompts(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -41,7 +45,9 @@ def live_tokens(tokens: Tensor, ends: Tensor, labeled: Tensor) -> Tensor:
     return (over.cumsum(1) - over == 0) & labeled.unsqueeze(1)
 
 
-def append_for_teacher(batch: Batch, generated: Batch, tokens: Tensor, live: Tensor) -> Batch:
+def append_for_teacher(
+    batch: Batch, generated: Batch, tokens: Tensor, live: Tensor, translate: Translate | None = None
+) -> Batch:
     """The fields of the teacher's own input for generated responses; none if the batch has no such input.
 
     Args:
@@ -49,13 +55,39 @@ def append_for_teacher(batch: Batch, generated: Batch, tokens: Tensor, live: Ten
         generated: from `append`; a response that is truncated there is cut after the same token.
         tokens: responses [B, N].
         live: which of these tokens are part of the response, [B, N].
+        translate: for a teacher with another tokenizer.
     """
     if TEACHER_FIELDS["labels"] not in batch:
         return {}
-    view = dict(teacher_view(batch))
+    view = dict(teacher_batch(batch))
     kept = generated["labels"].ne(IGNORE_INDEX).sum(1, keepdim=True)
-    own = append(view, prompts(view), tokens, live & (live.cumsum(1) <= kept))
+    live = live & (live.cumsum(1) <= kept)
+    if translate is not None:
+        return _translated(prompts(view), generated["labels"], tokens, live, translate)
+    own = append(view, prompts(view), tokens, live)
     return {TEACHER_FIELDS[name]: own[name] for name in TEACHER_FIELDS}
+
+
+def _translated(
+    prompt: tuple[Tensor, Tensor], labels: Tensor, tokens: Tensor, live: Tensor, translate: Translate
+) -> Batch:
+    """The fields of a teacher with another tokenizer, and where it is read for each of the student's labels."""
+    rows, positions = [], torch.full_like(labels, -1)
+    for number, (ids, mask) in enumerate(zip(*prompt, strict=True)):
+        before = ids[mask.bool()].tolist()
+        found = translate(tokens[number][live[number]].tolist())
+        rows.append((before + found.ids, [IGNORE_INDEX] * len(before) + found.labels))
+        read = [len(before) + position if position >= 0 else -1 for position in found.positions]
+        positions[number, labels[number] != IGNORE_INDEX] = labels.new_tensor(read)
+    width = max(len(ids) for ids, _ in rows)
+    padded = [(ids + [0] * (width - len(ids)), own + [IGNORE_INDEX] * (width - len(own))) for ids, own in rows]
+    lengths = labels.new_tensor([len(ids) for ids, _ in rows])
+    return {
+        TEACHER_FIELDS["input_ids"]: labels.new_tensor([ids for ids, _ in padded]),
+        TEACHER_FIELDS["attention_mask"]: (torch.arange(width, device=labels.device) < lengths.unsqueeze(1)).long(),
+        TEACHER_FIELDS["labels"]: labels.new_tensor([own for _, own in padded]),
+        TEACHER_POSITIONS: positions,
+    }
 
 
 def append(
@@ -120,7 +152,8 @@ def gather_rows(batch: Batch, ranks: int, gather: Callable[[Tensor], Sequence[Te
 def pad_rows(column: Tensor, rows: int, width: int, name: str) -> Tensor:
     """The column padded to this number of rows and, if it has tokens, to this width; padding has no labels."""
     shape = (rows, width) if column.ndim == 2 else (rows,)
-    out = column.new_full(shape, IGNORE_INDEX if name in ("labels", TEACHER_FIELDS["labels"]) else 0)
+    empty = {"labels": IGNORE_INDEX, TEACHER_FIELDS["labels"]: IGNORE_INDEX, TEACHER_POSITIONS: -1}.get(name, 0)
+    out = column.new_full(shape, empty)
     out[tuple(slice(size) for size in column.shape)] = column
     return out
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS
 from kd_lightning.engine.validation import check_count, check_temperature
 from kd_lightning.models.generate import Sampling
-from kd_lightning.rollout.base import ResponseSource, RolloutContext, unsharded_model
+from kd_lightning.rollout.base import ResponseSource, RolloutContext
 from kd_lightning.rollout.batches import Batch, gather_rows
 from kd_lightning.rollout.replay import ReplayBuffer
+from kd_lightning.rollout.teacher_mixture import unsharded_model
 from kd_lightning.schedules import Weight, check_flag, check_number, check_weight, value
 from kd_lightning.teachers.base import Teacher
 

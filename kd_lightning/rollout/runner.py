@@ -92,6 +92,7 @@ class RolloutRunner:
         self._micro = self._micro + 1 if self._step == trainer.global_step else 0
         self._step = trainer.global_step
         rank, ranks = data_parallel_rank(trainer)
+        data = datamodule_of(trainer)
         context = RolloutContext(
             student,
             teacher,
@@ -103,6 +104,7 @@ class RolloutRunner:
             rank=rank,
             ranks=ranks,
             max_length=max_length_of(trainer),
+            translate=data.teacher_response if data is not None and data.has_two_tokenizers else None,
             upcoming=self._upcoming(batch, trainer),
         )
         drawn = self.source(batch, context)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd_lightning.divergences import Divergence
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK, check_lower_bound
+from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.losses import DistillationLoss
 
 
@@ -48,8 +49,16 @@ class TokenizedData(Protocol):
         """The `TextTokenizer` that turned the rows into tokens."""
 
     @property
+    def teacher_text_tokenizer(self) -> Any:
+        """The same for the teacher's input."""
+
+    @property
     def teacher_has_own_input(self) -> bool:
         """Whether the teacher reads something else than the student."""
+
+    @property
+    def vocabulary_map(self) -> VocabularyMap | None:
+        """The tokens that student and teacher share; None: they have one tokenizer."""
 
     def every_row(self, split: str) -> Iterable[dict[str, Tensor]]:
         """Batches that together hold every row of a split once (this rank's share of them)."""

@@ -14,13 +14,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.console import progress_bar
-from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS, teacher_view
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS
 from kd_lightning.distributed.signals import StopRequest, finish_on_signal, stop
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK, top_k
 from kd_lightning.folder_lock import folder_lock, remove_leftovers
 from kd_lightning.teachers.base import Teacher, TokenizedData
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.cache_format import (
     DTYPES,
     KINDS,
@@ -148,7 +149,7 @@ def _fill(
         reader, digest = CacheReader(folder, manifest.digest), DataDigest()  # a row may be in two splits
         batches = data.every_row(split)
         total = len(batches) if isinstance(batches, Sized) else None
-        ahead = read_ahead(map(teacher_view, batches), functools.partial(_prefetch_new, teacher, reader))
+        ahead = read_ahead(map(teacher_batch, batches), functools.partial(_prefetch_new, teacher, reader))
         try:
             for batch in progress_bar(ahead, f"Teacher, {split}", total, shown=bar):
                 _add_new_rows(teacher, batch, manifest, reader, writer, digest, ranks, request)
@@ -300,7 +301,8 @@ def _manifest(
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
     vocabulary = student_vocabulary if head is None else len(head.weight)
     if kind == "top_k":
-        vocabulary = min(vocabulary, student_vocabulary)
+        shared = data.vocabulary_map
+        vocabulary = min(vocabulary, student_vocabulary) if shared is None else shared.teacher_size
         if not 1 <= k < vocabulary:
             raise ValueError(f"k must lie in [1, {vocabulary - 1}], as there are {vocabulary} tokens, got {k}")
     return CacheManifest(

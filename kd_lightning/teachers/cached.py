@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kd_lightning.constants import teacher_view
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
@@ -22,6 +21,7 @@ from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.paths import expand_path
 from kd_lightning.teachers.base import CachedOutputs, RunContext, Teacher, TokenizedData
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.cache_format import (
     DTYPES,
     MANIFEST,
@@ -126,7 +126,7 @@ class CachedTeacher(Teacher):
         reader = self._opened()
         for split in data.splits:
             digest, missing = DataDigest(), []
-            for batch in map(teacher_view, data.every_row(split)):
+            for batch in map(teacher_batch, data.every_row(split)):
                 keys, labeled = row_keys(batch), next_token_mask(batch["labels"]).any(1)
                 digest.add(keys[labeled])
                 missing += batch["row_ids"][labeled & (reader.find(keys) < 0)].tolist()

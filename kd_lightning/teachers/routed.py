@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
+from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.teachers.base import RunContext, Teacher, TeacherShare, TokenizedData
 from kd_lightning.teachers.hf import as_teacher
 
@@ -268,6 +269,16 @@ class _RowsOfOne:
     def text_tokenizer(self) -> Any:
         """The `TextTokenizer` that turned the rows into tokens."""
         return self._data.text_tokenizer
+
+    @property
+    def teacher_text_tokenizer(self) -> Any:
+        """The same for the teacher's input."""
+        return self._data.teacher_text_tokenizer
+
+    @property
+    def vocabulary_map(self) -> VocabularyMap | None:
+        """The tokens that student and teacher share; None: they have one tokenizer."""
+        return self._data.vocabulary_map
 
     @property
     def teacher_has_own_input(self) -> bool:

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from kd_lightning.constants import teacher_view
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.openai_client import OpenAIClient, ServerError
 from kd_lightning.models.scoring.scorer import PromptScorer, detect_dialect
 from kd_lightning.teachers.base import RunContext, Teacher
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.cache_format import row_keys
 from kd_lightning.teachers.server_answers import AnswersAhead, as_top_k
 from kd_lightning.teachers.server_checks import SameModel, check_labels, check_scores
@@ -110,7 +110,8 @@ class ServerTeacher(Teacher):
     def attach(self, run: RunContext) -> None:
         """Take the student's vocabulary and the rows, and check that the loss can be computed from the top k."""
         self._run = run
-        self._vocabulary = run.student.vocabulary
+        known = None if run.data is None else run.data.vocabulary_map
+        self._vocabulary = run.student.vocabulary if known is None else known.teacher_size
         if not self.is_exact:
             run.check_top_k_loss()
 
@@ -121,7 +122,7 @@ class ServerTeacher(Teacher):
         if self._run is None or self._vocabulary is None:
             raise ValueError("ServerTeacher must be attached to a run before it is loaded")
         data = self._run.data
-        tokenizer = None if data is None else data.text_tokenizer.tokenizer
+        tokenizer = None if data is None else data.teacher_text_tokenizer.tokenizer
         model = self._client.select_model(self._model)
         listed = self._client.models()
         if listed and model not in listed:
@@ -150,7 +151,7 @@ class ServerTeacher(Teacher):
         data, found = None if self._run is None else self._run.data, []
         for split in () if data is None else data.splits:
             assert data is not None
-            for batch in itertools.islice(map(teacher_view, data.every_row(split)), 1):
+            for batch in itertools.islice(map(teacher_batch, data.every_row(split)), 1):
                 found = [row for _, row in self._rows(batch).values()] or [_Row(ids, [], "") for ids in _prompts(batch)]
         return found
 
@@ -159,7 +160,7 @@ class ServerTeacher(Teacher):
 
     def prefetch(self, batch: Mapping[str, Tensor]) -> None:
         """Ask for the rows of a batch that is read later; does not wait."""
-        self._answers.announce(dict(self._rows(teacher_view(batch)).values()))
+        self._answers.announce(dict(self._rows(teacher_batch(batch)).values()))
 
     def _rows(self, batch: Mapping[str, Tensor]) -> dict[int, tuple[bytes, _Row]]:
         """The rows of a batch that have a label, and their keys, by number."""

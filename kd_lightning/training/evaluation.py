@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.losses.loss_parts import measured_tokens
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.training.base import StudentTeacherModule
@@ -67,12 +68,17 @@ def limited_batches(loader: Any, limit: int | float) -> int:
 
 
 def sums_and_counts(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sum and count of the labeled tokens' values over batches, by name, each [2] in float64."""
+    """Sum and count of the labeled tokens' values over batches, by name, each [2] in float64.
+
+    With two tokenizers, of those tokens where a value is measured.
+    """
     sums: dict[str, Tensor] = {}
     for values in batches:
         for name, value in values.items():
+            tokens = measured_tokens(values, name)
             value = value.double()
-            total = torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
+            count = value.new_tensor(float(value.numel())) if tokens is None else tokens.double().sum()
+            total = torch.stack([value.sum(), count])
             sums[name] = sums[name] + total if name in sums else total
     return sums
 

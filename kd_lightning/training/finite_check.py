@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_lightning.constants import teacher_view
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.routed import rows_of
 
 Batch = Mapping[str, Tensor]
@@ -127,7 +127,7 @@ def _finite_logits(teacher: Teacher, batch: Batch) -> bool:
     Logits of −inf are finite in this sense, because they exclude a token; at least one must be larger.
     """
     return all(
-        _finite_share(share.teacher, teacher_view(rows_of(batch, share.rows))) for share in teacher.shares(batch)
+        _finite_share(share.teacher, teacher_batch(rows_of(batch, share.rows))) for share in teacher.shares(batch)
     )
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
 from kd_lightning.losses import DistillationLoss, LossParts, check_monitors
+from kd_lightning.losses.loss_parts import measured_tokens
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.schedules import Schedule
 from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.batches import member_names, tokens_by_member
 from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
-from kd_lightning.training.teacher_setup import member_names, tokens_by_member
 
 TRAINING = ("loss", "kd", "ce", "student_share", "grad_norm")  # means that are logged as `train/NAME`
 
@@ -35,7 +36,8 @@ class EvaluationReporter:
         monitors: the same as a module; it must be a submodule of the Lightning module.
         metrics: token means by `STAGE_NAME`; they must be a submodule of the Lightning module.
         loss: the evaluation loss.
-        components: measures the components of the training loss; None without a teacher.
+        components: measures the components of the training loss; None without a teacher, and with two tokenizers.
+        two_tokenizers: whether the teacher reads other tokens than the student.
 
     Raises:
         ValueError: the name of a monitor is not allowed.
@@ -52,21 +54,25 @@ class EvaluationReporter:
         self.divergences = measured
         self.monitors = nn.ModuleDict(measured)
         self.metrics = nn.ModuleDict()
-        self.loss = DistillationLoss(
-            loss.objective,
-            ce_weight=loss.ce_weight,
-            temperature=loss.token_loss.temperature,
-            reduction=loss.reduction,
-            monitors={**measured, **({"head_kl": PartialKL("head")} if default else {})},
-            diagnostics=True,
-        )
+        self.two_tokenizers = False
+        self.loss = _evaluation_loss(loss, {**measured, **({"head_kl": PartialKL("head")} if default else {})})
         self.components = component_loss(loss.objective) if has_teacher else None
+
+    def use_two_tokenizers(self) -> None:
+        """Measure where both models have read the same text, without what depends on the order of the vocabulary.
+
+        The top of a distribution is not defined where tokens of two vocabularies are merged.
+        """
+        self.two_tokenizers = True
+        self.loss = _evaluation_loss(self.loss, self.divergences)
+        self.components = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the values that validation logs as `val/NAME`."""
         names = self.loss.token_loss.names(self.has_teacher)
         totals = ["ce" if name == "student_nll" else name for name in names if name not in ("loss", "ce")]
+        totals += ["aligned_share"] if self.two_tokenizers else []
         return (*totals, *(f"{name}/{member}" for name in totals for member in member_names(self._teacher)))
 
     @staticmethod
@@ -76,6 +82,13 @@ class EvaluationReporter:
         values["ce"] = values.pop("student_nll")
         values.pop("loss")
         return values
+
+    @staticmethod
+    def _measured(values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Names that are logged, values, and the tokens over which their means are taken."""
+        for name, value in values.items():
+            if name != "label_aligned":
+                yield "aligned_share" if name == "aligned" else name, value, measured_tokens(values, name)
 
     def metric(self, stage: str, name: str, device: torch.device) -> tuple[str, TokenMean]:
         """Key and metric of one value in a stage, created on first use."""
@@ -101,13 +114,14 @@ class EvaluationReporter:
             Name that is logged, path of the metric, and metric.
         """
         members = list(zip(member_names(self._teacher), tokens_by_member(self._teacher, batch), strict=True))
-        for name, value in values.items():
-            found = {f"{stage}/{name}": (name, value)}
+        for name, value, tokens in self._measured(values):
+            found = {f"{stage}/{name}": (name, value, tokens)}
             for number, (member, own) in enumerate(members):
-                found[f"{stage}/{name}/{member}"] = (f"{name}/{number}", value[own])  # no dots in names of modules
-            for logged, (key_name, chosen) in found.items():
+                part = None if tokens is None else tokens[own]
+                found[f"{stage}/{name}/{member}"] = (f"{name}/{number}", value[own], part)  # no dots in module names
+            for logged, (key_name, chosen, weights) in found.items():
                 key, metric = self.metric(stage, key_name, device)
-                metric.update(chosen)
+                metric.update(chosen, weights)
                 yield logged, f"evaluation.{key}", metric
 
     def mean(self, stage: str, name: str) -> float | None:
@@ -128,6 +142,7 @@ class EvaluationReporter:
         """
         names = (*TRAINING, *sorted(notes))
         scalars = {f"train/{name}": means[name] for name in names if name in means}
+        scalars |= {"train/aligned_share": means["aligned"]} if "aligned" in means else {}
         scalars |= {name: means[name] for name in means if name.startswith(PREFIX)}
         scalars |= {f"train/{name}": means[name] for name in means if name.startswith(("token_weight", "tokens_kept"))}
         for path, schedule in schedules.items():
@@ -135,6 +150,18 @@ class EvaluationReporter:
             if value.ndim == 0:
                 scalars[f"schedule/{path}"] = value
         return scalars
+
+
+def _evaluation_loss(loss: DistillationLoss, monitors: Mapping[str, Divergence]) -> DistillationLoss:
+    """A loss with the same terms, with monitors and diagnostics."""
+    return DistillationLoss(
+        loss.objective,
+        ce_weight=loss.ce_weight,
+        temperature=loss.token_loss.temperature,
+        reduction=loss.reduction,
+        monitors=monitors,
+        diagnostics=True,
+    )
 
 
 def _default_monitors() -> dict[str, Divergence]:

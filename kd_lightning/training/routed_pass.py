@@ -58,6 +58,7 @@ class RoutedPass:
             _merged([part.by_response for part in parts]),
             _merged([part.components for part in parts]),
             {path: _sum([part.token_weights[path] for part in parts]) for path in parts[0].token_weights},
+            loss.reduction,
         )
 
     def _order(self) -> Tensor:

@@ -10,13 +10,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX, teacher_view
+from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX, TEACHER_POSITIONS
 from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.fsdp2 import ShardableStudent
 from kd_lightning.distributed.vocab_parallel import head_on_rank
 from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK
+from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.losses.batch import Alignment
 from kd_lightning.models.backbone import body_and_head, head_settings, hidden_states, logits, with_current_weights
 from kd_lightning.models.hf_adapter import (
     base_model,
@@ -29,12 +31,13 @@ from kd_lightning.models.loading import checked_kwargs, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
 from kd_lightning.teachers.base import Teacher, TeacherShare
+from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.routed import rows_of
 from kd_lightning.training.loss_components import component_sums
 from kd_lightning.training.routed_pass import RoutedPass
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
-NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids", TEACHER_INDEX, *TEACHER_FIELDS.values())
+NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids", TEACHER_INDEX, TEACHER_POSITIONS, *TEACHER_FIELDS.values())
 Split = Callable[[Any], tuple[nn.Module, Head]]  # a model into its body and its LM head
 
 
@@ -102,7 +105,7 @@ class ForwardPass:
         teacher_head: the teacher's LM head.
         labels: [B, T].
         columns: extra inputs per token, [B, T] or [B].
-        teacher_labels: labels in the teacher's own input, [B, Tt]; None: its input is the student's.
+        alignment: how the teacher's tokens correspond to the student's.
     """
 
     student: Tensor
@@ -111,7 +114,7 @@ class ForwardPass:
     teacher_head: Head | None
     labels: Tensor
     columns: Mapping[str, Tensor]
-    teacher_labels: Tensor | None = None
+    alignment: Alignment
 
     @property
     def knows_all_tokens(self) -> bool:
@@ -121,9 +124,9 @@ class ForwardPass:
     def loss(self, loss: DistillationLoss) -> LossParts:
         """A loss of these outputs."""
         if self.student_head is None:
-            return loss.from_logits(self.student, self.teacher, self.labels, self.columns, self.teacher_labels)
+            return loss.from_logits(self.student, self.teacher, self.labels, self.columns, *self.alignment)
         models = (self.student, self.student_head, self.teacher, self.teacher_head)
-        return loss.from_hidden(*models, self.labels, self.columns, self.teacher_labels)
+        return loss.from_hidden(*models, self.labels, self.columns, *self.alignment)
 
 
 class StudentWithLoss(ShardableStudent):
@@ -142,6 +145,7 @@ class StudentWithLoss(ShardableStudent):
         self.loss = loss
         self._head: Head | None = None  # its settings alone: the weights are read from the model each time
         self._body: list[nn.Module] = []  # kept in a list so that it is not registered as a second submodule
+        self._vocabulary_map: VocabularyMap | None = None
         if student is not None:
             self.set_student(student)
 
@@ -159,6 +163,10 @@ class StudentWithLoss(ShardableStudent):
             self._body = [body]
         except ValueError as error:
             rank_zero_info(f"student: {error}; full logits are used instead")
+
+    def use_vocabulary_map(self, vocabulary_map: VocabularyMap | None) -> None:
+        """Set the tokens that student and teacher share; None: they have one tokenizer."""
+        self._vocabulary_map = vocabulary_map
 
     @property
     def has_student(self) -> bool:
@@ -222,15 +230,15 @@ class StudentWithLoss(ShardableStudent):
     def _run_pair(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:
         """Run a teacher on all rows, then the student."""
         inputs = {name: batch[name] for name in MODEL_INPUTS}
-        columns = _columns(batch, teacher is not None)
+        columns = self._columns(batch, teacher is not None)
         head, teacher_head = self.head(), None if teacher is None else teacher.head
         known: Tensor | TopK | None = None
         if teacher is not None and (head is None or teacher_head is None):
-            known, teacher_head = teacher.logits(teacher_view(batch))[:, :-1], None
+            known, teacher_head = teacher.logits(teacher_batch(batch))[:, :-1], None
         if head is None or self.body is None or isinstance(known, Tensor):
             return ForwardPass(logits(self.student, **inputs)[:, :-1], None, known, None, *columns)
         if teacher is not None and teacher_head is not None:
-            known = teacher.hidden(teacher_view(batch))[:, :-1]
+            known = teacher.hidden(teacher_batch(batch))[:, :-1]
         return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, *columns)
 
     def _run_routed(self, batch: dict[str, Tensor], shares: list[TeacherShare]) -> RoutedPass:
@@ -246,7 +254,7 @@ class StudentWithLoss(ShardableStudent):
         for rows, teacher, teacher_head in known:
             if rows is None or not len(rows):  # run for the other ranks
                 continue
-            own, columns = outputs[rows], _columns(rows_of(batch, rows))
+            own, columns = outputs[rows], self._columns(rows_of(batch, rows))
             if head is not None and isinstance(teacher, Tensor) and teacher_head is None:
                 passes.append((rows, ForwardPass(head.logits(own), None, teacher, None, *columns)))
             else:
@@ -258,15 +266,22 @@ class StudentWithLoss(ShardableStudent):
         batch: dict[str, Tensor], share: TeacherShare, head: Head | None
     ) -> tuple[Tensor | TopK, Head | None]:
         """Hidden states and LM head of a teacher on its rows, or its distribution without a head."""
-        own, teacher_head = teacher_view(rows_of(batch, share.rows)), share.teacher.head
+        own, teacher_head = teacher_batch(rows_of(batch, share.rows)), share.teacher.head
         if head is None or teacher_head is None:
             return share.teacher.logits(own)[:, :-1], None
         return share.teacher.hidden(own)[:, :-1], teacher_head
 
-
-def _columns(batch: dict[str, Tensor], has_teacher: bool = True) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """Labels, extra inputs per token, and labels of the teacher's own input if any, each without the first token."""
-    columns = {name: column for name, column in batch.items() if name not in NOT_COLUMNS}
-    own = batch.get(TEACHER_FIELDS["labels"]) if has_teacher else None
-    shifted = {name: column[:, 1:] if column.ndim == 2 else column for name, column in columns.items()}
-    return batch["labels"][:, 1:], shifted, None if own is None else own[:, 1:]
+    def _columns(
+        self, batch: dict[str, Tensor], has_teacher: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor], Alignment]:
+        """Labels and extra inputs per token, each without the first token, and how the teacher's tokens correspond."""
+        columns = {name: column for name, column in batch.items() if name not in NOT_COLUMNS}
+        shifted = {name: column[:, 1:] if column.ndim == 2 else column for name, column in columns.items()}
+        own = batch.get(TEACHER_FIELDS["labels"]) if has_teacher else None
+        read = batch.get(TEACHER_POSITIONS) if has_teacher else None
+        alignment = Alignment(
+            None if own is None else own[:, 1:],
+            None if read is None else self._vocabulary_map,
+            None if read is None else (read[:, 1:] - 1).clamp_min(-1),  # its distribution of a token stands before it
+        )
+        return batch["labels"][:, 1:], shifted, alignment

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.console import progress_bar_enabled
-from kd_lightning.data.base import datamodule_of
+from kd_lightning.data.base import DistillationDataModule, datamodule_of, tokenizer_of
 from kd_lightning.distributed.collectives import sum_over_ranks
 from kd_lightning.distributed.trainer import forward_context
-from kd_lightning.engine.label_mask import next_token_mask
+from kd_lightning.losses.arguments import check_aligned
 from kd_lightning.models.loading import check_tokenizers
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.cache_writer import Ranks, cache_teacher
+from kd_lightning.training.reporter import EvaluationReporter
+from kd_lightning.training.student import StudentWithLoss
 
 
-def check_teacher_tokenizers(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Check that every teacher with a tokenizer of its own has the tokens of the data.
+def check_teacher_tokenizers(
+    teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase | None, two_tokenizers: bool = False
+) -> None:
+    """Check that every teacher with a tokenizer of its own has the tokens that the data has for it.
+
+    Args:
+        teacher: None: there is none.
+        tokenizer: of the teacher's input; None: unknown.
+        two_tokenizers: whether that is another one than the student's.
 
     Raises:
-        ValueError: a token differs.
+        ValueError: a token differs; the teacher is the student itself, and has the student's tokenizer.
     """
     if teacher is None or tokenizer is None:
         return
+    if two_tokenizers and (teacher.shares_student or teacher.starts_as_student):
+        raise ValueError(
+            f"teacher_tokenizer must not be given with a {type(teacher).__name__}: the teacher is the student itself"
+        )
     for member in teacher.members.values():
         if member.name is not None:
             check_tokenizers(member.name, tokenizer)
@@ -42,21 +55,6 @@ def load_teacher(teacher: Teacher, run: RunContext) -> nn.Module | None:
     teacher.attach(run)
     teacher.load()
     return teacher.state
-
-
-def member_names(teacher: Teacher | None) -> tuple[str, ...]:
-    """Names of the teachers that a teacher is made of; empty if it is not made of others."""
-    return () if teacher is None else tuple(name for name in teacher.members if name)
-
-
-def tokens_by_member(teacher: Teacher | None, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    """For each of `member_names`, which labeled tokens of a batch it teaches, [N] each."""
-    index = None if teacher is None else teacher.member_indices(batch)
-    if index is None or teacher is None:
-        return ()
-    labeled = next_token_mask(batch["labels"])
-    own = index.unsqueeze(1).expand_as(labeled)[labeled]
-    return [own == number for number in range(len(teacher.members))]
 
 
 def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int, device: torch.device) -> Teacher:
@@ -80,3 +78,58 @@ def cached_teacher(trainer: L.Trainer, teacher: Teacher, student_vocabulary: int
     ranks, bar = Ranks(trainer.global_rank, sum_over_ranks(trainer)), progress_bar_enabled(trainer)
     with forward_context(trainer):
         return cache_teacher(folder, teacher, datamodule, student_vocabulary, device, ranks, bar)
+
+
+FEW_LABELS = 0.3
+"""Share of the labels that are compared with the teacher below which a run is warned."""
+
+
+def compare_tokenizers(
+    trainer: L.Trainer, teacher: Teacher | None, model: StudentWithLoss, reporter: EvaluationReporter
+) -> None:
+    """Compare the tokenizers of teacher and student.
+
+    If they are two, the distributions are compared on the tokens that both vocabularies share, where both models have
+    read the same text; one line says how much is reached, as a warning if it is little.
+
+    Args:
+        trainer: of the run, with its rows loaded.
+        teacher: None: there is none.
+        model: the student with the training loss.
+        reporter: of the run.
+
+    Raises:
+        ValueError: the teacher has another tokenizer than the data has for it, or the loss or a monitor cannot be
+            computed between two vocabularies.
+    """
+    data = datamodule_of(trainer)
+    if data is None or not data.has_two_tokenizers:
+        check_teacher_tokenizers(teacher, tokenizer_of(trainer))
+        return
+    check_teacher_tokenizers(teacher, data.teacher_tokenizer, two_tokenizers=True)
+    if teacher is None:
+        return
+    known = data.vocabulary_map
+    model.use_vocabulary_map(known)
+    reporter.use_two_tokenizers()
+    for loss in (model.loss, reporter.loss):
+        check_aligned(loss.token_loss, {}, known is not None and known.has_rest)
+    text, few = alignment_notice(data)
+    (rank_zero_warn if few else rank_zero_info)(text)
+
+
+def alignment_notice(data: DistillationDataModule) -> tuple[str, bool]:
+    """What two tokenizers share, as one line, and whether little is reached.
+
+    Args:
+        data: with two tokenizers, and with its rows loaded.
+    """
+    split = next(name for name in ("val", "train", "test") if name in data.splits)
+    shares = data.tokenizer_shares(split)
+    assert shares is not None
+    text = (
+        f"two tokenizers: {shares.aligned_labels:.0%} of the student's labels ({split}) are compared with the teacher, "
+        f"where both have read the same text; {shares.student_labels:.0%} of them have a partner in the teacher's "
+        "vocabulary, all other tokens are compared as one"
+    )
+    return text, shares.aligned_labels < FEW_LABELS

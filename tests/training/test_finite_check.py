@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import runs
 from kd_lightning import Divergence, LabelLoss
 from kd_lightning.assets import resolve
-from kd_lightning.cli.preflight_model_checks import check_finite_loss
+from kd_lightning.cli.checks.preflight_model_checks import check_finite_loss
 from kd_lightning.cli.prepared_run import PreparedFit
 from kd_lightning.cli.program import run
 from kd_lightning.teachers.hf import HFTeacher

@@ -69,6 +69,10 @@ class TwoTokenizers(ABC):
         """The loaded tokenizer of the teacher: the student's, unless there are two; available from `setup` on."""
         return self.tokenizer
 
+    def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of a role, "student" or "teacher"."""
+        return self.teacher_tokenizer if role == "teacher" else self.tokenizer
+
     @property
     def teacher_pad_id(self) -> int:
         """The token id of padding in the teacher's input."""

@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor
 
-from kd_lightning.cli.preflight_checks import Check
+from kd_lightning.cli.checks.preflight_checks import Check
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.distributed.trainer import forward_context
 from kd_lightning.functional import entropy, forward_kl, log_softmax

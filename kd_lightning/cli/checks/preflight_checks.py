@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kd_lightning.callbacks.base import ChecksBeforeStart
 from kd_lightning.callbacks.regenerate import Regeneration
+from kd_lightning.cli.checks.boundaries import shown_boundaries
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
 from kd_lightning.data.base import DistillationDataModule
@@ -27,8 +28,9 @@ from kd_lightning.models.hf_adapter import base_model, eos_token_ids
 from kd_lightning.models.loading import check_tokenizers, resolve_model
 from kd_lightning.models.pretrained import from_pretrained
 from kd_lightning.teachers.base import models_by_role
+from kd_lightning.teachers.batches import member_names
 from kd_lightning.training.evaluation import limited_batches
-from kd_lightning.training.teacher_setup import member_names
+from kd_lightning.training.teacher_setup import alignment_notice, check_teacher_tokenizers
 
 Check = Callable[[PreparedFit], Findings]
 
@@ -67,9 +69,22 @@ def check_output(fit: PreparedFit) -> Findings:
 
 def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
     """Teacher and student have the same tokens, the same special tokens and the same chat template."""
+    if fit.datamodule.has_two_tokenizers:
+        yield from _show_two_tokenizers(fit)
+        return
     members = () if fit.module.teacher is None else fit.module.teacher.members.values()
     for name in dict.fromkeys(member.name for member in members if member.name is not None):
         yield from _compare_tokenizers(fit, name)
+
+
+def _show_two_tokenizers(fit: PreparedFit) -> Findings:
+    """What two tokenizers share, and an answer in the tokens of both."""
+    data = fit.datamodule
+    check_teacher_tokenizers(fit.module.teacher, data.teacher_tokenizer, two_tokenizers=True)
+    text, few = alignment_notice(data)
+    yield "warning" if few else "note", text
+    if boundaries := shown_boundaries(fit.batches[0], data):
+        yield "note", boundaries
 
 
 def _compare_tokenizers(fit: PreparedFit, teacher: str) -> Findings:

@@ -1,0 +1,44 @@
+"""A batch as teachers read it, and which of its tokens each of several teachers teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kd_lightning.constants import IGNORE_INDEX, TEACHER_POSITIONS, teacher_view
+from kd_lightning.engine.label_mask import next_token_mask
+from kd_lightning.teachers.base import Teacher
+
+
+def teacher_batch(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The batch as a teacher reads it, with a label wherever its distribution is read.
+
+    Args:
+        batch: of the data; with two tokenizers the column `TEACHER_POSITIONS` says where the teacher is read.
+    """
+    view = teacher_view(batch)
+    if TEACHER_POSITIONS not in batch:
+        return view
+    positions = batch[TEACHER_POSITIONS]
+    rows, columns = torch.nonzero((positions >= 0) & (batch["labels"] != IGNORE_INDEX), as_tuple=True)
+    read = positions[rows, columns].long()
+    labels = view["labels"].clone()
+    labels[rows, read] = view["input_ids"][rows, read].to(labels.dtype)
+    return {**view, "labels": labels}
+
+
+def member_names(teacher: Teacher | None) -> tuple[str, ...]:
+    """Names of the teachers that a teacher is made of; empty if it is not made of others."""
+    return () if teacher is None else tuple(name for name in teacher.members if name)
+
+
+def tokens_by_member(teacher: Teacher | None, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """For each of `member_names`, which labeled tokens of a batch it teaches, [N] each."""
+    index = None if teacher is None else teacher.member_indices(batch)
+    if index is None or teacher is None:
+        return ()
+    labeled = next_token_mask(batch["labels"])
+    own = index.unsqueeze(1).expand_as(labeled)[labeled]
+    return [own == number for number in range(len(teacher.members))]
