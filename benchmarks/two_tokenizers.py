@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import multiprocessing
 import statistics
 import subprocess
@@ -214,14 +213,14 @@ class Pair:
         return -float(found[counted].sum()), size
 
     @torch.no_grad()
-    def measure_teacher(self) -> dict[str, float]:
+    def measure_teacher(self) -> dict[str, float | None]:
         """The teacher's own NLL of the answers and exact match; its forward KL is 0."""
         _, rows, stride = self.test
         nll, size = self.score(rows[::stride], [row["output"] for row in rows[::stride]])
         own = InstructionDataModule("asset:train", test="asset:test", tokenizer="asset:teacher")
         own.setup("test")
         right = exact_match(own, self.teacher, own.generation_rows("test"))
-        return {"forward_kl": 0.0, "nll": nll / size, "exact_match": right, "sample_nll": math.nan}
+        return {"forward_kl": 0.0, "nll": nll / size, "exact_match": right, "sample_nll": None}
 
 
 def load(name: str) -> Any:
@@ -292,8 +291,9 @@ def report(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], digits: int) -> str:
-    if any(math.isnan(value) for value in values):
+def _spread(found: list[float | None], digits: int) -> str:
+    values = [value for value in found if value is not None]
+    if not values:
         return ""
     text = f"{statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"

@@ -206,7 +206,7 @@ def test_commands_and_options_on_the_pages_exist(tmp_path: Path) -> None:
         source = (ROOT / "kd_lightning" / "cli" / f"{verb}.py").read_text(encoding="utf-8")
         own = {*re.findall(r'"(--\w+)"', source), *(f"--{name}" for name in re.findall(r"^    (\w+): ", source, re.M))}
         rest = [word for word in words if word.startswith("--") and word not in own]
-        if verb in ("generate", "compare"):
+        if verb in ("generate", "compare", "prune"):
             assert not rest, (verb, rest)
         else:
             kept = [words[i : i + 2] for i, word in enumerate(words) if word in rest]
