@@ -94,15 +94,15 @@ class BatchGenerator:
             tokens: of the responses.
             stopped: number of tokens and text of the rows that were ended by a stop string.
         """
-        eos = torch.tensor(eos_token_ids(self.model), device=tokens.device)
+        eos = frozenset(eos_token_ids(self.model))
         responses = []
-        for row, (ids, ends) in enumerate(zip(tokens.tolist(), torch.isin(tokens, eos).cpu(), strict=True)):
+        for row, ids in enumerate(tokens.tolist()):
             if stopped is not None and row in stopped:
                 length, text = stopped[row]
                 responses.append(Response(text, "stop", length))
                 continue
-            finished = bool(ends.any())
-            length = int(ends.int().argmax()) if finished else len(ids)
+            length = next((place for place, token in enumerate(ids) if token in eos), len(ids))
+            finished = length < len(ids)
             responses.append(Response(self._text(ids[:length]), "eos" if finished else "length", length + finished))
         return responses
 

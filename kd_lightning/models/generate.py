@@ -158,7 +158,7 @@ def generate(
         model.eval()  # type: ignore[no-untyped-call]
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            _seed_generator(device, seed)
             tokens: Tensor = model.generate(  # type: ignore[operator]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -172,6 +172,14 @@ def generate(
         if training:
             model.train()
     return tokens[:, input_ids.shape[1] :]
+
+
+def _seed_generator(device: torch.device, seed: int) -> None:
+    """Seed the generator that samples are drawn with."""
+    if device.type == "cpu":  # torch.manual_seed also seeds all accelerators, which takes longer than some tokens do
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:

@@ -110,8 +110,11 @@ def test_generate_beside_bare_generate(script: Any, tmp_path: Path) -> None:
     (found,) = record["rounds"]
     assert set(found["tokens"]) == set(found["seconds"]) == set(generate.WAYS)
     assert len(set(found["tokens"].values())) == 1  # the same responses
-    text = generate.table([{"tokens": {"ours": 6, "bare": 6}, "seconds": {"ours": [2.0, 3.0], "bare": [4.0, 3.0]}}])
-    assert "| bare | 2 [2–2] | 1.50 [1.00–2.00] |" in text
+    assert found["equal"] == {"ours": None, "bare": 8, "one by one": 8, "ours, file order": None}
+    one = {"tokens": {"ours": 6, "bare": 6}, "seconds": {"ours": [2.0, 3.0], "bare": [4.0, 3.0]}}
+    text = generate.table([{**one, "equal": {"ours": None, "bare": 7}, "first": {"ours": 2.0, "bare": 4.0}}])
+    assert "| ours | 2 [2–3] | 1.00 [1.00–1.00] | 6 tokens | 2.0 [2.0–2.0] |" in text
+    assert "| bare | 2 [2–2] | 1.50 [1.00–2.00] | 7 | 4.0 [4.0–4.0] |" in text
 
 
 def test_steps_by_where_their_responses_come_from(script: Any, tmp_path: Path) -> None:

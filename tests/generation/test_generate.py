@@ -21,7 +21,7 @@ from kd_lightning.data.prompt import parse_question
 from kd_lightning.data.tokenization import TextTokenizer, load_tokenizer
 from kd_lightning.generation.batch_generator import WINDOW, BatchGenerator, batches_of_rank, length_batches
 from kd_lightning.generation.response_file import OtherResponsesError, Response, ResponseFile
-from kd_lightning.models.generate import Sampling
+from kd_lightning.models.generate import Sampling, generate
 from kd_lightning.models.loading import load_causal_lm
 from refusals import refused
 
@@ -280,6 +280,18 @@ def test_ends_and_reasons() -> None:
     assert [found[n].tokens for n in range(4)] == [1, 2, 2, 3]
     once = tokenizer.decode([word])
     assert [found[n].text for n in range(4)] == ["", once, once, tokenizer.decode([word] * 3)]
+
+
+def test_samples_are_those_of_the_global_seed() -> None:
+    model: Any = load_causal_lm("asset:student", kwargs={"dtype": "float32"}).eval()
+    inputs = left_pad([load_tokenizer("asset:student")("Define the noun below.\ncat").input_ids] * 3, 0)
+    state = torch.get_rng_state()
+    found = generate(model, inputs["input_ids"], inputs["attention_mask"], Sampling(8), seed=2**55 + 7)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.random.fork_rng():
+        torch.manual_seed(2**55 + 7)
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=True, top_k=0, pad_token_id=0)
+    assert torch.equal(found, tokens[:, inputs["input_ids"].shape[1] :])
 
 
 def test_prompts_go_to_the_device_of_the_computation() -> None:
