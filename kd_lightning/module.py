@@ -160,8 +160,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         compare_tokenizers(self.trainer, self.teacher, self.model, self.reporter)
         check_label_columns(self.loss.token_loss.label_loss, self.teacher, self.responses, datamodule is not None)
         if stage == "fit" and self.trainer.world_size > 1:
-            rows = {} if datamodule is None else datamodule.description()
-            check_ranks_agree({"loss": repr(self.reporter.loss), **rows})
+            check_ranks_agree({"loss": repr(self.reporter.loss), **(datamodule.description() if datamodule else {})})
 
     def configure_model(self) -> None:
         """Load student and teacher; Lightning calls this more than once."""

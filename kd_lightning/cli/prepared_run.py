@@ -24,6 +24,7 @@ from kd_lightning.module import DistillationModule
 from kd_lightning.teachers.batches import member_names, teacher_batch, tokens_by_member
 from kd_lightning.training.evaluation import evaluated_batches, sums_and_counts
 from kd_lightning.training.student import StudentWithLoss
+from kd_lightning.training.teacher_setup import use_two_tokenizers
 
 Level = Literal["error", "warning", "note"]  # the run would be wasted; it may be; for information
 Findings = Iterator[tuple[Level, str]]
@@ -89,6 +90,8 @@ class PreparedFit:
     @cached_property
     def model(self) -> StudentWithLoss:
         """Student with its loss, loaded, on the run's device and in its precision."""
+        if self.datamodule.has_two_tokenizers:  # a Trainer compares them in `setup`
+            use_two_tokenizers(self.datamodule, self.module.teacher, self.module.model, self.module.reporter)
         self.module.configure_model()
         if self.module.teacher is not None:
             self.module.teacher.to(self.device)

@@ -27,6 +27,8 @@ EXTRA_NOTES = {
     "control_tokens": "control tokens inside rows, encoded as words (allow_special_tokens=true makes them tokens)",
 }
 """The same for counts that a report has only if they are not 0."""
+PLAIN_COUNTS = ("labels", "aligned_labels")
+"""Those of them that are no problem of the rows."""
 SHOWN = 3  # rows whose file and line are in a message
 UNREAD = "unread "
 """Begins the name of a count of turns with a field (or of rows with `tools`) that the chat template does not read."""

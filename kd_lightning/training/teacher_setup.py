@@ -106,6 +106,26 @@ def compare_tokenizers(
     if data is None or not data.has_two_tokenizers:
         check_teacher_tokenizers(teacher, tokenizer_of(trainer))
         return
+    use_two_tokenizers(data, teacher, model, reporter)
+    if teacher is not None:
+        text, few = alignment_notice(data)
+        (rank_zero_warn if few else rank_zero_info)(text)
+
+
+def use_two_tokenizers(
+    data: DistillationDataModule, teacher: Teacher | None, model: StudentWithLoss, reporter: EvaluationReporter
+) -> None:
+    """Compare the distributions on the tokens that both vocabularies share, where both have read the same text.
+
+    Args:
+        data: with two tokenizers, and with its rows loaded.
+        teacher: None: there is none, and nothing to compare.
+        model: the student with the training loss.
+        reporter: of the run.
+
+    Raises:
+        ValueError: as in `compare_tokenizers`.
+    """
     check_teacher_tokenizers(teacher, data.teacher_tokenizer, two_tokenizers=True)
     if teacher is None:
         return
@@ -114,8 +134,6 @@ def compare_tokenizers(
     reporter.use_two_tokenizers()
     for loss in (model.loss, reporter.loss):
         check_aligned(loss.token_loss, {}, known is not None and known.has_rest)
-    text, few = alignment_notice(data)
-    (rank_zero_warn if few else rank_zero_info)(text)
 
 
 def alignment_notice(data: DistillationDataModule) -> tuple[str, bool]:

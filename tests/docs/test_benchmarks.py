@@ -264,7 +264,7 @@ def test_the_page_on_a_server(script: Any, capsys: pytest.CaptureFixture[str]) -
     with ScoringServer(max_model_len=512) as server:
         script("on_server").main([server.url, "--rows", "4", "--top_k", "5"])
     text = capsys.readouterr().out
-    assert "form: prompt_logprobs; max_model_len: 512" in text
+    assert "form: prompt_logprobs (vLLM); max_model_len: 512" in text
     assert "test at the start: passed" in text
     assert "| 8 | 4 |" in text
 

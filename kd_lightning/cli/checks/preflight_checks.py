@@ -18,7 +18,7 @@ from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.data.chat_template import ChatTemplate
-from kd_lightning.data.row_report import extra_notes
+from kd_lightning.data.row_report import PLAIN_COUNTS, extra_notes
 from kd_lightning.data.text.prompt_notice import prompt_notice
 from kd_lightning.distributed.checksum import check_checksums
 from kd_lightning.distributed.trainer import limit_batches
@@ -210,7 +210,7 @@ def _row_counts(fit: PreparedFit) -> Findings:
         for name, problem in problems.items():
             if counts[name] > MANY * counts["rows"]:
                 yield "warning", f"{split}: {counts[name]} of {counts['rows']} rows {problem}"
-        for note in extra_notes(counts):
+        for note in extra_notes({name: count for name, count in counts.items() if name not in PLAIN_COUNTS}):
             yield "warning", f"{split}: {note}"
 
 
