@@ -25,6 +25,7 @@ from kd_lightning.engine.top_k import TopK, check_lower_bound, top_k
 from kd_lightning.functional import entropy, log_softmax
 from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.losses.accumulation import AccumulationWindow
 from kd_lightning.objectives import TAID, Contrastive, Objective, SkewKL, Weighted
 from kd_lightning.schedules import Linear, ResponseGap
 from kd_lightning.token_weights import (
@@ -36,7 +37,6 @@ from kd_lightning.token_weights import (
     TopShare,
     histogram,
 )
-from kd_lightning.training.accumulation import AccumulationWindow
 from leaves import TOKEN_WEIGHTS, Slow
 from slow_reference import B, Problem, T, V, error, problem, reduce, token_losses
 
@@ -336,7 +336,7 @@ def test_sums_of_a_window_do_not_depend_on_its_split() -> None:
         for rows in split:
             arguments = [x[rows] if isinstance(x, Tensor) else x for x in problem.hidden]
             parts = loss.from_hidden(*arguments)
-            window.add({"labels": torch.cat([problem.labels[rows, :1], problem.labels[rows]], 1)}, parts)
+            window.add(parts, {"labels": torch.cat([problem.labels[rows, :1], problem.labels[rows]], 1)})
         _, means = window.close(lambda x: x)
         found.append(means)
         assert means["token_weight"] == pytest.approx(float(means["weight_sums/"][0]) / 5)

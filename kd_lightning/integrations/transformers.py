@@ -14,14 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from kd_lightning.divergences import Divergence, ForwardKL
 from kd_lightning.engine.head import Head
 from kd_lightning.label_losses import LabelLoss
-from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.losses import DistillationLoss
+from kd_lightning.losses.accumulation import AccumulationWindow
 from kd_lightning.losses.batch import Alignment
 from kd_lightning.losses.schedule_updates import update_from_means
 from kd_lightning.models.hf_adapter import base_model
 from kd_lightning.schedules import Weight
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.hf import as_teacher
-from kd_lightning.training.accumulation import AccumulationWindow
 from kd_lightning.training.student import ForwardPass, StudentWithLoss
 
 SAME_TOKENS = Alignment(None, None, None)
@@ -115,7 +115,7 @@ class DistillationMixin(Trainer):
         outputs, forward = self._run(model, batch, whole=return_outputs or not training)
         parts = forward.loss(self.distillation_loss)
         if training:
-            self._window.add(batch, _detached(parts), None)
+            self._window.add(parts, batch)
         loss = parts.divided(by=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages over the ranks
@@ -155,7 +155,8 @@ class DistillationMixin(Trainer):
         if self.teacher is not None:
             self.teacher.after_step()
         _, self._means = self._window.close(self._sum_over_ranks)
-        update_from_means(self.distillation_loss, progress, self._means)
+        loss = self.distillation_loss
+        update_from_means(loss.schedules(), loss.objective.weighted(), progress, self._means)
 
     def _sum_over_ranks(self, totals: Tensor) -> Tensor:
         summed: Tensor = self.accelerator.reduce(totals, reduction="sum")
@@ -189,18 +190,6 @@ def _checked(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     return {"input_ids": ids, "attention_mask": mask, "labels": inputs["labels"]}
-
-
-def _detached(parts: LossParts) -> LossParts:
-    return LossParts(
-        parts.loss.detach(),
-        parts.divisor,
-        parts.weights,
-        parts.values,
-        parts.by_response,
-        parts.components,
-        parts.token_weights,
-    )
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from kd_lightning.distributed.trainer import data_parallel_rank, forward_context
 from kd_lightning.divergences import WeightedTokens
 from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.losses import DistillationLoss, LossParts
+from kd_lightning.losses.accumulation import AccumulationWindow
+from kd_lightning.losses.schedule_updates import update_from_means
 from kd_lightning.schedules import Schedule
-from kd_lightning.training.accumulation import AccumulationWindow
 from kd_lightning.training.arguments import check_optimizer
 from kd_lightning.training.base import StudentTeacherModule
 from kd_lightning.training.finite_check import NonFiniteLossCheck, non_finite_terms
@@ -196,7 +197,7 @@ class AccumulatingModule(StudentTeacherModule):
             parts: its loss.
             notes: other values to log, each as a sum and a count.
         """
-        self._window.add(batch, parts, notes)
+        self._window.add(parts, batch, notes)
         self._finite_check.remember(self.trainer.global_step, batch, parts)
 
     def take_means(self) -> dict[str, Tensor]:
@@ -249,11 +250,7 @@ class AccumulatingModule(StudentTeacherModule):
         # Lightning's epoch skips a number at a resume; num_training_batches is infinite for endless data
         passes = (self.trainer.fit_loop.epoch_loop.total_batch_idx + 1) / self.trainer.num_training_batches
         stats = {**self._means, "epoch": torch.tensor(passes)}
-        for schedule in self.schedules().values():
-            schedule.update(min(progress, 1.0), stats)
-        for path, part in self.weighted().items():
-            if (sums := self._means.get(f"weight_sums/{path}")) is not None:  # None: the teacher was not run
-                part.update(sums)
+        update_from_means(self.schedules(), self.weighted(), min(progress, 1.0), stats)
 
     # ----------------------------------------------------------------------------------- checks of states and losses
     def check_finite(self) -> None:
