@@ -74,10 +74,10 @@ def load_causal_lm(
         with _quiet():
             model = _pretrained(path, role, options) if init == "pretrained" else _random(path, options)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{role} '{path}': cannot read the weights: {_line(error)}") from None
+        raise ValueError(f"{role} '{path}': cannot read the weights: {error_line(error)}") from None
     except BUILD_ERRORS as error:
         given = f" with {role}_kwargs {dict(kwargs)}" if kwargs else ""
-        raise ValueError(f"{role} '{path}'{given} cannot be built: {_line(error)}") from None
+        raise ValueError(f"{role} '{path}'{given} cannot be built: {error_line(error)}") from None
     model.train(False)
     check_finite(model, role)
     check_causal(model, role)
@@ -106,7 +106,7 @@ def causal_lm_from_config(
         with _quiet():
             model = _random(path, options)
     except BUILD_ERRORS as error:
-        raise ValueError(f"{role} '{path}' cannot be built: {_line(error)}") from None
+        raise ValueError(f"{role} '{path}' cannot be built: {error_line(error)}") from None
     model.train(False)
     return model
 
@@ -217,7 +217,7 @@ def teacher_tokenizer_of(teacher: str) -> hf.PreTrainedTokenizerBase | None:
             found: hf.PreTrainedTokenizerBase = from_pretrained("tokenizer", path)
     except (OSError, *BUILD_ERRORS) as error:
         if folder.is_dir():
-            raise ValueError(f"teacher '{teacher}': cannot read its tokenizer: {_line(error)}") from None
+            raise ValueError(f"teacher '{teacher}': cannot read its tokenizer: {error_line(error)}") from None
         return None
     return found
 
@@ -230,7 +230,7 @@ def _check_config(path: str, role: Role, options: dict[str, Any]) -> None:
             config = from_pretrained("config", path, **where)
     except (OSError, *BUILD_ERRORS) as error:
         if Path(path).is_dir():
-            raise ValueError(f"{role} '{path}': cannot read config.json: {_line(error)}") from None
+            raise ValueError(f"{role} '{path}': cannot read config.json: {error_line(error)}") from None
         reason = "no such folder, and not available on the Hugging Face hub (misspelled, private, or no network)"
         raise ModelNotFoundError(f"{role} '{path}': {reason}") from None
     if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -293,7 +293,7 @@ def _quiet() -> Iterator[None]:
             hf_log.enable_progress_bar()
 
 
-def _line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """The first line of an error of a library; also the second, if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -21,12 +21,10 @@ def teacher_batch(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     view = teacher_view(batch)
     if TEACHER_POSITIONS not in batch:
         return view
-    positions = batch[TEACHER_POSITIONS]
-    rows, columns = torch.nonzero((positions >= 0) & (batch["labels"] != IGNORE_INDEX), as_tuple=True)
-    read = positions[rows, columns].long()
-    labels = view["labels"].clone()
-    labels[rows, read] = view["input_ids"][rows, read].to(labels.dtype)
-    return {**view, "labels": labels}
+    positions, labels = batch[TEACHER_POSITIONS], view["labels"]
+    paired = (positions >= 0) & (batch["labels"] != IGNORE_INDEX)
+    read = torch.zeros_like(labels).scatter_add_(1, positions.clamp_min(0), paired.to(labels.dtype)) > 0
+    return {**view, "labels": torch.where(read, view["input_ids"], labels)}
 
 
 def member_names(teacher: Teacher | None) -> tuple[str, ...]:

@@ -15,8 +15,7 @@ from kd_lightning import DistillationModule
 from kd_lightning.constants import TEACHER_FIELDS
 from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.models.lora import LoRA
-from kd_lightning.strategies import FSDP2Strategy
-from sharded_fits import joined, train
+from sharded_fits import assert_ranks_are_one_process, joined, strategies, train
 from tiny_fits import SGD, Batch, rows, split
 
 
@@ -42,8 +41,7 @@ def trained(
 
 def on_two_ranks(rank: int, folder: str, lora: bool) -> dict[str, dict[str, Tensor]]:
     joined(rank, 2)
-    kinds = {"ddp": "ddp", "fsdp2": FSDP2Strategy()}
-    return {kind: trained(Path(folder) / kind, strategy, lora, rank, 2) for kind, strategy in kinds.items()}
+    return {kind: trained(Path(folder) / kind, strategy, lora, rank, 2) for kind, strategy in strategies().items()}
 
 
 @pytest.mark.slow
@@ -53,7 +51,4 @@ def test_two_ranks_are_one_process(lora: bool, tmp_path: Path) -> None:
     one = trained(tmp_path / "one", "auto", lora)
     plain = trained(tmp_path / "plain", "auto", lora, own=False)
     assert any((one[name] - plain[name]).abs().max() > 1e-4 for name in one)
-    for states in found:
-        for kind, state in states.items():
-            for name, x in one.items():
-                torch.testing.assert_close(state[name], x, atol=2e-5, rtol=0, msg=f"{kind} {name}")
+    assert_ranks_are_one_process(found, one)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kd_lightning.callbacks.export import HFExport
+from kd_lightning.strategies import FSDP2Strategy
 from tiny_fits import Batch
 
 
@@ -35,3 +38,21 @@ def train(module: Any, batch: Batch, folder: Path, start: Path | None, **setting
     )
     loader = DataLoader([batch], batch_size=None)
     trainer.fit(module, loader, loader, ckpt_path=start, weights_only=True)
+
+
+def strategies() -> dict[str, Any]:
+    """How Lightning spreads a run over ranks, by name."""
+    return {"ddp": "ddp", "fsdp2": FSDP2Strategy()}
+
+
+def assert_ranks_are_one_process(found: list[dict[str, dict[str, Tensor]]], one: dict[str, Tensor]) -> None:
+    """The students of every rank and strategy are that of one process.
+
+    Args:
+        found: of each rank, the whole student by the name of the strategy.
+        one: of one process.
+    """
+    for states in found:
+        for kind, state in states.items():
+            for name, x in one.items():
+                torch.testing.assert_close(state[name], x, atol=2e-5, rtol=0, msg=f"{kind} {name}")

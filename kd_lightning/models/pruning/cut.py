@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kd_lightning.models.backbone import eval_mode
 from kd_lightning.models.hf_adapter import input_embeddings, num_embeddings, set_number_of_layers
+from kd_lightning.models.loading import error_line
 from kd_lightning.models.pruning.layers import layers_of, without_layers
 
 auto: Any = transformers  # the factories of transformers are not typed
@@ -45,19 +46,28 @@ def cut_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     increasing = all(a < b for a, b in itertools.pairwise(kept))
     if not kept or not increasing or kept[0] < 0 or kept[-1] >= count:
         raise ValueError(
-            f"layers must be increasing indices in [0, {count}), of which the model has {count} layers, got "
-            f"{list(kept)}"
+            f"layers must be increasing indices in [0, {count}), as the model has {count} layers, got {list(kept)}"
         )
     config = _cut_config(model, kept, count)
     try:
-        smaller: PreTrainedModel = auto.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-        smaller.load_state_dict(_renumbered(model.state_dict(), name, kept))
+        smaller = rebuilt(model, config, _renumbered(model.state_dict(), name, kept))
     except BUILD_ERRORS as error:
-        raise _not_cut(model, f"its cut configuration does not fit its weights ({_line(error)})") from None
-    smaller.generation_config = copy.deepcopy(model.generation_config)
-    torch.nn.Module.to(smaller, model.device).train(False)
+        raise _not_cut(model, f"its cut configuration does not fit its weights ({error_line(error)})") from None
     _check(model, smaller, kept)
     return smaller
+
+
+def rebuilt(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A model with another configuration and other weights, with the generation config of this one, in eval mode.
+
+    Raises:
+        Exception: one of `BUILD_ERRORS`: configuration and weights do not fit.
+    """
+    found: PreTrainedModel = auto.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    found.load_state_dict(state)
+    found.generation_config = copy.deepcopy(model.generation_config)
+    torch.nn.Module.to(found, model.device).train(False)
+    return found
 
 
 def _renumbered(state: dict[str, Tensor], name: str, kept: Sequence[int]) -> dict[str, Tensor]:
@@ -92,7 +102,7 @@ def _check(model: PreTrainedModel, smaller: PreTrainedModel, kept: Sequence[int]
     try:
         difference = relative_difference(model, smaller, without_layers(layers_of(model)[1], kept))
     except BUILD_ERRORS as error:
-        raise _not_cut(model, f"it does not run without some of its layers ({_line(error)})") from None
+        raise _not_cut(model, f"it does not run without some of its layers ({error_line(error)})") from None
     if not difference <= 16 * torch.finfo(model.dtype).eps:
         raise _not_cut(
             model, f"the computation of a layer depends on its position (relative difference {difference:.1e})"
@@ -121,9 +131,3 @@ def relative_difference(
 
 def _not_cut(model: PreTrainedModel, reason: str) -> ValueError:
     return ValueError(f"{type(model).__name__} cannot be pruned to these layers: {reason}")
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines[:2])
-    return text if len(text) <= 200 else text[:199] + "…"

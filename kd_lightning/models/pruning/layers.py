@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from kd_lightning.models.backbone import eval_mode
 from kd_lightning.models.hf_adapter import decoder, number_of_layers
+
+Measure = Callable[[Tensor, tuple[Any, ...], dict[str, Any], Any], Tensor]
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -45,8 +47,7 @@ def evenly_spaced(count: int, kept: int) -> list[int]:
     Raises:
         ValueError: `kept` is not in [1, count].
     """
-    if not 1 <= kept <= count:
-        raise ValueError(f"layers must be in [1, {count}], the number of layers of the model, got {kept}")
+    _check_kept(count, kept)
     return [0] if kept == 1 else [round(n * (count - 1) / (kept - 1)) for n in range(kept)]
 
 
@@ -70,26 +71,44 @@ def block_influence(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
 
     Reference: Men et al., ShortGPT, arXiv 2403.03853.
     """
-    _, layers = layers_of(model)
-    sums = torch.zeros(len(layers), dtype=torch.float64)
-    count, mask = 0, torch.empty(0)
+
+    def influence(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        before, after = _hidden(args, kwargs)[tokens], _output(output)[tokens]
+        return (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).sum(dtype=torch.float64)
+
+    return [float(x) for x in token_means(model, layers_of(model)[1], influence, batches)]
+
+
+def token_means(
+    model: PreTrainedModel, modules: Iterable[nn.Module], measure: Measure, batches: Iterable[dict[str, Tensor]]
+) -> list[Tensor]:
+    """Means over the tokens of the data, one per module.
+
+    Args:
+        model: is run on the batches.
+        modules: of the model.
+        measure: called with the tokens that are not padding [B, T], and with arguments, keyword arguments and output of
+            a module; the sum over these tokens.
+        batches: `input_ids` and `attention_mask`, [B, T].
+    """
+    sums: dict[int, Tensor] = {}
+    count, tokens = 0, torch.empty(0)
 
     def hook(index: int) -> Any:
-        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before, after = _hidden(args, kwargs), _output(output)
-            cosine = F.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)
-            sums[index] += (1 - cosine).sum(dtype=torch.float64)
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found = measure(tokens, args, kwargs, output).cpu()
+            sums[index] = sums[index] + found if index in sums else found
 
-        return measure
+        return add
 
     with ExitStack() as stack, eval_mode(model), torch.inference_mode():
-        for index, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(hook(index), with_kwargs=True).remove)
+        for index, module in enumerate(modules):
+            stack.callback(module.register_forward_hook(hook(index), with_kwargs=True).remove)
         for batch in batches:
-            mask = batch["attention_mask"].bool()
-            count += int(mask.sum())
+            tokens = batch["attention_mask"].bool()
+            count += int(tokens.sum())
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return [float(x) for x in sums / max(count, 1)]
+    return [sums[index] / max(count, 1) for index in sorted(sums)]
 
 
 def most_influential(influence: Sequence[float], kept: int) -> list[int]:
@@ -98,9 +117,13 @@ def most_influential(influence: Sequence[float], kept: int) -> list[int]:
     Raises:
         ValueError: `kept` is not in [1, number of layers].
     """
-    if not 1 <= kept <= len(influence):
-        raise ValueError(f"layers must be in [1, {len(influence)}], the number of layers of the model, got {kept}")
+    _check_kept(len(influence), kept)
     return sorted(sorted(range(len(influence)), key=lambda index: -influence[index])[:kept])
+
+
+def _check_kept(count: int, kept: int) -> None:
+    if not 1 <= kept <= count:
+        raise ValueError(f"layers must be in [1, {count}], the number of layers of the model, got {kept}")
 
 
 def _return_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kd_lightning.models.backbone import eval_mode
 from kd_lightning.models.hf_adapter import text_config
-from kd_lightning.models.pruning.cut import relative_difference
-from kd_lightning.models.pruning.layers import layers_of
-
-auto: Any = transformers  # the factories of transformers are not typed
+from kd_lightning.models.loading import error_line
+from kd_lightning.models.pruning.cut import BUILD_ERRORS, rebuilt, relative_difference
+from kd_lightning.models.pruning.layers import layers_of, token_means
 
 
 @dataclass(frozen=True)
@@ -83,25 +80,12 @@ def neuron_activity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
 
     Reference: Muralidharan et al., Minitron, arXiv 2407.14679.
     """
-    mlps = mlps_of(model)
-    sums = [torch.zeros(mlp.neurons, dtype=torch.float64) for mlp in mlps]
-    count, mask = 0, torch.empty(0)
 
-    def hook(index: int) -> Any:
-        def measure(module: nn.Module, args: tuple[Tensor]) -> None:
-            sums[index] += args[0][mask].abs().sum(0, dtype=torch.float64).cpu()
+    def activity(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        inputs: Tensor = args[0]
+        return inputs[tokens].abs().sum(0, dtype=torch.float64)
 
-        return measure
-
-    with ExitStack() as stack, eval_mode(model), torch.inference_mode():
-        for index, mlp in enumerate(mlps):
-            handle = model.get_submodule(mlp.down).register_forward_pre_hook(hook(index))
-            stack.callback(handle.remove)
-        for batch in batches:
-            mask = batch["attention_mask"].bool()
-            count += int(mask.sum())
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return [total / max(count, 1) for total in sums]
+    return token_means(model, [model.get_submodule(mlp.down) for mlp in mlps_of(model)], activity, batches)
 
 
 def cut_mlp(model: PreTrainedModel, activity: Sequence[Tensor], width: int) -> PreTrainedModel:
@@ -138,13 +122,9 @@ def cut_mlp(model: PreTrainedModel, activity: Sequence[Tensor], width: int) -> P
         state[f"{mlp.down}.weight"] = state[f"{mlp.down}.weight"].index_select(1, indices.to(model.device))
     config.get_text_config(decoder=True).intermediate_size = width
     try:
-        narrower: PreTrainedModel = auto.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-        narrower.load_state_dict(state)
-    except (ValueError, RuntimeError) as error:
-        line = str(error).splitlines()[-1].strip()
-        raise ValueError(f"the width of {type(model).__name__} cannot be pruned: {line}") from None
-    narrower.generation_config = copy.deepcopy(model.generation_config)
-    torch.nn.Module.to(narrower, model.device).train(False)
+        narrower = rebuilt(model, config, state)
+    except BUILD_ERRORS as error:
+        raise ValueError(f"the width of {type(model).__name__} cannot be pruned: {error_line(error)}") from None
     difference = relative_difference(model, narrower, _without_neurons(model, mlps, kept))
     if not difference <= 64 * torch.finfo(model.dtype).eps:
         raise ValueError(
