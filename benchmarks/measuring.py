@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,62 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """Median [minimum–maximum]."""
     low, middle, high = (f"{x:.{digits}f}" for x in (min(values), statistics.median(values), max(values)))
     return f"{middle} [{low}–{high}]"
+
+
+def mean_and_spread(values: Sequence[float], digits: int, factor: float = 1) -> str:
+    """Mean ± standard deviation; the value alone if there is one."""
+    text = f"{factor * statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {factor * statistics.stdev(values):.{digits}f}"
+
+
+def run_fits(
+    keys: Sequence[tuple[str, int, int]],
+    fit: Callable[[str, int, int], dict[str, Any]],
+    report: Callable[[list[dict[str, Any]]], str],
+    output: Path,
+    jobs: int,
+) -> None:
+    """Run what OUTPUT/results.json does not have yet; rewrite it and OUTPUT/report.md after each run.
+
+    Args:
+        keys: name of the run, seed and steps of each.
+        fit: trains, given these, and returns the closing table.
+        report: the page, given all results.
+        output: the folder.
+        jobs: number of parallel runs.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "results.json"
+    results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    there = {(result["run"], result["seed"], result["steps"]) for result in results}
+
+    def work(key: tuple[str, int, int]) -> dict[str, Any]:
+        return {**dict(zip(("run", "seed", "steps"), key, strict=True)), **fit(*key)}
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(work, key) for key in keys if key not in there]):
+            found = future.result()
+            results.append(found)
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            (output / "report.md").write_text(report(results), encoding="utf-8")
+            print(found["run"], found["seed"], found["student_after"], flush=True)
+
+
+def program(*words: str) -> None:
+    """Run the program; exit with the last line of its error if it fails."""
+    done = subprocess.run([sys.executable, "-m", "kd_lightning", *words], capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words[:3])}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def short_fit(config: str, seed: int, steps: int, root: Path, *words: str) -> dict[str, Any]:
+    """Train with a shipped config, without evaluation in between, and read the closing table of the run."""
+    settings = ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), *words]
+    settings += ["--trainer.val_check_interval", str(steps), "--generation.every_n_validations", "0"]
+    settings += ["--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu", "--export.overwrite", "true"]
+    program("fit", "--config", config, *settings)
+    found: dict[str, Any] = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    return found
 
 
 def machine(threads: int) -> str:

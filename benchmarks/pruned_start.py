@@ -12,37 +12,14 @@ minute that the script runs.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from measuring import machine
+from measuring import machine, mean_and_spread, program, run_fits, short_fit
 
 RUNS = {"layers of the teacher": "pretrained", "random weights": "random"}
 COLUMNS = {"nll": 3, "forward_kl": 3, "exact_match": 1}
-
-
-def program(*words: str) -> None:
-    """Run the program; exit with its error if it fails."""
-    done = subprocess.run([sys.executable, "-m", "kd_lightning", *words], capture_output=True, encoding="utf-8")
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words[:3])}: {done.stderr.strip().splitlines()[-1]}")
-
-
-def one(run: str, seed: int, steps: int, student: Path, root: Path) -> dict[str, Any]:
-    """Train, and read the closing table of the run."""
-    words = ["fit", "--config", "quickstart", "--model.student", str(student), "--model.student_init", RUNS[run]]
-    words += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), "--model.optimizer.lr", "3e-3"]
-    words += ["--trainer.val_check_interval", str(steps), "--generation.every_n_validations", "0"]
-    words += ["--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu", "--export.overwrite", "true"]
-    program(*words)
-    found: dict[str, Any] = json.loads((root / "results.json").read_text(encoding="utf-8"))
-    return found
 
 
 def report(results: list[dict[str, Any]], layers: str) -> str:
@@ -53,20 +30,18 @@ def report(results: list[dict[str, Any]], layers: str) -> str:
         "| start | steps | seeds | NLL | forward KL to the teacher | exact match, % |",
         "|---|---|---|---|---|---|",
     ]
-    teacher = " | ".join(_spread([results[0]["teacher"][column]], column) for column in COLUMNS)
+    teacher = " | ".join(_cell([results[0]["teacher"][column]], column) for column in COLUMNS)
     lines.append(f"| the teacher | | | {teacher} |")
     for run in RUNS:
         found = sorted((r for r in results if r["run"] == run), key=lambda r: int(r["seed"]))
         for when, steps in (("student_before", 0), ("student_after", found[0]["steps"])) if found else ():
-            cells = " | ".join(_spread([r[when][column] for r in found], column) for column in COLUMNS)
+            cells = " | ".join(_cell([r[when][column] for r in found], column) for column in COLUMNS)
             lines.append(f"| {run} | {steps} | {len(found)} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], column: str) -> str:
-    factor, digits = 100 if column == "exact_match" else 1, COLUMNS[column]
-    text = f"{factor * statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {factor * statistics.stdev(values):.{digits}f}"
+def _cell(values: list[float], column: str) -> str:
+    return mean_and_spread(values, COLUMNS[column], 100 if column == "exact_match" else 1)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -84,23 +59,13 @@ def main(words: Sequence[str] | None = None) -> None:
     student = arguments.output / f"layers_{arguments.layers.replace(',', '_')}"
     if not student.exists():
         program("prune", "--model", "asset:teacher", "--layers", arguments.layers, "--output", str(student))
-    path = arguments.output / "results.json"
-    results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    there = {(r["run"], r["seed"], r["steps"]) for r in results}
     keys = [(run, seed, arguments.steps) for seed in arguments.seeds for run in RUNS]
 
-    def work(key: tuple[str, int, int]) -> dict[str, Any]:
-        run, seed, steps = key
-        root = arguments.output / f"{RUNS[run]}-{seed}-{steps}"
-        return {"run": run, "seed": seed, "steps": steps, **one(run, seed, steps, student, root)}
+    def fit(run: str, seed: int, steps: int) -> dict[str, Any]:
+        words = ("--model.student", str(student), "--model.student_init", RUNS[run], "--model.optimizer.lr", "3e-3")
+        return short_fit("quickstart", seed, steps, arguments.output / f"{RUNS[run]}-{seed}-{steps}", *words)
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for future in as_completed([pool.submit(work, key) for key in keys if key not in there]):
-            found = future.result()
-            results.append(found)
-            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            (arguments.output / "report.md").write_text(report(results, arguments.layers), encoding="utf-8")
-            print(found["run"], found["seed"], found["student_after"], flush=True)
+    run_fits(keys, fit, lambda results: report(results, arguments.layers), arguments.output, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,11 @@ minute that the script runs.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from measuring import machine
+from measuring import machine, mean_and_spread, run_fits, short_fit
 
 SELF = "--model.teacher.init_args."
 ON_POLICY = ("--model.responses", "OnPolicy", "--model.responses.share", "1", "--model.responses.max_new_tokens", "8")
@@ -32,20 +27,6 @@ RUNS: dict[str, tuple[str, ...]] = {
     "labels only": ("--model.ce_weight", "1"),
 }
 COLUMNS = ("nll", "forward_kl", "exact_match")
-
-
-def one(run: str, seed: int, steps: int, root: Path) -> dict[str, Any]:
-    """Train, and read the closing table of the run."""
-    words = [sys.executable, "-m", "kd_lightning", "fit", "--config", "self_distillation"]
-    words += ["--seed_everything", str(seed), "--trainer.max_steps", str(steps), *RUNS[run]]
-    words += ["--trainer.val_check_interval", str(steps), "--generation.every_n_validations", "0"]
-    words += ["--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"]
-    words += ["--export.overwrite", "true"]
-    done = subprocess.run(words, capture_output=True, encoding="utf-8")
-    if done.returncode:
-        raise SystemExit(f"{run}: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, Any] = json.loads((root / "results.json").read_text(encoding="utf-8"))
-    return found
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -59,15 +40,13 @@ def report(results: list[dict[str, Any]]) -> str:
         lines.append(f"| {name} | | | {nll:.3f} | {kl:.3f} | {100 * match:.1f} |")
     for run in RUNS:
         if found := sorted((r for r in results if r["run"] == run), key=lambda r: int(r["seed"])):
-            cells = [_spread([r["student_after"][column] for r in found], column) for column in COLUMNS]
+            cells = [_cell([r["student_after"][column] for r in found], column) for column in COLUMNS]
             lines.append(f"| {run} | {found[0]['steps']} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], column: str) -> str:
-    factor, digits = (100, 1) if column == "exact_match" else (1, 3)
-    text = f"{factor * statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {factor * statistics.stdev(values):.{digits}f}"
+def _cell(values: list[float], column: str) -> str:
+    return mean_and_spread(values, *((1, 100) if column == "exact_match" else (3, 1)))
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -81,24 +60,13 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.steps, arguments.seeds, arguments.runs = 2, [0], list(RUNS)[:1]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "results.json"
-    results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    there = {(r["run"], r["seed"], r["steps"]) for r in results}
-    wanted = [(run, seed, arguments.steps) for seed in arguments.seeds for run in arguments.runs]
+    keys = [(run, seed, arguments.steps) for seed in arguments.seeds for run in arguments.runs]
 
-    def work(key: tuple[str, int, int]) -> dict[str, Any]:
-        run, seed, steps = key
+    def fit(run: str, seed: int, steps: int) -> dict[str, Any]:
         root = arguments.output / f"{list(RUNS).index(run)}-{seed}-{steps}"
-        return {"run": run, "seed": seed, "steps": steps, **one(run, seed, steps, root)}
+        return short_fit("self_distillation", seed, steps, root, *RUNS[run])
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for future in as_completed([pool.submit(work, key) for key in wanted if key not in there]):
-            found = future.result()
-            results.append(found)
-            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            (arguments.output / "report.md").write_text(report(results), encoding="utf-8")
-            print(found["run"], found["seed"], found["student_after"], flush=True)
+    run_fits(keys, fit, report, arguments.output, arguments.jobs)
 
 
 if __name__ == "__main__":

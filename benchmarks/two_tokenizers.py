@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine
+from measuring import machine, mean_and_spread
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -293,10 +293,7 @@ def report(results: list[dict[str, Any]]) -> str:
 
 def _spread(found: list[float | None], digits: int) -> str:
     values = [value for value in found if value is not None]
-    if not values:
-        return ""
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+    return mean_and_spread(values, digits) if values else ""
 
 
 def work(run: str, seed: int, steps: int, output: Path, rows: int) -> dict[str, Any]:

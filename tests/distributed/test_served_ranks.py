@@ -16,10 +16,9 @@ import runs
 from kd_lightning import DistillationModule
 from kd_lightning.data import InstructionDataModule
 from kd_lightning.distributed.dtensor import full_state_dict
-from kd_lightning.strategies import FSDP2Strategy
 from kd_lightning.teachers.served import ServerTeacher
 from scoring_server import ScoringServer
-from sharded_fits import joined
+from sharded_fits import assert_ranks_are_one_process, joined, strategies
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
@@ -49,8 +48,7 @@ def trained(folder: Path, url: str, data: str, strategy: Any, ranks: int = 1) ->
 
 def on_two_ranks(rank: int, folder: str, url: str, data: str) -> dict[str, dict[str, Tensor]]:
     joined(rank, 2)
-    kinds = {"ddp": "ddp", "fsdp2": FSDP2Strategy()}
-    return {kind: trained(Path(folder) / kind, url, data, strategy, 2) for kind, strategy in kinds.items()}
+    return {kind: trained(Path(folder) / kind, url, data, strategy, 2) for kind, strategy in strategies().items()}
 
 
 @pytest.mark.slow
@@ -65,7 +63,4 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     assert len(rows) == 16
     assert counts.count(2) >= 8  # once in each run; the others are also in the tests at the start
     assert min(counts) == 2
-    for states in found:
-        for kind, state in states.items():
-            for name, x in one.items():
-                torch.testing.assert_close(state[name], x, atol=2e-5, rtol=0, msg=f"{kind} {name}")
+    assert_ranks_are_one_process(found, one)

@@ -37,7 +37,7 @@ from kd_lightning.rollout.minillm import MiniLLM
 from kd_lightning.strategies import FSDP2Strategy
 from plans import planned
 from refusals import refused
-from sharded_fits import joined, train
+from sharded_fits import joined, strategies, train
 from tiny_fits import SGD, Batch, Run, fit, rows, split
 
 NAMES = ("math", "code", "prose.v2")
@@ -465,7 +465,7 @@ def state_of(module: DistillationModule) -> dict[str, Tensor]:
 def on_two_ranks(rank: int, folder: str) -> dict[str, dict[str, Tensor]]:
     joined(rank, 2)
     found = {}
-    for kind, strategy in {"ddp": "ddp", "fsdp2": FSDP2Strategy()}.items():
+    for kind, strategy in strategies().items():
         module = ranked(Path(folder) / kind, strategy, rank, 2)
         found[kind] = state_of(module)
         if kind == "fsdp2":
