@@ -150,7 +150,7 @@ def test_weights_that_are_not_finite(role: str, bad: float, tmp_path: Path, capf
     refused([*runs.little(tmp_path / "root"), f"--model.{role}", str(folder)], said, capfd)
 
 
-def test_another_tokenizer_is_not_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_tokenizer_is_not_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "teacher"
     shutil.copytree(resolve("asset:teacher"), folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -159,8 +159,7 @@ def test_another_tokenizer_is_not_refused(tmp_path: Path, capfd: pytest.CaptureF
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     assert main([*runs.little(tmp_path / "root", steps=1), "--model.teacher", str(folder)]) == 0
-    said = "".join(capfd.readouterr())
-    assert "teacher and student have two tokenizers: 2045 of the student's 2048 tokens" in said
+    assert "teacher and student have two tokenizers: 2045 of the student's 2048 tokens" in caplog.text
 
 
 def test_folder_without_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
