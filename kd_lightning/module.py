@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.console import enable_info_logging
 from kd_lightning.constants import moves_objective
+from kd_lightning.data.alignment.two_tokenizers import TeacherTokenizers
 from kd_lightning.data.base import datamodule_of, max_length_of
 from kd_lightning.distributed.checkpoint_io import install_checkpoint_io
 from kd_lightning.distributed.collectives import check_ranks_agree, sum_over_ranks
@@ -18,14 +19,13 @@ from kd_lightning.distributed.trainer import data_parallel_rank, forward_context
 from kd_lightning.divergences import Divergence, ForwardKL, WeightedTokens, described
 from kd_lightning.label_losses import LabelLoss
 from kd_lightning.losses import DistillationLoss, LossParts
-from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.lora import LoRA, exclude_frozen_weights
 from kd_lightning.rollout.base import ResponseSource
 from kd_lightning.rollout.runner import RolloutRunner
 from kd_lightning.rollout.sampled_tokens import check_label_columns, check_sampled_tokens
 from kd_lightning.schedules import Schedule, Weight, check_flag
 from kd_lightning.seeding import derive_seed, run_seed
-from kd_lightning.teachers.base import RunContext, Teacher, models_by_role
+from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.hf import as_teacher, parameter_counts
 from kd_lightning.training.arguments import check_models, check_reduction, check_teacher_cache, check_types
 from kd_lightning.training.evaluation import evaluate_batch, validation_ce
@@ -33,7 +33,7 @@ from kd_lightning.training.optimization import AccumulatingModule
 from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
 from kd_lightning.training.student import StudentSource, StudentWithLoss
-from kd_lightning.training.teacher_setup import cached_teacher, compare_tokenizers, load_teacher
+from kd_lightning.training.teacher_setup import cached_teacher, compare_tokenizers, load_teacher, tokenizers_of
 
 
 class DistillationModule(PredictingModule, AccumulatingModule):
@@ -149,9 +149,9 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         return self.student_source.name
 
     @property
-    def teacher_tokenizer_name(self) -> str | None:
-        """Folder or hub name of the teacher's tokenizer; None if it has none of its own."""
-        return None if self.teacher is None else self.teacher.name
+    def teacher_tokenizer_name(self) -> str | TeacherTokenizers | None:
+        """Folder or hub name of the teacher's tokenizer, or those of several; None if it has none of its own."""
+        return tokenizers_of(self.teacher)
 
     def setup(self, stage: str) -> None:
         """Compare the two tokenizers, and the ranks, before anything is loaded or trained."""
@@ -169,11 +169,8 @@ class DistillationModule(PredictingModule, AccumulatingModule):
             if self._base_digest is not None:
                 exclude_frozen_weights(self, "model.student")
             self.model.set_student(student)
-        if self.teacher is not None:
-            self.teacher_state = load_teacher(self.teacher, self.run_context())
-            self._teacher_device = None
-        for text in check_models_fit_data(models_by_role(self.student, self.teacher), datamodule_of(self._trainer)):
-            rank_zero_warn(text)
+        self.teacher_state = load_teacher(self.teacher, self.run_context(), datamodule_of(self._trainer))
+        self._teacher_device = None
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
             self.rollout.read_ahead(self._trainer)

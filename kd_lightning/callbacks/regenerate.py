@@ -26,7 +26,7 @@ from kd_lightning.generation.served_pass import ServedPass, connect
 from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.generate import Sampling, stop_strings
 from kd_lightning.serving.server import Server
-from kd_lightning.teachers.base import models_by_role
+from kd_lightning.teachers.batches import models_of_run
 from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.training.base import StudentTeacherModule
 
@@ -220,7 +220,7 @@ class Regeneration(L.Callback):
             )
         datamodule.replace_responses(texts, self.side)
         teacher = student_and_teacher(module).teacher
-        for text in check_models_fit_data(models_by_role(student_of(module), teacher), datamodule):
+        for text in check_models_fit_data(models_of_run(student_of(module), teacher), datamodule):
             rank_zero_warn(text)
         if not is_fast_dev_run(trainer):
             folder = Path(trainer.default_root_dir) / "responses"

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.data.alignment.two_tokenizers import TwoTokenizers
+from kd_lightning.data.alignment.two_tokenizers import TeacherTokenizers, TwoTokenizers
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.row_report import IndexColumn
-from kd_lightning.data.text.text_tokenizer import TextTokenizer
 
 
 class GenerationRow(TypedDict):
@@ -70,16 +69,6 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
         self._index_columns: dict[str, tuple[IndexColumn, dict[str, dict[int, int]]]] = {}
 
     # ------------------------------------------------------------------------------------------------------ tokenizer
-    @property
-    @abstractmethod
-    def text_tokenizer(self) -> TextTokenizer:
-        """How rows become token ids: tokenizer, chat template and maximum length."""
-
-    @property
-    def teacher_text_tokenizer(self) -> TextTokenizer:
-        """The same for the teacher, which may have a chat template of its own."""
-        return self.text_tokenizer
-
     @abstractmethod
     def use_tokenizer_of(self, model: str | None) -> None:
         """Load the tokenizer of this model in `setup`, unless the data module was given a tokenizer.
@@ -104,11 +93,6 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
 
     # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
-    @abstractmethod
-    def splits(self) -> list[str]:
-        """The splits that are loaded."""
-
-    @property
     def rows_per_batch(self) -> int:
         """Sequences per batch on each rank."""
         return self.batch_size
@@ -126,22 +110,6 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
     @abstractmethod
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
-
-    @property
-    def teacher_has_own_input(self) -> bool:
-        """Whether the teacher reads something else than the student (`teacher_input_ids` of a batch)."""
-        return False
-
-    @abstractmethod
-    def longest(self, role: str = "student") -> int:
-        """Number of tokens of the longest loaded row, as the "student" or the "teacher" reads it.
-
-        Prompts without a response are not included.
-        """
-
-    @abstractmethod
-    def largest_id(self, role: str = "student") -> int:
-        """The largest token id in the loaded rows, as the "student" or the "teacher" reads them."""
 
     # ----------------------------------------------------------------------------------------------------------- rows
     @abstractmethod
@@ -262,8 +230,8 @@ class NamesTeacherTokenizer(Protocol):
     """A Lightning module that names the tokenizer of its teacher."""
 
     @property
-    def teacher_tokenizer_name(self) -> str | None:
-        """Folder or hub name; None without a teacher, and if it was passed as an object without one."""
+    def teacher_tokenizer_name(self) -> str | TeacherTokenizers | None:
+        """Folder or hub name, or those of several; None without a teacher, and if it is an object without one."""
 
 
 @runtime_checkable

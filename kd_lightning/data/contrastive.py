@@ -15,7 +15,7 @@ from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.instruction import InstructionDataModule
 from kd_lightning.data.pairs import read_pairs, read_teacher_answers, with_answer
 from kd_lightning.data.row_report import differences_of, extra_counts, extra_notes
-from kd_lightning.data.rows.teacher_input import AddTeacherInput
+from kd_lightning.data.rows.teacher_input import RowColumns
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader
 from kd_lightning.data.saved_responses import SavedResponses
 from kd_lightning.data.sources import as_list
@@ -286,7 +286,7 @@ class ContrastiveDataModule(InstructionDataModule):
 class _Replace:
     tokenizer: TextTokenizer
     responses: dict[int, str]
-    add_teacher_input: AddTeacherInput | None
+    add_teacher_input: RowColumns | None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         text = self.responses.get(row["row_id"])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from kd_lightning.data.base import NamesTeacherTokenizer, NamesTokenizer
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
 from kd_lightning.data.rows.loaders import BatchLoaders
-from kd_lightning.data.rows.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
+from kd_lightning.data.rows.teacher_input import RowColumns, TeacherInput, with_teacher_input
 from kd_lightning.data.sources import as_list
 from kd_lightning.data.text.prompt_notice import COMPARED, prompt_notice
 from kd_lightning.data.text.rendering import date_of, read_template, today
@@ -70,9 +70,10 @@ class InstructionDataModule(BatchLoaders):
             two tokenizers that of the teacher's.
         teacher_chat_template_kwargs: variables for the teacher's template, in addition to `chat_template_kwargs`.
         teacher_tokenizer: folder, hub name or `asset:` name of the teacher's tokenizer; in Python also a loaded one;
-            None: the teacher's own. If it is another one than the student's, the teacher reads its own tokens of the
-            same text, and each label of the student has the position of the teacher (`teacher_positions`) at which
-            both have read the same bytes.
+            None: the teacher's own. With a `RoutedTeacher`, one holds for all teachers, and a mapping has some of them
+            by the teacher's name; the others have their own. If it is another one than the student's, the teacher reads
+            its own tokens of the same text, and each label of the student has the position of the teacher
+            (`teacher_positions`) at which both have read the same bytes.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -105,7 +106,7 @@ class InstructionDataModule(BatchLoaders):
         teacher_prompt: str | None = None,
         teacher_chat_template: str | None = None,
         teacher_chat_template_kwargs: dict[str, Any] | None = None,
-        teacher_tokenizer: str | None = None,
+        teacher_tokenizer: dict[str, str] | str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -219,12 +220,12 @@ class InstructionDataModule(BatchLoaders):
         found = tokenize_rows(rows, split, self.text_tokenizer)
         if not self.teacher_has_own_input:
             return found
-        return with_teacher_input(found, split, self.teacher_input, self.text_tokenizer)
+        return with_teacher_input(found, split, self.input_of_rows, self.text_tokenizer)
 
     @property
-    def add_teacher_input(self) -> AddTeacherInput | None:
+    def add_teacher_input(self) -> RowColumns | None:
         """Adds the teacher's own input to a tokenized row; None if it has none."""
-        return AddTeacherInput(self.teacher_input, self.text_tokenizer) if self.teacher_has_own_input else None
+        return self.input_of_rows.adder(self.text_tokenizer) if self.teacher_has_own_input else None
 
     def keep_usable(self, split: str, rows: Any) -> Any:
         """The rows that can be trained on; the others are counted in `report[split]`.

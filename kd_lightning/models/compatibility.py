@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from torch import nn
@@ -12,7 +12,7 @@ from kd_lightning.models.hf_adapter import base_model, input_embeddings, max_pos
 
 
 class LoadedRows(Protocol):
-    """What is compared with a model: a data module with loaded rows."""
+    """What is compared with a model: rows that are loaded."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -29,11 +29,20 @@ class LoadedRows(Protocol):
         """The largest token id in the rows, as a role reads them."""
 
 
-def check_models_fit_data(models: Mapping[str, nn.Module], datamodule: LoadedRows | None) -> Iterator[str]:
+class RowsOfTeachers(LoadedRows, Protocol):
+    """A data module with loaded rows, which several teachers may read otherwise."""
+
+    def for_member(self, name: str) -> LoadedRows:
+        """The rows as one of several teachers reads them."""
+
+
+def check_models_fit_data(
+    models: Iterable[tuple[str, nn.Module, str]], datamodule: RowsOfTeachers | None
+) -> Iterator[str]:
     """Check that all models can read every loaded row, and yield warnings.
 
     Args:
-        models: Hugging Face causal LMs by role: `student`, `teacher`, or `teacher NAME`.
+        models: role (`student`, `teacher`, or `teacher NAME`), Hugging Face causal LM, and the teacher's name or "".
         datamodule: a data module with loaded rows; None: the rows are not checked.
 
     Raises:
@@ -41,8 +50,8 @@ def check_models_fit_data(models: Mapping[str, nn.Module], datamodule: LoadedRow
     """
     if datamodule is None:
         return
-    for role, model in models.items():
-        yield from _check(role, model, datamodule)
+    for role, model, member in models:
+        yield from _check(role, model, datamodule.for_member(member) if member else datamodule)
 
 
 def _check(role: str, model: nn.Module, datamodule: LoadedRows) -> Iterator[str]:

@@ -123,7 +123,7 @@ class RolloutContext:
         rank: this process among those that read different rows.
         ranks: number of those processes.
         max_length: longest row of the data in tokens; longer responses are truncated.
-        translate: turns responses into the teacher's tokens; None: student and teacher have one tokenizer.
+        translate: turns responses into the tokens of each row's teacher; None: student and teacher have one tokenizer.
         upcoming: the next batch of the data; None: there is none, or it is not read ahead.
 
     Attributes:
@@ -234,14 +234,14 @@ class RolloutContext:
         return dataclasses.replace(sampling, max_new_tokens=max(1, room))
 
     def _processors(self, batch: Batch, sampling: Sampling, teacher_share: float) -> list[Any]:
-        if self.translate is not None:
-            if teacher_share > 0:
-                raise self._one_tokenizer("a mixture of student and teacher that is sampled from")
-            return []
+        if self.translate is not None and teacher_share > 0:
+            raise self._one_tokenizer("a mixture of student and teacher that is sampled from")
         if teacher_share > 0:
             teacher, prompt = unsharded_model(self.teacher), prompts(dict(teacher_batch(batch)))
             return [TeacherMixture(teacher, teacher_share, sampling.temperature or 1.0, *prompt)]
-        known = None if self.teacher is None else self.teacher.vocabulary
+        if self.teacher is None or (self.translate is not None and self.teacher.column is None):
+            return []  # a response is translated
+        known = self.teacher.vocabulary
         return [RestrictVocabulary(known)] if known is not None and known < self.vocabulary else []
 
     @property

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kd_lightning.constants import IGNORE_INDEX, SOURCES, TEACHER_FIELDS, TEACHER_POSITIONS
+from kd_lightning.constants import IGNORE_INDEX, SOURCES, TEACHER_FIELDS, TEACHER_INDEX, TEACHER_POSITIONS
 from kd_lightning.data.alignment.two_tokenizers import TeacherResponse
 from kd_lightning.teachers.batches import teacher_batch
 
 Batch = dict[str, Tensor]
-Translate = Callable[[Sequence[int]], TeacherResponse]
-"""A response of the student in the tokens of a teacher with another tokenizer."""
+Translate = Callable[[Sequence[int], int], TeacherResponse]
+"""A response of the student in the tokens of its row's teacher, given the number of this teacher among several."""
 
 
 def prompts(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -63,19 +63,20 @@ def append_for_teacher(
     kept = generated["labels"].ne(IGNORE_INDEX).sum(1, keepdim=True)
     live = live & (live.cumsum(1) <= kept)
     if translate is not None:
-        return _translated(prompts(view), generated["labels"], tokens, live, translate)
+        members = generated.get(TEACHER_INDEX, generated["labels"].new_zeros(len(tokens))).tolist()
+        responses = [
+            translate(row[there].tolist(), member) for row, there, member in zip(tokens, live, members, strict=True)
+        ]
+        return _translated(prompts(view), generated["labels"], responses)
     own = append(view, prompts(view), tokens, live)
     return {TEACHER_FIELDS[name]: own[name] for name in TEACHER_FIELDS}
 
 
-def _translated(
-    prompt: tuple[Tensor, Tensor], labels: Tensor, tokens: Tensor, live: Tensor, translate: Translate
-) -> Batch:
+def _translated(prompt: tuple[Tensor, Tensor], labels: Tensor, responses: Sequence[TeacherResponse]) -> Batch:
     """The fields of a teacher with another tokenizer, and where it is read for each of the student's labels."""
     rows, positions = [], torch.full_like(labels, -1)
-    for number, (ids, mask) in enumerate(zip(*prompt, strict=True)):
+    for number, (ids, mask, found) in enumerate(zip(*prompt, responses, strict=True)):
         before = ids[mask.bool()].tolist()
-        found = translate(tokens[number][live[number]].tolist())
         rows.append((before + found.ids, [IGNORE_INDEX] * len(before) + found.labels))
         read = [len(before) + position if position >= 0 else -1 for position in found.positions]
         positions[number, labels[number] != IGNORE_INDEX] = labels.new_tensor(read)

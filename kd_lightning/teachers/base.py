@@ -15,6 +15,7 @@ from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK, check_lower_bound
 from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.losses import DistillationLoss
+from kd_lightning.teachers.routing.share import TeacherShare
 
 
 class StudentModel(Protocol):
@@ -37,12 +38,8 @@ class StudentModel(Protocol):
         """`function(*args, **kwargs)`, with sharded parameters gathered."""
 
 
-class TokenizedData(Protocol):
-    """The data of a run, tokenized; `data.base.DistillationDataModule` implements it."""
-
-    @property
-    def splits(self) -> Sequence[str]:
-        """Names of the splits that are loaded."""
+class TokenizedText(Protocol):
+    """What the models of a run read; `data.alignment.two_tokenizers.TwoTokenizers` implements it."""
 
     @property
     def text_tokenizer(self) -> Any:
@@ -60,14 +57,25 @@ class TokenizedData(Protocol):
     def vocabulary_map(self) -> VocabularyMap | None:
         """The tokens that student and teacher share; None: they have one tokenizer."""
 
+    def longest(self, role: str = "student") -> int:
+        """Number of tokens of the longest row, as a role reads it."""
+
+
+class TokenizedData(TokenizedText, Protocol):
+    """The data of a run, tokenized; `data.base.DistillationDataModule` implements it."""
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Names of the splits that are loaded."""
+
+    def for_member(self, name: str) -> TokenizedText:
+        """What one of several teachers reads."""
+
     def every_row(self, split: str) -> Iterable[dict[str, Tensor]]:
         """Batches that together hold every row of a split once (this rank's share of them)."""
 
     def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
         """File and line of each of these rows."""
-
-    def longest(self, role: str = "student") -> int:
-        """Number of tokens of the longest row, as a role reads it."""
 
     def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
         """Call `callback(batch)` with each batch before the one in front of it is trained on."""
@@ -150,20 +158,6 @@ class CachedOutputs:
     k: int | None = None
 
 
-@dataclass(frozen=True)
-class TeacherShare:
-    """A teacher and the rows of a batch that it teaches.
-
-    Args:
-        teacher: not made of others.
-        rows: indices of the rows, [n]; None: all rows. Without any, the teacher must be run all the same, as other
-            ranks wait for it; the results are not used.
-    """
-
-    teacher: Teacher
-    rows: Tensor | None = None
-
-
 class Teacher(ABC):
     """The source of the teacher's distribution. A plain object: never in a `state_dict`, a summary, or under DDP.
 
@@ -176,11 +170,15 @@ class Teacher(ABC):
             set it: the model is then also checked against the data and used for generation.
         shares_student: whether it computes with the student's own weights.
         starts_as_student: whether it is made from the student when it is attached, and equal to it then.
+        column: the field with which a row names its teacher; None: it is not made of others.
+        default: the teacher of rows that name none; None: there is none.
     """
 
     model: nn.Module | None = None
     shares_student: bool = False
     starts_as_student: bool = False
+    column: str | None = None
+    default: str | None = None
 
     @property
     @abstractmethod
@@ -302,15 +300,6 @@ class Teacher(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes with any weight: teachers with equal fingerprints give equal results."""
-
-
-def models_by_role(student: nn.Module, teacher: Teacher | None) -> dict[str, nn.Module]:
-    """The student, and the teachers' models in this process, by what messages call them."""
-    found = {"student": student}
-    for name, member in ({} if teacher is None else teacher.members).items():
-        if member.model is not None:
-            found[f"teacher {name!r}" if name else "teacher"] = member.model
-    return found
 
 
 def generating_model(teacher: Teacher | None) -> nn.Module | None:

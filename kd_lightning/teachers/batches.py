@@ -1,11 +1,12 @@
-"""A batch as teachers read it, and which of its tokens each of several teachers teaches."""
+"""A batch as teachers read it, which of its tokens each of several teachers teaches, and the models of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_POSITIONS, teacher_view
 from kd_lightning.engine.label_mask import next_token_mask
@@ -40,3 +41,30 @@ def tokens_by_member(teacher: Teacher | None, batch: Mapping[str, Tensor]) -> Se
     labeled = next_token_mask(batch["labels"])
     own = index.unsqueeze(1).expand_as(labeled)[labeled]
     return [own == number for number in range(len(teacher.members))]
+
+
+class ModelOfRun(NamedTuple):
+    """A model in this process.
+
+    Args:
+        role: what messages call it.
+        model: a Hugging Face causal LM.
+        member: name of the teacher if there are several, else "".
+    """
+
+    role: str
+    model: nn.Module
+    member: str = ""
+
+
+def models_of_run(student: nn.Module, teacher: Teacher | None) -> list[ModelOfRun]:
+    """The student, and the teachers' models in this process."""
+    members = {} if teacher is None else teacher.members
+    return [
+        ModelOfRun("student", student),
+        *(
+            ModelOfRun(f"teacher {name!r}" if name else "teacher", member.model, name)
+            for name, member in members.items()
+            if member.model is not None
+        ),
+    ]

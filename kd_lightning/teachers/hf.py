@@ -21,7 +21,8 @@ from kd_lightning.models.hf_adapter import base_model, name_or_path
 from kd_lightning.models.loading import ModelNotFoundError, checked_kwargs, load_causal_lm
 from kd_lightning.models.model_checks import check_finite
 from kd_lightning.subclasses import concrete_subclasses
-from kd_lightning.teachers.base import ConfigSource, RunContext, Teacher, models_by_role
+from kd_lightning.teachers.base import ConfigSource, RunContext, Teacher
+from kd_lightning.teachers.batches import models_of_run
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 
 
@@ -190,7 +191,7 @@ def as_teacher(teacher: Any, kwargs: dict[str, Any] | None = None) -> Teacher | 
 def parameter_counts(student: nn.Module, teacher: Teacher | None) -> str:
     """Numbers of parameters of student and teacher, as one line of a log."""
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    models = models_by_role(student, teacher)
+    models = {role: model for role, model, _ in models_of_run(student, teacher)}
     counts = {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
     text = f"student: {counts['student']:,} parameters, {trainable:,} trainable"
     others = (role for role, model in models.items() if model is not student)

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
-from kd_lightning.engine.vocabulary_map import VocabularyMap
-from kd_lightning.teachers.base import RunContext, Teacher, TeacherShare, TokenizedData
+from kd_lightning.constants import TEACHER_INDEX
+from kd_lightning.teachers.base import RunContext, Teacher, TokenizedData
 from kd_lightning.teachers.hf import as_teacher
+from kd_lightning.teachers.routing.rows import RowsOfMember
+from kd_lightning.teachers.routing.share import TeacherShare
 
 
 class RoutedTeacher(Teacher):
     """Several teachers: each row of the data is taught by the one that it names.
 
     The teachers may differ in width, LM head, vocabulary padding and dtype; each is loaded, offloaded or cached as its
-    own class says. A step equals the sum of the steps of the single teachers on their rows, under one divisor.
-    Validation logs every value over all rows and for each teacher, as `val/forward_kl/NAME`.
+    own class says. Each may have the student's tokenizer or another one. A step equals the sum of the steps of the
+    single teachers on their rows, under one divisor. Validation logs every value over all rows and for each teacher, as
+    `val/forward_kl/NAME`.
 
     Reduces to a single teacher if every row names it.
 
@@ -33,7 +34,7 @@ class RoutedTeacher(Teacher):
 
     Raises:
         ValueError: there are no teachers, a name is empty, or the default is none of them; when the run starts: a row
-            names no teacher (the message has file and line).
+            names no teacher (the message has file and line), or a tokenizer cannot be compared with the student's.
     """
 
     def __init__(
@@ -56,7 +57,10 @@ class RoutedTeacher(Teacher):
                     f"{'None' if found is None else type(found).__name__}"
                 )
             self.teachers[name] = found
-        self.column, self.default = column, default
+        self.column: str = column
+        self.default = default
+        self._readers_of_student: frozenset[str] = frozenset()
+        self._translated: frozenset[str] = frozenset()  # those that read other tokens than the student
         self.shares_student = all(teacher.shares_student for teacher in self.teachers.values())
         self.starts_as_student = all(teacher.starts_as_student for teacher in self.teachers.values())
         self._states: nn.ModuleList | None = None
@@ -79,9 +83,9 @@ class RoutedTeacher(Teacher):
 
     @property
     def vocabulary(self) -> int | None:
-        """Number of tokens that all teachers have logits for; None if it is not known of one."""
-        known = [teacher.vocabulary for teacher in self.teachers.values()]
-        return None if None in known else min(size for size in known if size is not None)
+        """Number of the student's tokens that all teachers which read them have logits for; None: not known of one."""
+        known = [teacher.vocabulary for name, teacher in self.teachers.items() if name not in self._translated]
+        return None if None in known else min((size for size in known if size is not None), default=None)
 
     @property
     def can_generate(self) -> bool:
@@ -115,8 +119,11 @@ class RoutedTeacher(Teacher):
             ValueError: a row names none; the message has file and line.
         """
         data.add_index_column(TEACHER_INDEX, self.column, list(self.teachers), self.default)
-        for number, teacher in enumerate(self.teachers.values()):
-            teacher.check_data(_RowsOfOne(data, number))
+        for name, teacher in self.teachers.items():
+            teacher.check_data(self._rows_of(data, name))
+
+    def _rows_of(self, data: TokenizedData, name: str) -> RowsOfMember:
+        return RowsOfMember(data, list(self.teachers).index(name), name)
 
     def check_cacheable(self) -> None:
         """Refuse: one cache belongs to one teacher.
@@ -131,11 +138,14 @@ class RoutedTeacher(Teacher):
 
     def attach(self, run: RunContext) -> None:
         """Number the teachers of the rows, and attach every teacher with its own rows."""
+        rows: dict[str, RowsOfMember] = {}
         if run.data is not None:
             self.check_data(run.data)
-        for number, teacher in enumerate(self.teachers.values()):
-            own = None if run.data is None else _RowsOfOne(run.data, number)
-            teacher.attach(dataclasses.replace(run, data=own))
+            rows = {name: self._rows_of(run.data, name) for name in self.teachers}
+        self._readers_of_student = frozenset(name for name, own in rows.items() if own.reads_student_input)
+        self._translated = frozenset(name for name, own in rows.items() if own.vocabulary_map is not None)
+        for name, teacher in self.teachers.items():
+            teacher.attach(dataclasses.replace(run, data=rows.get(name)))
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load every teacher."""
@@ -192,13 +202,12 @@ class RoutedTeacher(Teacher):
         if wrong := set(numbers) - set(range(len(self.teachers))):
             raise ValueError(f"{TEACHER_INDEX} must be in [0, {len(self.teachers) - 1}], got {min(wrong)}")
         found = []
-        for number, teacher in enumerate(self.teachers.values()):
+        for number, (name, teacher) in enumerate(self.teachers.items()):
             rows = [row for row, own in enumerate(numbers) if own == number]
             if rows or teacher.is_collective:
-                found.append(TeacherShare(teacher, torch.tensor(rows, dtype=torch.long, device=index.device)))
-        if len(found) == 1:
-            return [TeacherShare(found[0].teacher)]
-        return found
+                tensor = torch.tensor(rows, dtype=torch.long, device=index.device)
+                found.append(TeacherShare(teacher, tensor, name, name in self._readers_of_student))
+        return [dataclasses.replace(found[0], rows=None)] if len(found) == 1 else found
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Refuse: the widths of the teachers differ.
@@ -213,12 +222,14 @@ class RoutedTeacher(Teacher):
         """Logits [B, T, V] with the largest vocabulary; −inf for tokens that the teacher of a row does not have.
 
         Raises:
-            ValueError: only the top k are known of one of them.
+            ValueError: only the top k are known of one of them, or one has another tokenizer than the student.
         """
+        if self._translated:
+            raise ValueError("the teachers of RoutedTeacher have several tokenizers, and no logits in common")
         parts: list[tuple[Tensor | slice, Tensor]] = []
         for share in self.shares(batch):
             rows = slice(None) if share.rows is None else share.rows
-            known = share.teacher.logits(rows_of(batch, share.rows))
+            known = share.teacher.logits(share.rows_of(batch))
             if not isinstance(known, Tensor):
                 raise ValueError(f"{type(share.teacher).__name__} gives the top k tokens only, and no full logits")
             parts.append((rows, known if share.rows is None else known[: len(share.rows)]))
@@ -232,84 +243,3 @@ class RoutedTeacher(Teacher):
             padded[..., : known.shape[-1]] = known
             found[rows] = padded
         return found
-
-
-def rows_of(batch: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, Tensor]:
-    """These rows of a batch, all if None; the first row, without labels, if there are none.
-
-    Args:
-        batch: columns of shape [B, …].
-        rows: indices [n].
-    """
-    if rows is None:
-        return dict(batch)
-    if len(rows):
-        return {name: column[rows] for name, column in batch.items()}
-    first = {name: column[:1] for name, column in batch.items()}
-    return {name: torch.full_like(x, IGNORE_INDEX) if name.endswith("labels") else x for name, x in first.items()}
-
-
-class _RowsOfOne:
-    """The data of a run as one of the teachers sees it: rows of the others have no labels.
-
-    Args:
-        data: with the column of `RoutedTeacher`.
-        number: of the teacher.
-    """
-
-    def __init__(self, data: TokenizedData, number: int) -> None:
-        self._data, self._number = data, number
-
-    @property
-    def splits(self) -> Sequence[str]:
-        """Names of the splits that are loaded."""
-        return self._data.splits
-
-    @property
-    def text_tokenizer(self) -> Any:
-        """The `TextTokenizer` that turned the rows into tokens."""
-        return self._data.text_tokenizer
-
-    @property
-    def teacher_text_tokenizer(self) -> Any:
-        """The same for the teacher's input."""
-        return self._data.teacher_text_tokenizer
-
-    @property
-    def vocabulary_map(self) -> VocabularyMap | None:
-        """The tokens that student and teacher share; None: they have one tokenizer."""
-        return self._data.vocabulary_map
-
-    @property
-    def teacher_has_own_input(self) -> bool:
-        """Whether the teacher reads something else than the student."""
-        return self._data.teacher_has_own_input
-
-    def every_row(self, split: str) -> Iterator[dict[str, Tensor]]:
-        """Batches with every row of a split; those of other teachers without labels."""
-        yield from map(self._masked, self._data.every_row(split))
-
-    def _masked(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        others = (batch[TEACHER_INDEX] != self._number).unsqueeze(1)
-        masked = {name: x for name, x in batch.items() if name.endswith("labels")}
-        return {**batch, **{name: x.masked_fill(others, IGNORE_INDEX) for name, x in masked.items()}}
-
-    def longest(self, role: str = "student") -> int:
-        """Number of tokens of the longest row."""
-        return self._data.longest(role)
-
-    def look_ahead(self, callback: Callable[[dict[str, Tensor]], None]) -> None:
-        """Call `callback(batch)` with each batch ahead, in which rows of the other teachers have no labels."""
-        self._data.look_ahead(lambda batch: callback(self._masked(batch)))
-
-    def row_locations(self, split: str, row_ids: list[int]) -> list[str]:
-        """File and line of each of these rows."""
-        return self._data.row_locations(split, row_ids)
-
-    def add_index_column(self, name: str, field: str, values: Sequence[str], default: str | None = None) -> None:
-        """Give every batch a column: the index of each row's field among these values."""
-        self._data.add_index_column(name, field, values, default)
-
-    def index_column(self, name: str, split: str) -> Mapping[int, int]:
-        """The index of every row of a split, by `row_ids`."""
-        return self._data.index_column(name, split)

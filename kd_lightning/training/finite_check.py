@@ -14,7 +14,6 @@ from kd_lightning.label_losses import CrossEntropy
 from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.batches import teacher_batch
-from kd_lightning.teachers.routed import rows_of
 
 Batch = Mapping[str, Tensor]
 TERMS = ("kd", "ce")
@@ -126,9 +125,7 @@ def _finite_logits(teacher: Teacher, batch: Batch) -> bool:
 
     Logits of −inf are finite in this sense, because they exclude a token; at least one must be larger.
     """
-    return all(
-        _finite_share(share.teacher, teacher_batch(rows_of(batch, share.rows))) for share in teacher.shares(batch)
-    )
+    return all(_finite_share(share.teacher, teacher_batch(share.rows_of(batch))) for share in teacher.shares(batch))
 
 
 def _finite_share(teacher: Teacher, batch: Batch) -> bool:

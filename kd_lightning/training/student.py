@@ -30,9 +30,9 @@ from kd_lightning.models.hf_adapter import (
 from kd_lightning.models.loading import checked_kwargs, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
-from kd_lightning.teachers.base import Teacher, TeacherShare
+from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.batches import teacher_batch
-from kd_lightning.teachers.routed import rows_of
+from kd_lightning.teachers.routing.share import TeacherShare
 from kd_lightning.training.loss_components import component_sums
 from kd_lightning.training.routed_pass import RoutedPass
 
@@ -145,7 +145,7 @@ class StudentWithLoss(ShardableStudent):
         self.loss = loss
         self._head: Head | None = None  # its settings alone: the weights are read from the model each time
         self._body: list[nn.Module] = []  # kept in a list so that it is not registered as a second submodule
-        self._vocabulary_map: VocabularyMap | None = None
+        self._vocabulary_maps: dict[str, VocabularyMap | None] = {}  # by the name of a teacher, "" if there is one
         if student is not None:
             self.set_student(student)
 
@@ -164,9 +164,14 @@ class StudentWithLoss(ShardableStudent):
         except ValueError as error:
             rank_zero_info(f"student: {error}; full logits are used instead")
 
-    def use_vocabulary_map(self, vocabulary_map: VocabularyMap | None) -> None:
-        """Set the tokens that student and teacher share; None: they have one tokenizer."""
-        self._vocabulary_map = vocabulary_map
+    def use_vocabulary_map(self, vocabulary_map: VocabularyMap | None, member: str = "") -> None:
+        """Set the tokens that student and teacher share; None: they have one tokenizer.
+
+        Args:
+            vocabulary_map: their map.
+            member: name of the teacher if there are several.
+        """
+        self._vocabulary_maps[member] = vocabulary_map
 
     @property
     def has_student(self) -> bool:
@@ -225,12 +230,14 @@ class StudentWithLoss(ShardableStudent):
         shares = [] if teacher is None else teacher.shares(batch)
         if len(shares) > 1:
             return self._run_routed(batch, shares)
-        return self._run_pair(batch, shares[0].teacher if shares else None)
+        return self._run_pair(batch, shares[0] if shares else None)
 
-    def _run_pair(self, batch: dict[str, Tensor], teacher: Teacher | None) -> ForwardPass:
+    def _run_pair(self, batch: dict[str, Tensor], share: TeacherShare | None) -> ForwardPass:
         """Run a teacher on all rows, then the student."""
+        teacher, member = (None, None) if share is None else (share.teacher, share.member)
+        batch = batch if share is None else share.rows_of(batch)
         inputs = {name: batch[name] for name in MODEL_INPUTS}
-        columns = self._columns(batch, teacher is not None)
+        columns = self._columns(batch, member)
         head, teacher_head = self.head(), None if teacher is None else teacher.head
         known: Tensor | TopK | None = None
         if teacher is not None and (head is None or teacher_head is None):
@@ -244,17 +251,19 @@ class StudentWithLoss(ShardableStudent):
     def _run_routed(self, batch: dict[str, Tensor], shares: list[TeacherShare]) -> RoutedPass:
         """Run each teacher on its rows, then the student once on all rows."""
         head = self.head()
-        known = [(share.rows, *self._run_teacher(batch, share, head)) for share in shares]
+        views = [share.rows_of(batch) for share in shares]
+        known = [self._run_teacher(view, share.teacher, head) for share, view in zip(shares, views, strict=True)]
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         if head is None or self.body is None:
             outputs, head = logits(self.student, **inputs)[:, :-1], None
         else:
             outputs = hidden_states(self.body, **inputs)[:, :-1]
         passes = []
-        for rows, teacher, teacher_head in known:
+        for share, view, (teacher, teacher_head) in zip(shares, views, known, strict=True):
+            rows = share.rows
             if rows is None or not len(rows):  # run for the other ranks
                 continue
-            own, columns = outputs[rows], self._columns(rows_of(batch, rows))
+            own, columns = outputs[rows], self._columns(view, share.member)
             if head is not None and isinstance(teacher, Tensor) and teacher_head is None:
                 passes.append((rows, ForwardPass(head.logits(own), None, teacher, None, *columns)))
             else:
@@ -262,26 +271,27 @@ class StudentWithLoss(ShardableStudent):
         return RoutedPass(passes, batch["labels"][:, 1:])
 
     @staticmethod
-    def _run_teacher(
-        batch: dict[str, Tensor], share: TeacherShare, head: Head | None
-    ) -> tuple[Tensor | TopK, Head | None]:
+    def _run_teacher(rows: dict[str, Tensor], teacher: Teacher, head: Head | None) -> tuple[Tensor | TopK, Head | None]:
         """Hidden states and LM head of a teacher on its rows, or its distribution without a head."""
-        own, teacher_head = teacher_batch(rows_of(batch, share.rows)), share.teacher.head
+        own, teacher_head = teacher_batch(rows), teacher.head
         if head is None or teacher_head is None:
-            return share.teacher.logits(own)[:, :-1], None
-        return share.teacher.hidden(own)[:, :-1], teacher_head
+            return teacher.logits(own)[:, :-1], None
+        return teacher.hidden(own)[:, :-1], teacher_head
 
-    def _columns(
-        self, batch: dict[str, Tensor], has_teacher: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor], Alignment]:
-        """Labels and extra inputs per token, each without the first token, and how the teacher's tokens correspond."""
+    def _columns(self, batch: dict[str, Tensor], member: str | None) -> tuple[Tensor, dict[str, Tensor], Alignment]:
+        """Labels and extra inputs per token, each without the first token, and how the teacher's tokens correspond.
+
+        Args:
+            batch: of the data, or rows of it.
+            member: name of the teacher, "" if there is one; None: there is none.
+        """
         columns = {name: column for name, column in batch.items() if name not in NOT_COLUMNS}
         shifted = {name: column[:, 1:] if column.ndim == 2 else column for name, column in columns.items()}
-        own = batch.get(TEACHER_FIELDS["labels"]) if has_teacher else None
-        read = batch.get(TEACHER_POSITIONS) if has_teacher else None
+        own = None if member is None else batch.get(TEACHER_FIELDS["labels"])
+        read = None if member is None else batch.get(TEACHER_POSITIONS)
         alignment = Alignment(
             None if own is None else own[:, 1:],
-            None if read is None else self._vocabulary_map,
+            None if read is None or member is None else self._vocabulary_maps.get(member),
             None if read is None else (read[:, 1:] - 1).clamp_min(-1),  # its distribution of a token stands before it
         )
         return batch["labels"][:, 1:], shifted, alignment

@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_FIELDS, TEACHER_POSITIONS
-from kd_lightning.data.base import DistillationDataModule
+from kd_lightning.data.alignment.two_tokenizers import TwoTokenizers
 
 SHOWN = 24  # tokens of an answer
 SHARED, OWN = " | ", " · "
 
 
-def shown_boundaries(batch: Mapping[str, Tensor], data: DistillationDataModule) -> str | None:
+def shown_boundaries(batch: Mapping[str, Tensor], data: TwoTokenizers) -> str | None:
     """The answer of the first row with a label, as both models read it; None if there is no such row.
 
     Args:

@@ -16,6 +16,7 @@ from kd_lightning.callbacks.regenerate import Regeneration
 from kd_lightning.cli.checks.boundaries import shown_boundaries
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
+from kd_lightning.data.alignment.two_tokenizers import TwoTokenizers
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.data.chat_template import ChatTemplate
 from kd_lightning.data.row_report import PLAIN_COUNTS, extra_notes
@@ -27,10 +28,9 @@ from kd_lightning.models.compatibility import check_models_fit_data
 from kd_lightning.models.hf_adapter import base_model, eos_token_ids
 from kd_lightning.models.loading import check_tokenizers, resolve_model
 from kd_lightning.models.pretrained import from_pretrained
-from kd_lightning.teachers.base import models_by_role
-from kd_lightning.teachers.batches import member_names
+from kd_lightning.teachers.batches import member_names, models_of_run
 from kd_lightning.training.evaluation import limited_batches
-from kd_lightning.training.teacher_setup import alignment_notice, check_teacher_tokenizers
+from kd_lightning.training.teacher_setup import alignment_notices, check_teacher_tokenizers
 
 Check = Callable[[PreparedFit], Findings]
 
@@ -71,24 +71,29 @@ def check_teacher_tokenizer(fit: PreparedFit) -> Findings:
     """Teacher and student have the same tokens, the same special tokens and the same chat template."""
     if fit.datamodule.has_two_tokenizers:
         yield from _show_two_tokenizers(fit)
-        return
-    members = () if fit.module.teacher is None else fit.module.teacher.members.values()
-    for name in dict.fromkeys(member.name for member in members if member.name is not None):
-        yield from _compare_tokenizers(fit, name)
+    members = {} if fit.module.teacher is None else fit.module.teacher.members
+    same = {name: fit.datamodule.for_member(name) for name in members}
+    same = {name: own for name, own in same.items() if not own.has_two_tokenizers}
+    found = {str(members[name].name): own for name, own in same.items() if members[name].name is not None}
+    for name, own in found.items():
+        yield from _compare_tokenizers(fit, name, own)
 
 
 def _show_two_tokenizers(fit: PreparedFit) -> Findings:
     """What two tokenizers share, and an answer in the tokens of both."""
-    data = fit.datamodule
-    check_teacher_tokenizers(fit.module.teacher, data.teacher_tokenizer, two_tokenizers=True)
-    text, few = alignment_notice(data)
-    yield "warning" if few else "note", text
-    if boundaries := shown_boundaries(fit.batches[0], data):
-        yield "note", boundaries
+    data, teacher = fit.datamodule, fit.module.teacher
+    check_teacher_tokenizers(teacher, data)
+    for text, few in alignment_notices(data, teacher):
+        yield "warning" if few else "note", text
+    batch = fit.batches[0]
+    for share in () if teacher is None else teacher.shares(batch):
+        own = data.for_member(share.member)
+        if own.has_two_tokenizers and (boundaries := shown_boundaries(share.rows_of(batch), own)):
+            yield "note", boundaries
 
 
-def _compare_tokenizers(fit: PreparedFit, teacher: str) -> Findings:
-    """The same for the teacher of this name."""
+def _compare_tokenizers(fit: PreparedFit, teacher: str, rows: TwoTokenizers) -> Findings:
+    """The same for the teacher of this name, and the rows as it reads them."""
     tokenizer = fit.datamodule.tokenizer
     check_tokenizers(teacher, tokenizer)
     path = resolve_model(teacher, "teacher")
@@ -109,7 +114,7 @@ def _compare_tokenizers(fit: PreparedFit, teacher: str) -> Findings:
             yield level, f"{name} is {one!r} for the teacher and {other!r} for the student: use the same token for both"
     data = fit.datamodule
     chats = [chat for chat in data.conversations("train", COMPARED) if chat.messages] if theirs.chat_template else []
-    text = data.teacher_text_tokenizer
+    text = rows.teacher_text_tokenizer
     used = text.chat
     own = ChatTemplate(theirs, None, text.template_kwargs, now=used.now)
     if any(own.full_text(chat) != used.full_text(chat) for chat in chats):
@@ -171,7 +176,7 @@ def check_optimizer(fit: PreparedFit) -> Findings:
 
 def check_positions(fit: PreparedFit) -> Findings:
     """Both models have an embedding for every token, and enough positions for the longest row."""
-    for text in check_models_fit_data(models_by_role(fit.student, fit.module.teacher), fit.datamodule):
+    for text in check_models_fit_data(models_of_run(fit.student, fit.module.teacher), fit.datamodule):
         yield "warning", text
 
 
@@ -289,13 +294,13 @@ def check_teacher_input(fit: PreparedFit) -> Findings:
 
 DATA_CHECKS: dict[str, Check] = {
     "output": check_output,
+    "routing": check_routing,
     "tokenizers": check_teacher_tokenizer,
     "words": check_responses,
     "callbacks": check_callbacks,
     "optimizer": check_optimizer,
     "schedule": check_schedule,
     "rows": check_rows,
-    "routing": check_routing,
     "prompts": check_prompts,
     "places": check_positions,
     "labels": check_labels,

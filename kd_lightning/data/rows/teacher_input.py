@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import string
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,8 @@ from kd_lightning.data.tokenization import json_digest, processes
 PROMPT = "prompt"
 """The name of the last user turn in a `teacher_prompt`."""
 SHOWN = 8  # tokens of an answer that a message shows
+RowColumns = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""A row to its columns that are new or change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,23 @@ class TeacherInput:
         """Whether the teacher has an input of its own."""
         settings = (self.prompt, self.chat_template, self.template_kwargs, self.tokenizer)
         return any(value is not None for value in settings)
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Columns of a row besides those that every input has, and the type of each."""
+        return {} if self.tokenizer is None else ALIGNED_COLUMNS
+
+    def settings(self, student: TextTokenizer) -> list[Any]:
+        """Changes when the same row is read in another way."""
+        return [self.prompt, self.text_tokenizer(student).fingerprint()]
+
+    def adder(self, student: TextTokenizer) -> AddTeacherInput:
+        """Adds the columns of `with_teacher_input` to a row."""
+        return AddTeacherInput(self, student)
+
+    def of_row(self, fields: Mapping[str, Any]) -> TeacherInput:
+        """How the teacher of a row with these fields reads it."""
+        return self
 
     def text_tokenizer(self, student: TextTokenizer) -> TextTokenizer:
         """How the teacher's conversations become token ids, given the student's tokenizer."""
@@ -127,7 +146,24 @@ def field_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def with_teacher_input(rows: Any, split: str, own: TeacherInput, student: TextTokenizer) -> Any:
+class InputOfRows(Protocol):
+    """How the teacher of each row reads it; `TeacherInput` is one for all rows."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Columns of a row besides those that every input has, and the type of each."""
+
+    def settings(self, student: TextTokenizer) -> list[Any]:
+        """Changes when the same row is read in another way."""
+
+    def adder(self, student: TextTokenizer) -> RowColumns:
+        """Adds the columns of `with_teacher_input` to a row."""
+
+    def of_row(self, fields: Mapping[str, Any]) -> TeacherInput:
+        """How the teacher of a row with these fields reads it."""
+
+
+def with_teacher_input(rows: Any, split: str, own: InputOfRows, student: TextTokenizer) -> Any:
     """Tokenized rows with the columns of the teacher's own input.
 
     They are `teacher_input_ids`, `teacher_label_mask`, `teacher_length`, `teacher_cut` (whether labels are lost because
@@ -146,12 +182,12 @@ def with_teacher_input(rows: Any, split: str, own: TeacherInput, student: TextTo
     """
     import datasets  # type: ignore[import-untyped]
 
-    settings = [own.prompt, own.text_tokenizer(student).fingerprint()]
+    settings = own.settings(student)
     integer, yes = datasets.Value("int32"), datasets.Value("bool")
     types = {"int32": integer, "bool": yes, "positions": datasets.List(integer)}
-    aligned = {} if own.tokenizer is None else {name: types[kind] for name, kind in ALIGNED_COLUMNS.items()}
+    aligned = {name: types[kind] for name, kind in own.columns.items()}
     return rows.map(
-        AddTeacherInput(own, student),
+        own.adder(student),
         num_proc=processes(len(rows)),
         features=datasets.Features(
             {
@@ -169,7 +205,7 @@ def with_teacher_input(rows: Any, split: str, own: TeacherInput, student: TextTo
     )
 
 
-def prompts_of(rows: Any, student: TextTokenizer, own: TeacherInput | None) -> Iterator[GenerationRow]:
+def prompts_of(rows: Any, student: TextTokenizer, own: InputOfRows | None) -> Iterator[GenerationRow]:
     """Prompt and reference answer of each row.
 
     Args:
@@ -177,10 +213,14 @@ def prompts_of(rows: Any, student: TextTokenizer, own: TeacherInput | None) -> I
         student: how the student's prompts become token ids.
         own: the teacher's input, if it is the teacher that is asked.
     """
-    tokenizer = student if own is None else own.text_tokenizer(student)
+    tokenizers: dict[int, TextTokenizer] = {}  # by the input of a teacher: a chat template is compiled once
     for row in rows:
         conversation, fields = Conversation.load(row["conversation"]), json.loads(row["row"])
-        asked = conversation if own is None else own.conversation(conversation, fields, row["location"])
+        asked, tokenizer = conversation, student
+        if own is not None:
+            found = own.of_row(fields)
+            tokenizer = tokenizers.setdefault(id(found), found.text_tokenizer(student))
+            asked = found.conversation(conversation, fields, row["location"])
         text, ids = tokenizer.prompt(asked)
         yield GenerationRow(prompt_ids=ids, prompt=text, answer=conversation.answer, row=fields, index=row["row_id"])
 

@@ -2,135 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import ABC
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from kd_lightning.data.alignment.responses import ResponseTranslator
-from kd_lightning.data.alignment.rows import shares_of
-from kd_lightning.data.alignment.two_tokenizers import TeacherResponse, TokenizerShares
-from kd_lightning.data.alignment.vocabulary import same_tokenizer, vocabulary_map
-from kd_lightning.data.base import DistillationDataModule, GenerationRow
+from kd_lightning.data.base import GenerationRow
 from kd_lightning.data.conversation import Conversation
-from kd_lightning.data.rows.teacher_input import TeacherInput, prompts_of
+from kd_lightning.data.rows.read_by_teachers import ReadByTeachers
+from kd_lightning.data.rows.teacher_input import prompts_of
 from kd_lightning.data.sampler import ResumableLoader, batches_in_pass
-from kd_lightning.data.text.text_tokenizer import TextTokenizer
-from kd_lightning.data.tokenization import load_tokenizer, masked_id, with_template
-from kd_lightning.engine.vocabulary_map import VocabularyMap
-from kd_lightning.models.loading import teacher_tokenizer_of
 
 SAMPLE = 1000  # texts of a split that enter its digest; all lengths do
 
 
-class TokenizedSplits(DistillationDataModule, ABC):
-    """A data module whose splits are tokenized data sets.
-
-    Attributes:
-        teacher_input: how the teacher's input differs from the student's.
-        teacher_tokenizer_source: the argument `teacher_tokenizer`; None: the teacher's own.
-    """
-
-    teacher_input = TeacherInput()
-    teacher_tokenizer_source: str | PreTrainedTokenizerBase | None = None
+class TokenizedSplits(ReadByTeachers, ABC):
+    """A data module whose splits are tokenized data sets."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._rows: dict[str, Any] = {}
-        self._teacher_name: str | None = None
-        self._vocabulary_map: VocabularyMap | None = None
-        self._compared_source: str | PreTrainedTokenizerBase | None = None
         self._ahead: list[Callable[[dict[str, Tensor]], None]] = []
-
-    # ------------------------------------------------------------------------------------------------ two tokenizers
-    def use_teacher_tokenizer_of(self, model: str | None) -> None:
-        """Compare the tokenizer of this teacher with the student's in `setup`, unless one was given."""
-        self._teacher_name = self._teacher_name if model is None else model
-
-    def load_teacher_tokenizer(self) -> None:
-        """Load the teacher's tokenizer, after the student's; the teacher reads it if it is another one.
-
-        Raises:
-            ValueError: it cannot be loaded, or the tokens of one of the two cannot be read as bytes.
-        """
-        source = self._teacher_name if self.teacher_tokenizer_source is None else self.teacher_tokenizer_source
-        if source is self._compared_source or source == self._compared_source:
-            return
-        self._compared_source = source
-        found = None if source is None else self._own_tokenizer(source)
-        if found is None and not self.has_two_tokenizers:
-            return
-        self._vocabulary_map = None
-        if found is not None:
-            found = with_template(found, self.teacher_input.chat_template, rank_zero_info, "the teacher's tokenizer")
-            self._vocabulary_map = vocabulary_map(self.tokenizer, found)
-            shared = len(self._vocabulary_map.student_ids)
-            rank_zero_info(
-                f"teacher and student have two tokenizers: {shared} of the student's {len(self.tokenizer)} tokens and "
-                f"of the teacher's {len(found)} stand for the same bytes"
-            )
-        self.teacher_input = dataclasses.replace(self.teacher_input, tokenizer=found)
-        self.__dict__.pop("_translator", None)
-        self._rows = {split: self.load_split(split) for split in self._rows}
-
-    def _own_tokenizer(self, source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-        """The teacher's tokenizer; None if it is the student's, or if the teacher has none."""
-        if isinstance(source, str) and self.teacher_tokenizer_source is None:
-            found = teacher_tokenizer_of(source)
-        else:
-            found = load_tokenizer(source, "teacher_tokenizer")
-        return None if found is None or same_tokenizer(self.tokenizer, found) else found
-
-    @abstractmethod
-    def load_split(self, split: str) -> Any:
-        """Read and tokenize a split, and fill `report[split]`."""
-
-    @property
-    def has_two_tokenizers(self) -> bool:
-        """Whether the teacher reads other tokens than the student; known from `setup` on."""
-        return self.teacher_input.tokenizer is not None
-
-    @property
-    def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The loaded tokenizer of the teacher: the student's, unless there are two; available from `setup` on."""
-        own = self.teacher_input.tokenizer
-        return self.tokenizer if own is None else own
-
-    @property
-    def teacher_pad_id(self) -> int:
-        """The token id of padding in the teacher's input."""
-        own = self.teacher_input.tokenizer
-        return self.pad_id if own is None else masked_id(own)
-
-    @property
-    def vocabulary_map(self) -> VocabularyMap | None:
-        """Which tokens of the two tokenizers are partners; None: there is one tokenizer. Known from `setup` on."""
-        return self._vocabulary_map
-
-    def teacher_response(self, ids: Sequence[int]) -> TeacherResponse:
-        """A response of the student in the teacher's tokens; call it only with two tokenizers.
-
-        Raises:
-            ValueError: there is one tokenizer.
-        """
-        return self._translator(ids) if self.has_two_tokenizers else super().teacher_response(ids)
-
-    @functools.cached_property
-    def _translator(self) -> ResponseTranslator:
-        return ResponseTranslator(self.text_tokenizer, self.teacher_text_tokenizer)
-
-    def tokenizer_shares(self, split: str = "val") -> TokenizerShares | None:
-        """How much the two tokenizers share, over the rows of a loaded split; None: there is one tokenizer."""
-        known = self.vocabulary_map
-        return None if known is None else shares_of(self._rows[split], known)
 
     # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
@@ -165,16 +60,6 @@ class TokenizedSplits(DistillationDataModule, ABC):
         """
         return batches_in_pass(len(self._rows["train"]), self.batch_size, trainer) if "train" in self._rows else None
 
-    @property
-    def teacher_has_own_input(self) -> bool:
-        """Whether the teacher has a prompt, a chat template or a tokenizer of its own."""
-        return self.teacher_input.is_own
-
-    @property
-    def teacher_text_tokenizer(self) -> TextTokenizer:
-        """How the teacher's conversations become token ids."""
-        return self.teacher_input.text_tokenizer(self.text_tokenizer)
-
     def longest(self, role: str = "student") -> int:
         """Number of tokens of the longest loaded row, as a role reads it; prompts without a response do not count."""
         name = "teacher_length" if role == "teacher" and self.teacher_has_own_input else "length"
@@ -197,7 +82,7 @@ class TokenizedSplits(DistillationDataModule, ABC):
             first: only the first rows, at most this many; None: all rows.
             role: which model is asked, "student" or "teacher", whose prompts may be its own.
         """
-        own = self.teacher_input if role == "teacher" and self.teacher_has_own_input else None
+        own = self.input_of_rows if role == "teacher" and self.teacher_has_own_input else None
         rows = self._rows[split].select_columns(["row", "conversation", "location", "row_id"])
         rows = rows if first is None else rows.select(range(min(first, len(rows))))
         return list(prompts_of(rows, self.text_tokenizer, own))

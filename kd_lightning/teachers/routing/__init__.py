@@ -1,0 +1,1 @@
+"""What each of several teachers reads and teaches."""
