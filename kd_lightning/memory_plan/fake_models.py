@@ -27,8 +27,9 @@ from kd_lightning.models.loading import causal_lm_from_config
 from kd_lightning.models.lora import add_adapters
 from kd_lightning.models.model_checks import freeze_unreached
 from kd_lightning.module import DistillationModule
-from kd_lightning.teachers.base import CachedOutputs, Teacher
+from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.hf import CausalLMTeacher
+from kd_lightning.teachers.planning.sources import CachedOutputs
 
 PURE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 

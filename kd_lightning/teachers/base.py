@@ -15,7 +15,8 @@ from kd_lightning.engine.head import Head
 from kd_lightning.engine.top_k import TopK, check_lower_bound
 from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.losses import DistillationLoss
-from kd_lightning.teachers.routing.share import TeacherShare
+from kd_lightning.teachers.planning.sources import CachedOutputs, ConfigSource
+from kd_lightning.teachers.routing.share import rows_of, with_student_input
 
 
 class StudentModel(Protocol):
@@ -127,35 +128,26 @@ class RunContext:
 
 
 @dataclass(frozen=True)
-class ConfigSource:
-    """Where a teacher's model can be built from its configuration, without its weights.
+class TeacherShare:
+    """A teacher and the rows of a batch that it teaches.
 
     Args:
-        path: folder, hub name or `asset:` name.
-        kwargs: arguments of `from_pretrained`.
-        layers_on_host: whether the transformer layers stay in host memory.
+        teacher: not made of others.
+        rows: indices of the rows, [n]; None: all rows. Without any, the teacher must be run all the same, as other
+            ranks wait for it; the results are not used.
+        member: its name among the teachers of a run; "": there is one.
+        reads_student_input: whether it reads what the student reads in a batch in which other teachers do not.
     """
 
-    path: str
-    kwargs: dict[str, Any] | None = None
-    layers_on_host: bool = False
+    teacher: Teacher
+    rows: Tensor | None = None
+    member: str = ""
+    reads_student_input: bool = False
 
-
-@dataclass(frozen=True)
-class CachedOutputs:
-    """Shapes of a teacher's outputs that are read from a cache, for `plan`.
-
-    Args:
-        vocabulary: number of tokens that the distributions cover.
-        dtype: of the outputs.
-        head: shape [V, H] of the LM head; None: the top k are cached.
-        k: number of cached tokens; None: hidden states are cached.
-    """
-
-    vocabulary: int
-    dtype: torch.dtype
-    head: tuple[int, int] | None = None
-    k: int | None = None
+    def rows_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its rows of a batch, as it reads them; the first row, without labels, if there are none."""
+        found = rows_of(batch, self.rows)
+        return with_student_input(found) if self.reads_student_input else found
 
 
 class Teacher(ABC):

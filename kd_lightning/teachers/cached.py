@@ -20,7 +20,7 @@ from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.paths import expand_path
-from kd_lightning.teachers.base import CachedOutputs, RunContext, Teacher, TokenizedData
+from kd_lightning.teachers.base import RunContext, Teacher, TokenizedData
 from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.cache_format import (
     DTYPES,
@@ -31,6 +31,7 @@ from kd_lightning.teachers.cache_format import (
     read_head,
     row_keys,
 )
+from kd_lightning.teachers.planning.sources import CachedOutputs
 
 
 class CachedTeacher(Teacher):

@@ -21,9 +21,10 @@ from kd_lightning.models.hf_adapter import base_model, name_or_path
 from kd_lightning.models.loading import ModelNotFoundError, checked_kwargs, load_causal_lm
 from kd_lightning.models.model_checks import check_finite
 from kd_lightning.subclasses import concrete_subclasses
-from kd_lightning.teachers.base import ConfigSource, RunContext, Teacher
+from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.batches import models_of_run
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
+from kd_lightning.teachers.planning.sources import ConfigSource
 
 
 class CausalLMTeacher(Teacher, ABC):

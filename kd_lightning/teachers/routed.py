@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.constants import TEACHER_INDEX
-from kd_lightning.teachers.base import RunContext, Teacher, TokenizedData
+from kd_lightning.teachers.base import RunContext, Teacher, TeacherShare, TokenizedData
 from kd_lightning.teachers.hf import as_teacher
 from kd_lightning.teachers.routing.rows import RowsOfMember
-from kd_lightning.teachers.routing.share import TeacherShare
 
 
 class RoutedTeacher(Teacher):

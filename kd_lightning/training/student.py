@@ -30,9 +30,8 @@ from kd_lightning.models.hf_adapter import (
 from kd_lightning.models.loading import checked_kwargs, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
-from kd_lightning.teachers.base import Teacher
+from kd_lightning.teachers.base import Teacher, TeacherShare
 from kd_lightning.teachers.batches import teacher_batch
-from kd_lightning.teachers.routing.share import TeacherShare
 from kd_lightning.training.loss_components import component_sums
 from kd_lightning.training.routed_pass import RoutedPass
 

@@ -378,9 +378,10 @@ def test_a_run_of_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 # ------------------------------------------------------------------------------------------------------------ refusals
 def test_what_cannot_be_computed_is_refused_before_the_first_step(tmp_path: Path) -> None:
     file = named_rows(tmp_path)
+    rewards = MiniLLM(0.0, max_new_tokens=4)
     for module, match in (
         (DistillationModule(BYTES, teachers(), AdaptiveKL()), "AdaptiveKL cannot be computed"),
-        (DistillationModule(BYTES, teachers(), ce_weight=0.5, responses=MiniLLM(0.0, max_new_tokens=4)), "needs one tokenizer"),
+        (DistillationModule(BYTES, teachers(), ce_weight=0.5, responses=rewards), "needs one tokenizer"),
     ):
         with pytest.raises(ValueError, match=match):
             fit_data(module, data(file), steps=1, seed=0)

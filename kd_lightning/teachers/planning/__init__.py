@@ -1,0 +1,1 @@
+"""What `plan` builds a teacher from."""
