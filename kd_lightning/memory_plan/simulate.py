@@ -50,8 +50,9 @@ def plan(module: DistillationModule, datamodule: L.LightningDataModule, trainer:
     )
     with fake_process_group(ranks):
         try:
-            own_input = isinstance(datamodule, DistillationDataModule) and datamodule.teacher_has_own_input
-            StepSimulation(module, trainer, found, gpu, own_input).run()
+            known = datamodule if isinstance(datamodule, DistillationDataModule) else None
+            own_input, packing = known is not None and known.teacher_has_own_input, known is not None and known.packing
+            StepSimulation(module, trainer, found, gpu, own_input, packing).run()
         except DynamicOutputShapeException:
             raise ValueError(
                 "plan: the computation of one of the models depends on values (such as the routing of tokens to "

@@ -41,11 +41,19 @@ class StepSimulation:
         plan: receives the figures.
         gpu: whether the plan is for GPUs.
         own_input: whether the teacher has an input of its own; it is assumed to be as long as the student's.
+        packing: whether the models read rows without padding.
     """
 
     def __init__(
-        self, module: DistillationModule, trainer: L.Trainer, plan: Plan, gpu: bool, own_input: bool = False
+        self,
+        module: DistillationModule,
+        trainer: L.Trainer,
+        plan: Plan,
+        gpu: bool,
+        own_input: bool = False,
+        packing: bool = False,
     ) -> None:
+        self.packing = packing
         self.module, self.trainer, self.plan, self.gpu, self.own_input = module, trainer, plan, gpu, own_input
         self.strategy = trainer.strategy
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -76,6 +84,8 @@ class StepSimulation:
         precision = self.trainer.precision_plugin
         with precision.train_step_context():
             set_fake_student(module, precision.precision, self.fake)
+            if self.packing:
+                module.model.pack_rows(check=False)
             on_host = set_fake_teacher(module, self.fake)
         if module.responses is not None:
             module.disable_rollout()
