@@ -106,9 +106,9 @@ class ContrastiveDataModule(InstructionDataModule):
         self._halves = {side: self.tokenized(half, split) for side, half in halves.items()}
         self._pairs = self._order = None
         self._drop_unusable(keep=("", "empty") if late else ("",))
-        replaced = {side: dict(texts) for side, texts in self._saved.texts.items() if texts}
-        for side, texts in replaced.items():  # read again, with another tokenizer or date
-            self._replace(side, texts)
+        replaced = {side: dict(found) for side, found in self._saved.texts.items() if found}
+        for side, found in replaced.items():  # read again, with another tokenizer or date
+            self._replace(side, found)
         if not replaced:
             self._read_saved()
         return self._halves["teacher"]
