@@ -49,8 +49,16 @@ class BatchLoaders(TokenizedSplits, ABC):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Prompts of the test rows in file order, padded on the left; `row_ids` number the rows of the file."""
+        """Prompts of the test rows in file order, padded on the left; `row_ids` number the rows of the file.
+
+        Raises:
+            ValueError: the test rows are documents, which have no prompts.
+        """
         prompts = self.generation_rows("test")
+        if not prompts:
+            raise ValueError(
+                f"{', '.join(self.sources['test'])}: predict needs prompts, and documents (rows with 'text') have none"
+            )
         rank, world_size = data_parallel_rank(self.trainer)
         lengths = [len(row["prompt_ids"]) for row in prompts]
         order = BatchOrder(lengths, self.batch_size, fill=True, rank=rank, world_size=world_size)
