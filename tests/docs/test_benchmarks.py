@@ -200,6 +200,7 @@ def test_every_method_that_ships_is_compared(script: Any) -> None:
         "sft",
         "self_distillation",
         "cross_tokenizer",
+        "pretraining",
     }
     assert shipped == {words[0] for words in script("compare_methods").METHODS.values()}
 

@@ -27,7 +27,7 @@ FP32: dict[str, Any] = {"dtype": "float32"}
 
 def documents(**kwargs: Any) -> InstructionDataModule:
     settings = {"tokenizer": "asset:student", "batch_size": 3, "max_length": 48, **kwargs}
-    return InstructionDataModule("asset:glossary_validation", **settings)
+    return InstructionDataModule("asset:text_validation", **settings)
 
 
 def trainer(root: Path, **kwargs: Any) -> L.Trainer:
@@ -83,15 +83,13 @@ def test_a_cached_teacher_gives_the_same_student(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_in_mid_epoch_to_the_last_bit(tmp_path: Path) -> None:
-    saves = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=4, save_top_k=-1)
     found = []
-    for name, callbacks, saved in (("whole", [saves], None), ("resumed", [], tmp_path / "saved" / "step=4.ckpt")):
+    for name, saved in (("whole", None), ("resumed", tmp_path / "saved" / "step=4.ckpt")):
         L.seed_everything(3, verbose=False)
         module = pair(optimizer=functools.partial(torch.optim.AdamW, lr=1e-3))
-        kept = {"callbacks": callbacks, "enable_checkpointing": bool(callbacks)}
-        trainer(tmp_path / name, max_steps=9, max_epochs=-1, **kept).fit(
-            module, datamodule=documents(), ckpt_path=saved, weights_only=True
-        )
+        saves = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        run = trainer(tmp_path / name, max_steps=9, max_epochs=-1, callbacks=[saves], enable_checkpointing=True)
+        run.fit(module, datamodule=documents(), ckpt_path=saved, weights_only=True)
         found.append(weights(module))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -104,7 +102,7 @@ def test_responses_of_the_student_need_prompts(tmp_path: Path) -> None:
 def test_generation_metrics_need_prompts(tmp_path: Path) -> None:
     run = trainer(tmp_path, limit_val_batches=1, callbacks=[GenerationQuality(every_n_validations=1)])
     with pytest.raises(ValueError, match=r"generation.every_n_validations must be 0: the val rows are documents"):
-        run.fit(pair(), datamodule=documents(val="asset:glossary_test"))
+        run.fit(pair(), datamodule=documents(val="asset:text_test"))
 
 
 def test_a_folder_of_text_files_from_the_command_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
