@@ -141,25 +141,30 @@ class InstructionDataModule(BatchLoaders):
 
     def setup(self, stage: str) -> None:
         """Load tokenizer and rows of the splits that `stage` needs."""
-        # forked workers must not inherit the tokenizer's threads
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         module: object = None if self.trainer is None else self.trainer.lightning_module
-        if self._tokenizer is None:
-            if isinstance(module, NamesTokenizer):
-                self.use_tokenizer_of(module.tokenizer_name)
-            if self.tokenizer_source is None:
-                raise ValueError(
-                    "tokenizer must be given if the student was passed as an object without a folder or hub name, "
-                    "got None"
-                )
-            self._tokenizer = with_template(load_tokenizer(self.tokenizer_source), self.chat_template, rank_zero_info)
+        if isinstance(module, NamesTokenizer):
+            self.use_tokenizer_of(module.tokenizer_name)
         if isinstance(module, NamesTeacherTokenizer):
             self.use_teacher_tokenizer_of(module.teacher_tokenizer_name)
-        self.load_teacher_tokenizer()
+        if not self.load_tokenizers():
+            raise ValueError(
+                "tokenizer must be given if the student was passed as an object without a folder or hub name, got None"
+            )
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
                 self._notice_prompts(split)
+
+    def load_tokenizers(self) -> bool:
+        """Load the tokenizers of student and teacher without any rows; False: the student's is not known."""
+        if self.tokenizer_source is None:
+            return False
+        # forked workers must not inherit the tokenizer's threads
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if self._tokenizer is None:
+            self._tokenizer = with_template(load_tokenizer(self.tokenizer_source), self.chat_template, rank_zero_info)
+        self.load_teacher_tokenizer()
+        return True
 
     def _notice_prompts(self, split: str) -> None:
         rows = self.conversations(split, COMPARED) if split == "train" else []

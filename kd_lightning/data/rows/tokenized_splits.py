@@ -48,6 +48,7 @@ class TokenizedSplits(DistillationDataModule, ABC):
         self._teacher_name: str | None = None
         self._vocabulary_map: VocabularyMap | None = None
         self._compared_source: str | PreTrainedTokenizerBase | None = None
+        self._shares: dict[str, tuple[Any, VocabularyMap, TokenizerShares]] = {}  # with what they were computed from
         self._ahead: list[Callable[[dict[str, Tensor]], None]] = []
 
     # ------------------------------------------------------------------------------------------------ two tokenizers
@@ -128,9 +129,20 @@ class TokenizedSplits(DistillationDataModule, ABC):
         return ResponseTranslator(self.text_tokenizer, self.teacher_text_tokenizer)
 
     def tokenizer_shares(self, split: str = "val") -> TokenizerShares | None:
-        """How much the two tokenizers share, over the rows of a loaded split; None: there is one tokenizer."""
+        """How much the two tokenizers share, over the rows of a loaded split; computed once for the same rows.
+
+        None: there is one tokenizer, or the rows are prompts whose responses are generated in the run.
+        """
         known = self.vocabulary_map
-        return None if known is None else shares_of(self._rows[split], known)
+        if known is None:
+            return None
+        rows = self._rows[split]
+        if "aligned_labels" not in rows.column_names:
+            return None
+        before = self._shares.get(split)
+        if before is None or before[0] is not rows or before[1] is not known:
+            self._shares[split] = before = (rows, known, shares_of(rows, known))
+        return before[2]
 
     # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
