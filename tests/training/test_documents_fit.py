@@ -82,6 +82,7 @@ def test_a_cached_teacher_gives_the_same_student(tmp_path: Path) -> None:
     assert_same_student(*found)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # both runs save there
 def test_a_run_resumes_in_mid_epoch_to_the_last_bit(tmp_path: Path) -> None:
     found = []
     for name, saved in (("whole", None), ("resumed", tmp_path / "saved" / "step=4.ckpt")):
