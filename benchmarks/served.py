@@ -4,8 +4,9 @@
 
 A server in another process answers from memory after a settable latency, and sleeps meanwhile, so that it takes no CPU
 from the step. The bundled student trains on the bundled rows: with the same answers from a cache (the step alone),
-without training (the server alone), and with the server (both), for latencies below, at, and above the step. Then the
-client alone reads answers for prompts of 512 tokens, with k = 20. Writes OUTPUT.json and OUTPUT.md.
+without training (the server alone), and with the server (both), for latencies below, at, and above the step; the same
+with the bundled teacher's model as the student, whose step is longer than the reading of its answers. Then the client
+alone reads answers for prompts of 512 tokens, with k = 20. Writes OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from kd_lightning.teachers.cached import CachedTeacher
 from kd_lightning.teachers.served import ServerTeacher
 from kd_lightning.teachers.server_answers import as_top_k
 
+STUDENTS = ("asset:student", "asset:teacher")
 SHARES = (0.5, 1.0, 2.0)
 """Latencies, as multiples of the step."""
 REQUESTS = (1, 8, 32)
@@ -135,10 +137,10 @@ def data_of(batch: int) -> InstructionDataModule:
     return InstructionDataModule("asset:train", tokenizer="asset:student", batch_size=batch, max_length=96, seed=1)
 
 
-def trained(teacher: Teacher, batch: int, steps: int) -> tuple[float, float]:
+def trained(teacher: Teacher, student: str, batch: int, steps: int) -> tuple[float, float]:
     """Median wall and CPU seconds of a step."""
     clock = Clock()
-    module = DistillationModule("asset:student", teacher=teacher)
+    module = DistillationModule(student, teacher=teacher)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=steps + 2, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, callbacks=[clock],
@@ -165,17 +167,17 @@ def attached(teacher: Teacher, data: InstructionDataModule) -> Teacher:
     return teacher
 
 
-def step_beside_a_server(batch: int, steps: int) -> dict[str, Any]:
+def step_beside_a_server(student: str, batch: int, steps: int) -> dict[str, Any]:
     """Wall and CPU seconds of the step alone, of the server alone, and of both."""
-    found: dict[str, Any] = {"batch": batch, "rows": []}
+    found: dict[str, Any] = {"student": student, "batch": batch, "rows": []}
     with server_process() as url, tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"top_k": K, "requests": batch}
         data, batches = first_batches(batch, steps)
         teacher = attached(ServerTeacher(url, **settings), data)
         fill_cache(Path(folder) / "cache", teacher, data, 2048, kind="top_k", k=K, dtype="float32", bar=False)
         cached = lambda: CachedTeacher(str(Path(folder) / "cache"))  # noqa: E731
-        trained(cached(), batch, 4)  # warm
-        found["alone"] = trained(cached(), batch, steps)
+        trained(cached(), student, batch, 4)  # warm
+        found["alone"] = trained(cached(), student, batch, steps)
         for share in (0.0, *SHARES):
             set_latency(url, share * found["alone"][0])
             asked = attached(ServerTeacher(url, **settings), data)
@@ -185,8 +187,8 @@ def step_beside_a_server(batch: int, steps: int) -> dict[str, Any]:
                 asked.logits(one)
                 waits.append(time.perf_counter() - began)
             row = {"latency": share * found["alone"][0], "server": statistics.median(waits)}
-            row["step"] = trained(cached(), batch, steps)  # again, as the machine may be shared
-            row["both"] = trained(ServerTeacher(url, **settings), batch, steps)
+            row["step"] = trained(cached(), student, batch, steps)  # again, as the machine may be shared
+            row["both"] = trained(ServerTeacher(url, **settings), student, batch, steps)
             found["rows"].append(row)
     return found
 
@@ -198,7 +200,7 @@ def client_throughput(rows: int, length: int) -> dict[str, Any]:
     prompts = [[numbers.randrange(32000) for _ in range(length)] for _ in range(rows)]
     found: dict[str, Any] = {"rows": rows, "length": length, "k": K}
     with server_process("--synthetic") as url:
-        scorer = PromptScorer(OpenAIClient(url), "teacher", K)
+        scorer = PromptScorer(OpenAIClient(url), "teacher", K).in_process()
 
         def read(ids: list[int]) -> None:
             as_top_k(scorer.score(ids, "a row"), torch.tensor(ids[1:]), K, 32000)
@@ -217,21 +219,23 @@ def client_throughput(rows: int, length: int) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- the report
 def report(record: dict[str, Any]) -> str:
     """Two tables."""
-    step, client = record["step"], record["client"]
+    client = record["client"]
     lines = [
-        f"{record['machine']}. Bundled student, {step['batch']} rows a step, as many requests at a time, k = {K}; "
+        f"{record['machine']}. {record['steps'][0]['batch']} rows a step, as many requests at a time, k = {K}; "
         "milliseconds, medians. The server sleeps; its time alone includes reading its answers. Load of the machine: "
         f"{record['load']:.1f}.",
         "",
-        "| latency | step alone (answers from a cache) | server alone | both | both / larger | both / sum | "
-        "CPU, both / step alone |",
-        "|---|---|---|---|---|---|---|",
+        "| student | latency | step alone (answers from a cache) | server alone | both | both / larger | both / sum | "
+        "CPU of the step's process, both / alone |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in step["rows"]:
-        alone, server, both = row["step"][0], row["server"], row["both"][0]
-        cells = [1e3 * row["latency"], 1e3 * alone, 1e3 * server, 1e3 * both]
-        ratios = [both / max(alone, server), both / (alone + server), row["both"][1] / row["step"][1]]
-        lines.append("| " + " | ".join([*(f"{x:.0f}" for x in cells), *(f"{x:.2f}" for x in ratios)]) + " |")
+    for step in record["steps"]:
+        for row in step["rows"]:
+            alone, server, both = row["step"][0], row["server"], row["both"][0]
+            cells = [1e3 * row["latency"], 1e3 * alone, 1e3 * server, 1e3 * both]
+            ratios = [both / max(alone, server), both / (alone + server), row["both"][1] / row["step"][1]]
+            texts = [step["student"], *(f"{x:.0f}" for x in cells), *(f"{x:.2f}" for x in ratios)]
+            lines.append("| " + " | ".join(texts) + " |")
     lines += [
         "",
         f"The client alone: {client['rows']} prompts of {client['length']} tokens, k = {K}, answers from memory.",
@@ -263,12 +267,12 @@ def main(words: Sequence[str] | None = None) -> None:
         "machine": machine(1),
         "load": os.getloadavg()[0],
         "client": client_throughput(given.rows, given.length),
-        "step": step_beside_a_server(given.batch, given.steps),
+        "steps": [step_beside_a_server(student, given.batch, given.steps) for student in STUDENTS],
     }
     text = report(record)
     write(given.output, record, text)
     print(text)
-    assert all(math.isfinite(row["both"][0]) for row in record["step"]["rows"])
+    assert all(math.isfinite(row["both"][0]) for step in record["steps"] for row in step["rows"])
 
 
 if __name__ == "__main__":

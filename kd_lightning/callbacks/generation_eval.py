@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
 from kd_lightning.callbacks.base import (
@@ -19,6 +20,7 @@ from kd_lightning.callbacks.base import (
 from kd_lightning.callbacks.tensorboard import summary_writers
 from kd_lightning.console import progress_bar, progress_bar_enabled
 from kd_lightning.data.base import DistillationDataModule
+from kd_lightning.data.rows.documents import require_prompts
 from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context
 from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
@@ -96,7 +98,7 @@ class GenerationQuality(L.Callback):
         """Check that responses can end and fit the model.
 
         Raises:
-            ValueError: the student has no end of sequence, or too few positions.
+            ValueError: the student has no end of sequence or too few positions, or the rows have no prompts.
         """
         self.check(run.student, run.datamodule)
 
@@ -108,12 +110,14 @@ class GenerationQuality(L.Callback):
             datamodule: the data module, with its validation rows loaded.
 
         Raises:
-            ValueError: the student has no end of sequence, or too few positions.
+            ValueError: the student has no end of sequence or too few positions, or the rows have no prompts.
         """
         if not self.every_n_validations or not datamodule.sources["val"]:
             return
         BatchGenerator(student, datamodule.tokenizer, self.sampling)
         splits = [split for split in ("val", "test") if split in datamodule.splits]
+        for split in splits:
+            require_prompts(datamodule, split, "generation.every_n_validations must be 0")
         rows = [row for split in splits for row in datamodule.generation_rows(split, self.rows)]
         longest = max(len(row["prompt_ids"]) for row in rows)
         positions = max_positions(student)
@@ -150,6 +154,9 @@ class GenerationQuality(L.Callback):
         if not datamodule.sources["test"]:
             return
         datamodule.setup("test")
+        if "test" in datamodule.document_splits:
+            rank_zero_info("generation: no responses to the test rows, which are documents without prompts")
+            return
         scalars = self._over_seeds(trainer, pl_module, student_of(pl_module), "test/")
         module = student_and_teacher(pl_module)
         if (model := teacher_model(module)) is not None and module.teacher is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +29,8 @@ class ResultsTable(L.Callback):
     """Measure the test rows before and after training; print a table and save it as `ROOT/results.json`.
 
     Keys `teacher`, `student_before`, `student_after`, each with `nll` (test NLL in nats per answer token), `forward_kl`
-    (from the teacher, in nats per token) and `exact_match` (share of greedy responses that equal the answer). Skipped
+    (from the teacher, in nats per token) and `exact_match` (share of greedy responses that equal the answer; null for
+    documents, which have no prompts). Skipped
     with `--trainer.limit_test_batches 0` and without test rows. The last measurement is in `on_fit_end`, of the student
     as `HFExport` exports it if that callback comes first.
 
@@ -64,6 +65,8 @@ class ResultsTable(L.Callback):
         if stage == "fit" and (datamodule := self._test_data(trainer)) is not None:
             datamodule.setup("test")
             self.check_task(datamodule)
+            if "test" in datamodule.document_splits:
+                rank_zero_info("results: no exact match, as the test rows are documents without prompts")
 
     def check_task(self, datamodule: DistillationDataModule) -> None:
         """Check that a test row has the task, if any row has the field.

@@ -25,6 +25,8 @@ CURVES = {
     "val/forward_kl": "validation forward KL to the teacher",
     "val/agreement": "share of tokens with the same most probable token",
 }
+ALIGNED = "val/aligned_share"  # logged with two tokenizers
+TOKENIZERS = ("model.student", "model.teacher", "data.tokenizer", "data.teacher_tokenizer")  # begin the arguments
 SHARED = {"teacher": "teacher", "student_before": "student before"}
 SAME = 1e-3  # relative difference: the same rows in batches of another size
 Cell: TypeAlias = tuple[float, float] | None  # mean and standard deviation over repetitions (NaN for one run)
@@ -52,7 +54,7 @@ def main(args: Sequence[str]) -> int:
     runs = [RunFolder.read(root) for root in progress_bar(list(reversed(roots.values())), "Runs")]
     notes = same_rows(runs, given.different_data)
     groups, repeated = other_seeds(repetitions(runs))
-    notes += repeated
+    notes += repeated + tokenizer_notes(runs)
     names = titles(groups)
     rows = table(groups, names)
     _print(rows, notes)
@@ -90,6 +92,21 @@ def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
             f"the runs are not on the same data ({'; '.join(notes)}): pass --different_data to compare them anyway"
         )
     return [f"Not the same data: {note}" for note in notes]
+
+
+def tokenizer_notes(runs: Sequence[RunFolder]) -> list[str]:
+    """A note on runs whose forward KL may be over other outcomes, because teacher and student have two tokenizers."""
+
+    def models(run: RunFolder) -> dict[str, object]:
+        named = run.config.items() if ALIGNED in run.scalars else ()
+        return {name: resolved_source(value) for name, value in named if name.startswith(TOKENIZERS)}
+
+    if all(models(run) == models(runs[0]) for run in runs):
+        return []
+    return [
+        "Two tokenizers: forward KL is over the tokens that both have, where both have read the same text; compare it "
+        "only between runs with the same two tokenizers"
+    ]
 
 
 def other_seeds(groups: Sequence[Sequence[RunFolder]]) -> tuple[list[list[RunFolder]], list[str]]:

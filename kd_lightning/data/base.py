@@ -151,6 +151,11 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
     def largest_id(self, role: str = "student") -> int:
         """The largest token id in the loaded rows, as the "student" or the "teacher" reads them."""
 
+    @property
+    def document_splits(self) -> frozenset[str]:
+        """The loaded splits whose rows are windows of documents: every token has a label, and there are no prompts."""
+        return frozenset()
+
     # ----------------------------------------------------------------------------------------------------------- rows
     @abstractmethod
     def every_row(self, split: str) -> DataLoader[dict[str, Tensor]]:
@@ -158,7 +163,7 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
 
     @abstractmethod
     def generation_rows(self, split: str, first: int | None = None, role: str = "student") -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split.
+        """Prompt and reference answer of the rows of a split; none for documents.
 
         Args:
             split: `train`, `val` or `test`; loaded.
@@ -168,7 +173,7 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
 
     @abstractmethod
     def conversations(self, split: str, first: int) -> list[Conversation]:
-        """The first rows of a split as conversations."""
+        """The first rows of a split as conversations; none for documents."""
 
     def row_fields(self, split: str, field: str) -> dict[int, Any]:
         """A field of every row of a split by `row_ids`; None: the row does not have it."""

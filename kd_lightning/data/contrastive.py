@@ -109,8 +109,13 @@ class ContrastiveDataModule(InstructionDataModule):
         other = rows.select_columns(["row", "student", "location", "row_id"]).rename_column("student", "conversation")
         halves = {"teacher": rows.remove_columns("student"), "student": other}
         self._halves = {side: self.tokenized(half, split) for side, half in halves.items()}
+        self._pairs = self._order = None
         self._drop_unusable(keep=("", "empty") if late else ("",))
-        self._read_saved()
+        replaced = {side: dict(found) for side, found in self._saved.texts.items() if found}
+        for side, found in replaced.items():  # read again, with another tokenizer or date
+            self._replace(side, found)
+        if not replaced:
+            self._read_saved()
         return self._halves["teacher"]
 
     def _drop_unusable(self, keep: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.base import NamesTeacherTokenizer, NamesTokenizer
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
+from kd_lightning.data.rows.documents import are_documents, check_one_input, cut_documents
 from kd_lightning.data.rows.loaders import BatchLoaders
 from kd_lightning.data.rows.teacher_input import AddTeacherInput, TeacherInput, with_teacher_input
 from kd_lightning.data.sources import as_list
@@ -36,7 +37,10 @@ class InstructionDataModule(BatchLoaders):
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
     `completion` (plain texts, or lists of messages); or `messages` with several turns, of which every assistant turn
-    has labels; or `conversations` in the form of ShareGPT (`from` and `value`). The columns `tools` and
+    has labels; or `conversations` in the form of ShareGPT (`from` and `value`); or only `text`: a document, as the
+    folder of `.txt` files has them, in which every token has a label but the first. A document ends with the end of
+    sequence, if the tokenizer has one, and is cut into windows of `max_length` tokens; a window begins with the last
+    token of the window before it, which has its label there, and the last one has what remains. The columns `tools` and
     `chat_template_kwargs` are passed to the chat template. Turns of the user, the system or a tool never have labels,
     nor do turns with `weight: 0`, `train: false`, `trainable: false` or `loss_mask: 0`; the end of an answer has one.
     Rows without an answer are dropped, longer ones are truncated on the right; both are reported.
@@ -46,8 +50,9 @@ class InstructionDataModule(BatchLoaders):
     and arguments of tool calls may be JSON text: the template gets the form that it reads.
 
     Args:
-        train: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, a `datasets` name
-            (`NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`), an `asset:` name, or several of these.
+        train: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a `.txt` file or a folder of them, a folder
+            written by `datasets.save_to_disk`, a `datasets` name (`NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`), an
+            `asset:` name, or several of these.
         val: the same, for validation.
         test: the same, for test and predict.
         tokenizer: folder, hub name or `asset:` name; in Python also a loaded tokenizer; None: the student's own. The
@@ -151,25 +156,30 @@ class InstructionDataModule(BatchLoaders):
 
     def setup(self, stage: str) -> None:
         """Load tokenizer and rows of the splits that `stage` needs."""
-        # forked workers must not inherit the tokenizer's threads
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         module: object = None if self.trainer is None else self.trainer.lightning_module
-        if self._tokenizer is None:
-            if isinstance(module, NamesTokenizer):
-                self.use_tokenizer_of(module.tokenizer_name)
-            if self.tokenizer_source is None:
-                raise ValueError(
-                    "tokenizer must be given if the student was passed as an object without a folder or hub name, "
-                    "got None"
-                )
-            self._tokenizer = with_template(load_tokenizer(self.tokenizer_source), self.chat_template, rank_zero_info)
+        if isinstance(module, NamesTokenizer):
+            self.use_tokenizer_of(module.tokenizer_name)
         if isinstance(module, NamesTeacherTokenizer):
             self.use_teacher_tokenizer_of(module.teacher_tokenizer_name)
-        self.load_teacher_tokenizer()
+        if not self.load_tokenizers():
+            raise ValueError(
+                "tokenizer must be given if the student was passed as an object without a folder or hub name, got None"
+            )
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
                 self._notice_prompts(split)
+
+    def load_tokenizers(self) -> bool:
+        """Load the tokenizers of student and teacher without any rows; False: the student's is not known."""
+        if self.tokenizer_source is None:
+            return False
+        # forked workers must not inherit the tokenizer's threads
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if self._tokenizer is None:
+            self._tokenizer = with_template(load_tokenizer(self.tokenizer_source), self.chat_template, rank_zero_info)
+        self.load_teacher_tokenizer()
+        return True
 
     def _notice_prompts(self, split: str) -> None:
         rows = self.conversations(split, COMPARED) if split == "train" else []
@@ -226,6 +236,9 @@ class InstructionDataModule(BatchLoaders):
 
     def tokenized(self, rows: Any, split: str) -> Any:
         """Rows with a `conversation`, with the columns of their tokens, also in the teacher's own input."""
+        if are_documents(rows):
+            check_one_input(self.teacher_input, self.sources[split])
+            return cut_documents(rows, split, self.text_tokenizer)
         found = tokenize_rows(rows, split, self.text_tokenizer)
         if not self.teacher_has_own_input:
             return found

@@ -101,6 +101,7 @@ class OpenAIClient:
         self.advice = advice
         self.outages = 0
         self._closed = threading.Event()
+        self._parsing = threading.Lock()  # parsing is Python: threads that take turns within it only cost time
         self._warned = False
 
     def models(self) -> list[str]:
@@ -199,7 +200,8 @@ class OpenAIClient:
                     failing_since = started
             else:
                 try:
-                    found = parse(content.decode("utf-8", "replace") if text else _decoded(content))
+                    with self._parsing:
+                        found = parse(content.decode("utf-8", "replace") if text else _decoded(content))
                     self.outages += failing_since is not None
                     return found
                 except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError):

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.engine.label_mask import next_token_mask
+from kd_lightning.models.background_calls import BackgroundCalls
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import text_config
 from kd_lightning.rollout.batches import Batch, prompts
 from kd_lightning.schedules import check_number
 from kd_lightning.serving.server import Server
 from kd_lightning.teachers.base import Teacher
-from kd_lightning.teachers.server_answers import BackgroundCalls
 
 COLDEST = 0.01
 """Lowest temperature above 0 that is sent: vLLM raises lower ones to it."""

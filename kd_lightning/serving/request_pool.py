@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 from kd_lightning.distributed.signals import StopRequest
+from kd_lightning.models.background_calls import BackgroundCalls
 from kd_lightning.models.openai_client import OpenAIClient
 
 T = TypeVar("T")
@@ -34,12 +36,12 @@ def answers(
     stop = request or StopRequest()
     remaining = stop.until_requested(numbers)
     pending: dict[Future[T], int] = {}
-    pool = ThreadPoolExecutor(requests)
+    calls = BackgroundCalls(requests)
     complete = False
     try:
         while True:
             for number in remaining:
-                pending[pool.submit(ask, number)] = number
+                pending[calls.submit(functools.partial(ask, number))] = number
                 if len(pending) >= 2 * requests:
                     break
             if stop.signal:
@@ -60,4 +62,4 @@ def answers(
     finally:
         if not complete:
             client.close()
-        pool.shutdown(wait=False, cancel_futures=True)
+        calls.cancel()

@@ -16,7 +16,7 @@ from kd_lightning.engine.head import Head
 from kd_lightning.engine.label_mask import next_token_mask
 from kd_lightning.engine.top_k import TopK
 from kd_lightning.models.openai_client import OpenAIClient, ServerError
-from kd_lightning.models.scoring.scorer import PromptScorer, detect_dialect
+from kd_lightning.models.scoring.scorer import PromptScorer, PromptScores, detect_dialect
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.cache_format import row_keys
@@ -85,7 +85,7 @@ class ServerTeacher(Teacher):
         self._run: RunContext | None = None
         self._vocabulary: int | None = None
         self._same_model: SameModel | None = None
-        self._answers: AnswersAhead[_Row, TopK] = AnswersAhead(self._ask, requests)
+        self._answers: AnswersAhead[_Row, PromptScores] = AnswersAhead(self._ask, requests)
 
     @property
     def name(self) -> str | None:
@@ -137,7 +137,8 @@ class ServerTeacher(Teacher):
         longest = 0 if data is None else data.longest("teacher")
         scores = check_scores(scorer, probe, self._vocabulary, longest)
         check_labels(scorer, [(row.ids, row.positions) for row in rows], self._vocabulary)
-        self._scorer, self._same_model = scorer, SameModel(scorer, probe, scores)
+        self._scorer = scorer.in_process()
+        self._same_model = SameModel(self._scorer, probe, scores)
         if data is not None and self._run.loss.reads_teacher and not self._run.generates_responses:
             data.look_ahead(self.prefetch)
         if not self.is_exact:
@@ -174,12 +175,12 @@ class ServerTeacher(Teacher):
             found[row] = keys[row].cpu().numpy().tobytes(), _Row(prompts[row], positions, f"row {names[row]}")
         return found
 
-    def _ask(self, row: _Row) -> TopK:
-        """The answer for one row; called in threads."""
-        assert self._scorer is not None and self._same_model is not None and self._vocabulary is not None
+    def _ask(self, row: _Row) -> PromptScores:
+        """The answer for the labels of one row; called in threads."""
+        assert self._scorer is not None and self._same_model is not None
         scores = self._scorer.score(row.ids.tolist(), row.what).select(row.positions)
         self._same_model.check()
-        return as_top_k(scores, row.ids[1:][row.positions], self.top_k, self._vocabulary)
+        return scores
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Not available.
@@ -203,14 +204,15 @@ class ServerTeacher(Teacher):
         try:
             answers = self._answers.take(dict(rows.values()))
         except BaseException:
-            self._client.close()
+            self._scorer.close()
             raise
-        for row, (key, _) in rows.items():
-            known, where = answers[key], labeled[row]
-            ids[row, :-1][where] = known.ids.to(device)
-            log_probs[row, :-1][where] = known.log_probs.to(device)
-            log_tail[row, :-1][where] = known.log_tail.to(device)
         assert self._vocabulary is not None
+        if rows:
+            scores = PromptScores.concatenated([answers[key] for key, _ in rows.values()])
+            labels_of_rows = [row.ids[1:][row.positions] for _, row in rows.values()]
+            known = as_top_k(scores, torch.cat(labels_of_rows), self.top_k, self._vocabulary)
+            for target, values in ((ids, known.ids), (log_probs, known.log_probs), (log_tail, known.log_tail)):
+                target[:, :-1][labeled] = values.to(device)
         if self.is_exact:
             return torch.empty_like(log_probs).scatter_(-1, ids, log_probs)
         return TopK(ids, log_probs, log_tail, self._vocabulary)

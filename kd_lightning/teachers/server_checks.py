@@ -220,7 +220,7 @@ class SameModel:
         self._scorer, self._ids = replace(scorer, top_k=min(scorer.top_k, FEW)), [*ids]
         self._entries = scores.entries()
         self._lock = threading.Lock()
-        self._outages = scorer.client.outages
+        self._outages = scorer.outages
         self._last = time.monotonic()
 
     def check(self) -> None:
@@ -230,7 +230,7 @@ class SameModel:
             ServerError: another model has answered.
         """
         with self._lock:
-            outages = self._scorer.client.outages
+            outages = self._scorer.outages
             if outages == self._outages and time.monotonic() - self._last < SECONDS:
                 return
             again = self._scorer.score(self._ids, "the repeated first test").entries()

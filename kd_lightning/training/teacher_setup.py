@@ -142,9 +142,11 @@ def alignment_notice(data: DistillationDataModule) -> tuple[str, bool]:
     Args:
         data: with two tokenizers, and with its rows loaded.
     """
-    split = next(name for name in ("val", "train", "test") if name in data.splits)
-    shares = data.tokenizer_shares(split)
-    assert shares is not None
+    known = ((name, data.tokenizer_shares(name)) for name in ("val", "train", "test") if name in data.splits)
+    split, shares = next(((name, found) for name, found in known if found is not None), ("", None))
+    if shares is None:
+        text = "two tokenizers: how many labels are compared with the teacher depends on the responses of the run"
+        return text, False
     text = (
         f"two tokenizers: {shares.aligned_labels:.0%} of the student's labels ({split}) are compared with the teacher, "
         f"where both have read the same text; {shares.student_labels:.0%} of them have a partner in the teacher's "

@@ -200,6 +200,7 @@ def test_every_method_that_ships_is_compared(script: Any) -> None:
         "sft",
         "self_distillation",
         "cross_tokenizer",
+        "pretraining",
     }
     assert shipped == {words[0] for words in script("compare_methods").METHODS.values()}
 
@@ -301,11 +302,11 @@ def test_a_step_beside_a_server(script: Any) -> None:
     record = {
         "machine": "a machine",
         "load": 1.0,
-        "step": {"batch": 8, "rows": [row]},
+        "steps": [{"student": "asset:student", "batch": 8, "rows": [row]}],
         "client": {"rows": 4, "length": 64, "k": 20, **client},
     }
     text = served.report(record)
-    assert "| 200 | 100 | 220 | 240 | 1.09 | 0.75 | 1.50 |" in text
+    assert "| asset:student | 200 | 100 | 220 | 240 | 1.09 | 0.75 | 1.50 |" in text
     assert "| 8 | 12,346 | 31 |" in text
 
 
@@ -314,5 +315,5 @@ def test_a_step_beside_a_server_is_measured(script: Any, tmp_path: Path) -> None
     words = ["--steps", "2", "--batch", "2", "--rows", "2", "--length", "16", "--output", str(tmp_path / "served")]
     script("served").main(words)
     record = json.loads((tmp_path / "served.json").read_text())
-    assert len(record["step"]["rows"]) == 4
+    assert [len(step["rows"]) for step in record["steps"]] == [4, 4]
     assert "| requests at a time |" in (tmp_path / "served.md").read_text()

@@ -18,6 +18,7 @@ from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.data.chat_template import ChatTemplate
+from kd_lightning.data.files.text_files import TEXT
 from kd_lightning.data.row_report import PLAIN_COUNTS, extra_notes
 from kd_lightning.data.text.prompt_notice import prompt_notice
 from kd_lightning.distributed.checksum import check_checksums
@@ -215,7 +216,9 @@ def _row_counts(fit: PreparedFit) -> Findings:
 
 
 def _hashes(data: DistillationDataModule, split: str) -> list[bytes]:
-    """Of each row: the prompts of both models, and the answer."""
+    """Of each row: the prompts of both models, and the answer; of documents, the text of each window."""
+    if split in data.document_splits:
+        return [hashlib.sha256(text.encode()).digest() for text in data.row_fields(split, TEXT).values()]
     rows = data.generation_rows(split)
     theirs = data.generation_rows(split, role="teacher") if data.teacher_has_own_input else rows
     texts = (f"{row['prompt']}\0{own['prompt']}\0{row['answer']}" for row, own in zip(rows, theirs, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -50,8 +51,16 @@ class BatchLoaders(TokenizedSplits, ABC):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Prompts of the test rows in file order, padded on the left; `row_ids` number the rows of the file."""
+        """Prompts of the test rows in file order, padded on the left; `row_ids` number the rows of the file.
+
+        Raises:
+            ValueError: the test rows are documents, which have no prompts.
+        """
         prompts = self.generation_rows("test")
+        if not prompts:
+            raise ValueError(
+                f"{', '.join(self.sources['test'])}: predict needs prompts, and documents (rows with 'text') have none"
+            )
         rank, world_size = data_parallel_rank(self.trainer)
         lengths = [len(row["prompt_ids"]) for row in prompts]
         order = BatchOrder(
@@ -65,6 +74,24 @@ class BatchLoaders(TokenizedSplits, ABC):
     def every_row(self, split: str) -> ResumableLoader:
         """Every row of a split once over all ranks, with the same number of batches on each rank; longest first."""
         return self._loader(split, shuffle=False, grouped=True, fill=True, ahead=False)
+
+    def dataset(self, split: str) -> Any:
+        """The tokenized rows of a split, for a loader or a trainer of one's own; `collate` makes batches of them.
+
+        Args:
+            split: train, val or test; call `setup` first.
+
+        Raises:
+            ValueError: the split is not loaded.
+        """
+        if split not in self._rows:
+            loaded = ", ".join(self._rows) or "none"
+            raise ValueError(f"split must be one that `setup` has loaded ({loaded}), got {split!r}")
+        return self.token_rows(split)[0]
+
+    def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Rows of `dataset` as one batch: `input_ids`, `attention_mask` and `labels` [B, T], padded on the right."""
+        return Collator(self.pad_id, teacher_pad_id=self.teacher_pad_id)(rows)
 
     def token_rows(self, split: str) -> tuple[Any, list[int]]:
         """The data set that batches of a split are read from, and the number of tokens of each row."""

@@ -48,6 +48,7 @@ class TokenizedSplits(DistillationDataModule, ABC):
         self._teacher_name: str | None = None
         self._vocabulary_map: VocabularyMap | None = None
         self._compared_source: str | PreTrainedTokenizerBase | None = None
+        self._shares: dict[str, tuple[Any, VocabularyMap, TokenizerShares]] = {}  # with what they were computed from
         self._ahead: list[Callable[[dict[str, Tensor]], None]] = []
 
     # ------------------------------------------------------------------------------------------------ two tokenizers
@@ -128,15 +129,31 @@ class TokenizedSplits(DistillationDataModule, ABC):
         return ResponseTranslator(self.text_tokenizer, self.teacher_text_tokenizer)
 
     def tokenizer_shares(self, split: str = "val") -> TokenizerShares | None:
-        """How much the two tokenizers share, over the rows of a loaded split; None: there is one tokenizer."""
+        """How much the two tokenizers share, over the rows of a loaded split; computed once for the same rows.
+
+        None: there is one tokenizer, or the rows are prompts whose responses are generated in the run.
+        """
         known = self.vocabulary_map
-        return None if known is None else shares_of(self._rows[split], known)
+        if known is None:
+            return None
+        rows = self._rows[split]
+        if "aligned_labels" not in rows.column_names:
+            return None
+        before = self._shares.get(split)
+        if before is None or before[0] is not rows or before[1] is not known:
+            self._shares[split] = before = (rows, known, shares_of(rows, known))
+        return before[2]
 
     # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
     def splits(self) -> list[str]:
         """The splits that are loaded."""
         return list(self._rows)
+
+    @property
+    def document_splits(self) -> frozenset[str]:
+        """The loaded splits whose rows are windows of documents."""
+        return frozenset(split for split, rows in self._rows.items() if "documents" in rows.column_names)
 
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
@@ -190,20 +207,24 @@ class TokenizedSplits(DistillationDataModule, ABC):
         return max((max(ids, default=0) for column in columns for ids in column), default=0)
 
     def generation_rows(self, split: str, first: int | None = None, role: str = "student") -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split.
+        """Prompt and reference answer of the rows of a split; none for documents.
 
         Args:
             split: `train`, `val` or `test`; loaded.
             first: only the first rows, at most this many; None: all rows.
             role: which model is asked, "student" or "teacher", whose prompts may be its own.
         """
+        if split in self.document_splits:
+            return []
         own = self.teacher_input if role == "teacher" and self.teacher_has_own_input else None
         rows = self._rows[split].select_columns(["row", "conversation", "location", "row_id"])
         rows = rows if first is None else rows.select(range(min(first, len(rows))))
         return list(prompts_of(rows, self.text_tokenizer, own))
 
     def conversations(self, split: str, first: int) -> list[Conversation]:
-        """The first rows of a split as conversations."""
+        """The first rows of a split as conversations; none for documents."""
+        if split in self.document_splits:
+            return []
         rows = self._rows[split]
         return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
 

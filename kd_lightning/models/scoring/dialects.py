@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 TOKEN_ID = re.compile(r"token_id:(\d+)")
@@ -25,9 +26,20 @@ class NamedTokens:
         lengths: number of tokens of each entry.
     """
 
-    ids: list[int]
-    values: list[float]
-    lengths: list[int]
+    ids: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+
+    def add(self, ids: Iterable[int], values: Iterable[float]) -> None:
+        """Add an entry.
+
+        Raises:
+            TypeError: an id or a value is no number.
+        """
+        before = len(self.ids)
+        self.ids.extend(ids)
+        self.values.extend(values)
+        self.lengths.append(len(self.ids) - before)
 
 
 class Dialect(ABC):
@@ -36,10 +48,12 @@ class Dialect(ABC):
     Attributes:
         name: in messages.
         path: below the server's `/v1`; with a leading slash: below its root.
+        names_ids: answers name tokens by id, never by text.
     """
 
     name: str
     path: str = "completions"
+    names_ids: bool = True
 
     @abstractmethod
     def body(self, model: str, ids: Sequence[int], top_k: int) -> dict[str, Any]:
@@ -72,11 +86,9 @@ class PromptLogprobs(Dialect):
         rows = answer["choices"][0]["prompt_logprobs"]
         _check_length(len(rows), ids)
         _check_first(rows[0])
-        found = NamedTokens([], [], [])
+        found = NamedTokens()
         for row in rows[1:]:
-            found.ids.extend(map(int, row))
-            found.values.extend([entry["logprob"] for entry in row.values()])
-            found.lengths.append(len(row))
+            found.add(map(int, row), [entry["logprob"] for entry in row.values()])
         return found
 
     def texts(self, answer: Any) -> dict[int, str]:
@@ -105,14 +117,12 @@ class SGLang(Dialect):
             raise ValueError
         _check_length(len(own), ids)
         _check_first(top[0])
-        found = NamedTokens([], [], [])
+        found = NamedTokens()
         for n, (token, (value, read, *_), named) in enumerate(zip(ids, own, top, strict=True)):
             _check_token(read, token, n)
             if n:
                 by_id = {int(other): logprob for logprob, other, *_ in named} | {token: value}
-                found.ids.extend(by_id)
-                found.values.extend(by_id.values())
-                found.lengths.append(len(by_id))
+                found.add(by_id, by_id.values())
         return found
 
 
@@ -120,6 +130,7 @@ class Echo(Dialect):
     """`echo` with `logprobs`, the older form, in which many servers name tokens by text."""
 
     name = "echo with logprobs"
+    names_ids = False
 
     def body(self, model: str, ids: Sequence[int], top_k: int) -> dict[str, Any]:
         """Ask for ids instead of texts; servers that do not know this field ignore it."""
@@ -136,12 +147,10 @@ class Echo(Dialect):
         for n, (token, text) in enumerate(zip(ids, tokens, strict=False)):
             if known := TOKEN_ID.fullmatch(text):
                 _check_token(int(known[1]), token, n)
-        found = NamedTokens([], [], [])
+        found = NamedTokens()
         for token, value, named in zip(ids[1:], own[1 : len(ids)], top[1 : len(ids)], strict=True):
             by_id = {id_of(text): logprob for text, logprob in named.items()} | {token: value}
-            found.ids.extend(by_id)
-            found.values.extend(by_id.values())
-            found.lengths.append(len(by_id))
+            found.add(by_id, by_id.values())
         return found
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.models.openai_client import OpenAIClient, RequestRefusedError, ServerError
+from kd_lightning.models.scoring.client_process import ClientProcess
 from kd_lightning.models.scoring.dialects import DIALECTS, TOKEN_ID, Dialect, NamedTokens, WrongAnswerError
+from kd_lightning.models.scoring.exchange import PromptRequest
 
-T = TypeVar("T")
 Entries = list[dict[int, float]]
 """For each token of a prompt after the first: log-probabilities by token id, of the tokens that the server names."""
 
@@ -40,6 +42,15 @@ class PromptScores:
         index = torch.tensor(positions, dtype=torch.long)
         return PromptScores(self.ids[index], self.log_probs[index])
 
+    @classmethod
+    def concatenated(cls, parts: Sequence[PromptScores]) -> PromptScores:
+        """The entries of several answers, one after the other."""
+        width = max(part.ids.shape[1] for part in parts)
+        gaps = [(0, width - part.ids.shape[1]) for part in parts]
+        ids = [pad(part.ids, gap, value=-1) for part, gap in zip(parts, gaps, strict=True)]
+        log_probs = [pad(part.log_probs, gap, value=-math.inf) for part, gap in zip(parts, gaps, strict=True)]
+        return cls(torch.cat(ids), torch.cat(log_probs))
+
     def of(self, tokens: Tensor) -> Tensor:
         """The log-probability of one named token of each entry, [N]."""
         return self.log_probs[self.ids == tokens.unsqueeze(1)]
@@ -61,6 +72,7 @@ class PromptScorer:
         dialect: the form of the requests.
         tokenizer: for servers that name tokens by text.
         names: names that the server may answer with; empty: `model` alone.
+        process: sends the requests; None: the threads that call.
     """
 
     client: OpenAIClient
@@ -69,6 +81,12 @@ class PromptScorer:
     dialect: Dialect = DIALECTS[0]
     tokenizer: PreTrainedTokenizerBase | None = None
     names: frozenset[str] = field(default_factory=frozenset)
+    process: ClientProcess | None = None
+
+    @property
+    def outages(self) -> int:
+        """How often a request has succeeded after it had failed."""
+        return self.client.outages + (0 if self.process is None else self.process.outages)
 
     def score(self, ids: Sequence[int], what: str) -> PromptScores:
         """The entries of a prompt, one fewer than its tokens.
@@ -81,12 +99,15 @@ class PromptScorer:
             RequestRefusedError: the server has refused the request.
             ServerError: it does not answer, or with other values, tokens or another model than was asked for.
         """
-
-        def parse(answer: Any) -> PromptScores:
-            self._check_model(answer)
-            return _as_scores(self.dialect.parse(answer, ids, self.id_of), ids)
-
-        return self._ask(ids, parse, what)
+        request = self._request(ids, what)
+        if self.process is None:
+            named = request.named_tokens(self.client, self.id_of)
+        else:
+            named = self.process.named_tokens(request)
+        try:
+            return _as_scores(named, ids)
+        except WrongAnswerError as error:
+            raise request.wrong(self.client, error) from None
 
     def texts(self, ids: Sequence[int], what: str) -> dict[int, str]:
         """The texts of the tokens of an answer by id, where the server gives them.
@@ -94,23 +115,20 @@ class PromptScorer:
         Raises:
             ServerError: as `score`.
         """
-        return self._ask(ids, self.dialect.texts, what)
+        return self._request(ids, what).ask(self.client, self.dialect.texts)
 
-    def _ask(self, ids: Sequence[int], parse: Callable[[Any], T], what: str) -> T:
-        body = self.dialect.body(self.model, ids, self.top_k)
-        try:
-            return self.client.request(self.dialect.path, body, parse, what)
-        except WrongAnswerError as error:
-            raise ServerError(f"server {self.client.url} (model {self.model}), {what}: it {error}") from None
+    def in_process(self) -> PromptScorer:
+        """The same, whose requests are sent by a process of their own; itself if answers may name tokens by text."""
+        return replace(self, process=ClientProcess(self.client)) if self.dialect.names_ids else self
 
-    def _check_model(self, answer: Any) -> None:
-        """Refuse the answer of a model that was not asked for; not every server names its model."""
-        name = answer.get("model")
-        if isinstance(name, str) and name not in (self.names or {self.model}):
-            raise WrongAnswerError(
-                f"answers with model {self.client.key.one_line(name)}, where {self.model} was asked for: serve that "
-                "model, or pass the other name as the teacher's model"
-            )
+    def close(self) -> None:
+        """Cancel all requests; it must not be used afterwards."""
+        self.client.close()
+        if self.process is not None:
+            self.process.close()
+
+    def _request(self, ids: Sequence[int], what: str) -> PromptRequest:
+        return PromptRequest(self.model, self.names, self.top_k, [*ids], what, self.dialect.name)
 
     def id_of(self, text: str) -> int:
         """The id of a token that a server names by text.
@@ -171,17 +189,13 @@ def _as_scores(named: NamedTokens, prompt: Sequence[int]) -> PromptScores:
     """The entries as tensors.
 
     Raises:
-        ValueError: a value is no number.
         WrongAnswerError: an entry lacks the prompt's own token.
     """
-    lengths = torch.tensor(named.lengths)
+    lengths, named_ids, values = (torch.from_numpy(np.asarray(x)) for x in (named.lengths, named.ids, named.values))
     where = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-    values = torch.tensor(named.values, dtype=torch.float64)
-    if values.isnan().any():
-        raise ValueError
-    ids = torch.full(where.shape, -1).masked_scatter_(where, torch.tensor(named.ids))
+    ids = torch.full(where.shape, -1).masked_scatter_(where, named_ids)
     log_probs = torch.full(where.shape, -math.inf, dtype=torch.float64)
-    log_probs.masked_scatter_(where, values.masked_fill_(values < DEAD, -math.inf))
+    log_probs.masked_scatter_(where, values.masked_fill(values < DEAD, -math.inf))
     own = torch.tensor(prompt)[1:]
     if not (ids == own.unsqueeze(1)).any(1).all():
         raise WrongAnswerError(_missing_own(ids, own))
