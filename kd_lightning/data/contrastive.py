@@ -95,7 +95,7 @@ class ContrastiveDataModule(InstructionDataModule):
     def token_limit(self, split: str) -> int | None:
         """Tokens of a batch, at most; of pairs half as many, because a pair is counted as its longer half."""
         limit = super().token_limit(split)
-        return limit if limit is None or split != "train" else max(1, limit // 2)
+        return limit and max(1, limit // 2) if split == "train" else limit
 
     # ---------------------------------------------------------------------------------------------------- preparation
     def load_split(self, split: str) -> Any:
@@ -211,10 +211,9 @@ class ContrastiveDataModule(InstructionDataModule):
         return self._pairs, self.row_lengths(split)
 
     def row_lengths(self, split: str) -> list[int]:
-        """The number of tokens of each row of a split; of a pair, of its longer half."""
-        return self._lengths() if split == "train" else super().row_lengths(split)
-
-    def _lengths(self) -> list[int]:
+        """The number of tokens of each row of a split, of a pair's longer half."""
+        if split != "train":
+            return super().row_lengths(split)
         return [max(pair) for pair in zip(*(self._halves[side]["length"][:] for side in SIDES), strict=True)]
 
     # ------------------------------------------------------------------------------------------------- new responses
@@ -271,7 +270,7 @@ class ContrastiveDataModule(InstructionDataModule):
         if self._pairs is not None:
             self._pairs.replace(side, half)
         if self._order is not None:
-            self._order.set_lengths(self._lengths())
+            self._order.set_lengths(self.row_lengths("train"))
         return taken
 
     # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -113,7 +113,7 @@ class BatchLoaders(TokenizedSplits, ABC):
             trainer: of the run, which knows the ranks.
         """
         grouped = self.group_by_length and self.shuffle
-        return self._order("train", self.row_lengths("train"), self.shuffle, grouped, fill=False, trainer=trainer)
+        return self._batch_order("train", self.row_lengths("train"), self.shuffle, grouped, fill=False, trainer=trainer)
 
     def batches_per_pass(self, trainer: L.Trainer) -> int | None:
         """Batches of a rank in one pass over the training data; None: not known, as the rows are not loaded.
@@ -140,7 +140,7 @@ class BatchLoaders(TokenizedSplits, ABC):
 
     def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool, ahead: bool = True) -> ResumableLoader:
         rows, lengths = self.token_rows(split)
-        order = self._order(split, lengths, shuffle, grouped, fill, self.trainer)
+        order = self._batch_order(split, lengths, shuffle, grouped, fill, self.trainer)
         loader: ResumableLoader = ResumableLoader(
             rows,
             batch_size=None,
@@ -151,7 +151,7 @@ class BatchLoaders(TokenizedSplits, ABC):
         )
         return self.with_look_ahead(loader) if ahead else loader
 
-    def _order(
+    def _batch_order(
         self, split: str, lengths: list[int], shuffle: bool, grouped: bool, fill: bool, trainer: L.Trainer | None
     ) -> BatchOrder:
         rank, world_size = data_parallel_rank(trainer)
