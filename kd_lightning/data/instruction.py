@@ -40,7 +40,8 @@ class InstructionDataModule(BatchLoaders):
     has labels; or `conversations` in the form of ShareGPT (`from` and `value`); or only `text`: a document, as the
     folder of `.txt` files has them, in which every token has a label but the first. A document ends with the end of
     sequence, if the tokenizer has one, and is cut into windows of `max_length` tokens; a window begins with the last
-    token of the window before it, which has its label there, and the last one has what remains. The columns `tools` and
+    token of the window before it, which has its label there, and the last one has what remains (with two tokenizers,
+    windows are cut where both have read the same bytes). The columns `tools` and
     `chat_template_kwargs` are passed to the chat template. Turns of the user, the system or a tool never have labels,
     nor do turns with `weight: 0`, `train: false`, `trainable: false` or `loss_mask: 0`; the end of an answer has one.
     Rows without an answer are dropped, longer ones are truncated on the right; both are reported.
@@ -238,7 +239,8 @@ class InstructionDataModule(BatchLoaders):
         """Rows with a `conversation`, with the columns of their tokens, also in the teacher's own input."""
         if are_documents(rows):
             check_one_input(self.teacher_input, self.sources[split])
-            return cut_documents(rows, split, self.text_tokenizer)
+            teacher = self.teacher_text_tokenizer if self.has_two_tokenizers else None
+            return cut_documents(rows, split, self.text_tokenizer, teacher)
         found = tokenize_rows(rows, split, self.text_tokenizer)
         if not self.teacher_has_own_input:
             return found

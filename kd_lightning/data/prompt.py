@@ -29,7 +29,8 @@ def parse_question(row: Mapping[str, Any], location: str) -> Conversation:
     """
     if all(row.get(name) is None for name in ("instruction", "prompt", "messages", *TURNS)):
         names = ", ".join(repr(name) for name in row) or "no fields"
-        raise ValueError(f"{location}: a row needs {FORMS}; this one has {names}")
+        hint = " (a document has no prompt to answer)" if "text" in row else ""
+        raise ValueError(f"{location}: a row needs {FORMS}; this one has {names}{hint}")
     return parse_prompt(row, location)
 
 

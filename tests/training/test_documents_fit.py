@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,14 @@ def test_a_folder_of_text_files_from_the_command_line(tmp_path: Path, caplog: py
     assert {row["exact_match"] for row in runs.results(root).values()} == {None}
     assert all(row["nll"] > 0 for row in runs.results(root).values())
     assert "no exact match, as the test rows are documents" in caplog.text
+
+
+def test_two_tokenizers_from_the_command_line(tmp_path: Path) -> None:
+    root, data = tmp_path / "root", ["--data.train", "asset:text_validation", "--data.val", "asset:text_test"]
+    words = [*runs.little(root, "cross_tokenizer", steps=3), *data, "--data.max_length", "40"]
+    assert main([*words, "--data.test", "null", "--trainer.val_check_interval", "3"]) == 0
+    assert (root / "student").is_dir()
+    check = ["preflight", *words[1:], "--data.test", "null", "--json", str(tmp_path / "found.json")]
+    assert main([*check, "--trainer.default_root_dir", str(tmp_path / "other")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert not [finding for finding in found if finding["level"] == "error"], found

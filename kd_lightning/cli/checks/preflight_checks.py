@@ -237,6 +237,7 @@ def check_labels(fit: PreparedFit) -> Findings:
     data = fit.datamodule
     ends = set(eos_token_ids(base_model(fit.student))) or {data.tokenizer.eos_token_id}
     ended, complete = 0, 0
+    are_cut = data.has_two_tokenizers and bool(data.document_splits)  # then shorter rows may be parts of a document
     for batch in fit.batches:
         ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
         labeled = labels != IGNORE_INDEX
@@ -254,7 +255,7 @@ def check_labels(fit: PreparedFit) -> Findings:
             yield "error", "labels differ from the tokens at their positions: do not shift them, the module does"
             return
         for row, tokens, there in zip(labels, labeled, mask, strict=True):
-            if tokens.any() and int(there.sum()) < data.max_length:
+            if tokens.any() and int(there.sum()) < data.max_length and not are_cut:
                 complete += 1
                 ended += int(row[tokens][-1]) in ends
     if complete and ended < 0.5 * complete:
@@ -275,6 +276,8 @@ def check_teacher_input(fit: PreparedFit) -> Findings:
         return
     rows = zip(*(data.generation_rows("train", COMPARED, role) for role in ("student", "teacher")), strict=True)
     pairs = [(student["prompt"], teacher["prompt"]) for student, teacher in rows]
+    if not pairs:  # documents
+        return
     differing = [pair for pair in pairs if pair[0] != pair[1]]
     if not differing:
         yield "note", f"the teacher reads the same prompts as the student in the first {len(pairs)} rows"

@@ -7,16 +7,20 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kd_lightning.data.alignment.boundaries import Pair
+from kd_lightning.data.alignment.documents import DocumentAligner
+from kd_lightning.data.alignment.rows import ALIGNMENT, RowAligner
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.files.text_files import TEXT
-from kd_lightning.data.rows.teacher_input import TeacherInput
+from kd_lightning.data.rows.teacher_input import TeacherInput, teacher_features
 from kd_lightning.data.text.text_tokenizer import COUNTS, TextTokenizer
 from kd_lightning.data.tokenization import json_digest, processes
 
 DOCUMENTS = "documents 1"
 """Changes when the same text is cut into other windows."""
 BATCH = 16  # documents that are tokenized at a time
+NOTHING = ((0, 0), (0, 0))  # the window of a document without labels
 
 
 def windows(length: int, size: int) -> Iterator[tuple[int, int]]:
@@ -39,10 +43,10 @@ def are_documents(rows: Any) -> bool:
 
 
 def check_one_input(own: TeacherInput, sources: list[str]) -> None:
-    """Check that the teacher reads documents as the student does.
+    """Check that the teacher reads the same documents as the student.
 
     Raises:
-        ValueError: it has a prompt, a chat template or a tokenizer of its own.
+        ValueError: it has a prompt or a chat template of its own.
     """
     given = {
         "teacher_prompt": own.prompt,
@@ -56,11 +60,6 @@ def check_one_input(own: TeacherInput, sources: list[str]) -> None:
                 f"{name} must be null for documents (rows with 'text'), which have no prompt and no chat template: "
                 f"{names}"
             )
-    if own.tokenizer is not None:
-        raise ValueError(
-            f"{names}: documents (rows with 'text') need a teacher with the student's tokenizer, and the teacher has "
-            'another one: cut the texts into rows {"prompt": "", "completion": TEXT}, which two tokenizers can read'
-        )
 
 
 def require_prompts(data: DistillationDataModule | None, split: str, needed_by: str) -> None:
@@ -81,7 +80,7 @@ def require_prompts(data: DistillationDataModule | None, split: str, needed_by: 
         )
 
 
-def cut_documents(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
+def cut_documents(rows: Any, split: str, tokenizer: TextTokenizer, teacher: TextTokenizer | None = None) -> Any:
     """One row for each window of the documents, with the columns of `tokenize_rows`, and `documents`.
 
     The location of a window names its tokens; `row` has the fields of the document, with the window's text instead of
@@ -92,6 +91,11 @@ def cut_documents(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
         rows: a `datasets.Dataset` with the columns of `read_conversations`.
         split: which split, for the progress bar.
         tokenizer: its `max_length` is the size of a window.
+        teacher: how the teacher's documents become token ids, if it has a tokenizer of its own: then windows begin and
+            end where both sides have read the same bytes, and the columns of `with_teacher_input` are added.
+
+    Raises:
+        ValueError: there is no such position near enough; the message has file and line.
     """
     import datasets  # type: ignore[import-untyped]
 
@@ -105,10 +109,12 @@ def cut_documents(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
         **counts,
         "unread": datasets.List(datasets.Value("string")),
         "empty": datasets.Value("bool"),
+        **({} if teacher is None else teacher_features(is_aligned=True)),
     }
-    digest = json_digest([rows._fingerprint, DOCUMENTS, tokenizer.fingerprint()])
+    theirs = [] if teacher is None else [ALIGNMENT, teacher.fingerprint()]
+    digest = json_digest([rows._fingerprint, DOCUMENTS, tokenizer.fingerprint(), *theirs])
     found = rows.map(
-        _Cut(tokenizer),
+        _Cut(tokenizer, teacher),
         batched=True,
         batch_size=BATCH,
         num_proc=processes(len(rows)),
@@ -123,8 +129,13 @@ def cut_documents(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
 
 
 class _Cut:
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer, teacher: TextTokenizer | None) -> None:
+        self.tokenizer, self.teacher = tokenizer, teacher
+        if teacher is not None:
+            self.document_aligner, self.row_aligner = (
+                DocumentAligner(tokenizer, teacher),
+                RowAligner(tokenizer, teacher),
+            )
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         found = [self._windows(*row) for row in zip(rows["row"], rows["conversation"], rows["location"], strict=True)]
@@ -135,27 +146,45 @@ class _Cut:
         fields = json.loads(row)
         text = Conversation.load(conversation).completion
         ids, control_tokens = self.tokenizer.document(text) if text.strip() else ([], 0)
-        parts = [ids[start:end] for start, end in windows(len(ids), self.tokenizer.max_length)]
-        starts = [start for start, _ in windows(len(ids), self.tokenizer.max_length)]
+        theirs, _ = self.teacher.document(text) if text.strip() and self.teacher is not None else ([], 0)
+        try:
+            parts = self._positions(ids, theirs)
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}") from None
         found = []
-        for start, part in zip(starts or [0], parts or [[]], strict=True):
-            tokens = f" (tokens {start + 1} to {start + len(part)})" if len(parts) > 1 else ""
+        for number, ((start, end), (other_start, other_end)) in enumerate(parts or [NOTHING]):
+            part = ids[start:end]
+            tokens = f" (tokens {start + 1} to {end})" if len(parts) > 1 else ""
             words = self.tokenizer.tokenizer.decode(part, clean_up_tokenization_spaces=False)
-            found.append(
-                {
-                    "row": json.dumps({**fields, TEXT: words}, ensure_ascii=False),
-                    "conversation": Conversation(document=True).dump(),
-                    "location": f"{location}{tokens}",
-                    "input_ids": part,
-                    "label_mask": [n > 0 for n in range(len(part))],
-                    "length": len(part),
-                    "full_length": len(part),
-                    "first_label": 1 if part else -1,
-                    **dict.fromkeys(COUNTS, 0),
-                    "control_tokens": 0 if start else control_tokens,
-                    "documents": int(start == 0),
-                    "unread": [],
-                    "empty": not part,
-                }
-            )
+            window = {
+                "row": json.dumps({**fields, TEXT: words}, ensure_ascii=False),
+                "conversation": Conversation(document=True).dump(),
+                "location": f"{location}{tokens}",
+                **_columns(part),
+                **dict.fromkeys(COUNTS, 0),
+                "control_tokens": 0 if number else control_tokens,
+                "documents": int(number == 0),
+                "unread": [],
+                "empty": not part,
+            }
+            if self.teacher is not None:
+                window |= self.row_aligner(window, _columns(theirs[other_start:other_end]))
+            found.append(window)
         return found
+
+    def _positions(self, ids: list[int], theirs: list[int]) -> list[tuple[Pair, Pair]]:
+        """Where the windows are in the student's and in the teacher's tokens, which are the same without its own."""
+        if self.teacher is not None:
+            return self.document_aligner(ids, theirs) if ids else []
+        return [(window, window) for window in windows(len(ids), self.tokenizer.max_length)]
+
+
+def _columns(ids: list[int]) -> dict[str, Any]:
+    """The tokens of a window, of which all but the first are labels."""
+    return {
+        "input_ids": ids,
+        "label_mask": [n > 0 for n in range(len(ids))],
+        "length": len(ids),
+        "full_length": len(ids),
+        "first_label": 1 if ids else -1,
+    }

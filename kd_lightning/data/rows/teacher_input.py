@@ -147,26 +147,34 @@ def with_teacher_input(rows: Any, split: str, own: TeacherInput, student: TextTo
     import datasets  # type: ignore[import-untyped]
 
     settings = [own.prompt, own.text_tokenizer(student).fingerprint()]
-    integer, yes = datasets.Value("int32"), datasets.Value("bool")
-    types = {"int32": integer, "bool": yes, "positions": datasets.List(integer)}
-    aligned = {} if own.tokenizer is None else {name: types[kind] for name, kind in ALIGNED_COLUMNS.items()}
+    aligned = [] if own.tokenizer is None else [ALIGNMENT]
     return rows.map(
         AddTeacherInput(own, student),
         num_proc=processes(len(rows)),
-        features=datasets.Features(
-            {
-                **rows.features,
-                "teacher_input_ids": datasets.List(datasets.Value("int32")),
-                "teacher_label_mask": datasets.List(datasets.Value("bool")),
-                "teacher_length": datasets.Value("int32"),
-                "teacher_cut": datasets.Value("bool"),
-                "teacher_difference": datasets.Value("string"),
-                **aligned,
-            }
-        ),
-        new_fingerprint=json_digest([rows._fingerprint, "teacher", settings, *([ALIGNMENT] if aligned else [])]),
+        features=datasets.Features({**rows.features, **teacher_features(bool(aligned))}),
+        new_fingerprint=json_digest([rows._fingerprint, "teacher", settings, *aligned]),
         desc=f"Teacher's input, {split}",
     )
+
+
+def teacher_features(is_aligned: bool) -> dict[str, Any]:
+    """Types of the columns of the teacher's own input.
+
+    Args:
+        is_aligned: whether the teacher has a tokenizer of its own.
+    """
+    import datasets
+
+    integer, yes = datasets.Value("int32"), datasets.Value("bool")
+    types = {"int32": integer, "bool": yes, "positions": datasets.List(integer)}
+    return {
+        "teacher_input_ids": datasets.List(integer),
+        "teacher_label_mask": datasets.List(yes),
+        "teacher_length": integer,
+        "teacher_cut": yes,
+        "teacher_difference": datasets.Value("string"),
+        **({name: types[kind] for name, kind in ALIGNED_COLUMNS.items()} if is_aligned else {}),
+    }
 
 
 def prompts_of(rows: Any, student: TextTokenizer, own: TeacherInput | None) -> Iterator[GenerationRow]:
