@@ -23,7 +23,7 @@ import torch
 from measuring import machine, spread, write
 
 import kd_lightning as kd
-from kd_lightning.models.packing import PackedLayout
+from kd_lightning.models.packing.layout import PackedLayout
 
 WARM = 2  # steps before the timed ones
 ORDERS = {"random": False, "similar length": True}

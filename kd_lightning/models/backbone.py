@@ -24,7 +24,7 @@ from kd_lightning.models.hf_adapter import (
     text_config,
     weight_and_bias,
 )
-from kd_lightning.models.packing import PackedLayout
+from kd_lightning.models.packing.layout import PackedLayout
 
 # Names of these factors in the configurations of different model families.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")

@@ -19,7 +19,8 @@ from kd_lightning.models.backbone import head_settings, hidden_states, with_curr
 from kd_lightning.models.backbone import logits as logits
 from kd_lightning.models.hf_adapter import base_model, name_or_path
 from kd_lightning.models.loading import ModelNotFoundError, checked_kwargs, load_causal_lm
-from kd_lightning.models.model_checks import check_finite, check_packing
+from kd_lightning.models.model_checks import check_finite
+from kd_lightning.models.packing.check import check_packing
 from kd_lightning.subclasses import concrete_subclasses
 from kd_lightning.teachers.base import ConfigSource, RunContext, Teacher, models_by_role
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher

@@ -29,7 +29,8 @@ from kd_lightning.models.hf_adapter import (
 )
 from kd_lightning.models.loading import checked_kwargs, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
-from kd_lightning.models.model_checks import check_causal, check_finite, check_packing, freeze_unreached
+from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
+from kd_lightning.models.packing.check import check_packing
 from kd_lightning.teachers.base import Teacher, TeacherShare
 from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.teachers.routed import rows_of

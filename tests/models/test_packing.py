@@ -11,8 +11,8 @@ from torch import Tensor
 from architectures import CUT, tiny
 from kd_lightning.models.backbone import body_and_head, hidden_states, logits
 from kd_lightning.models.hf_adapter import attends_without_mask
-from kd_lightning.models.model_checks import check_packing
-from kd_lightning.models.packing import PackedLayout, place_rows
+from kd_lightning.models.packing.check import check_packing
+from kd_lightning.models.packing.layout import PackedLayout, place_rows
 
 REFUSED = {
     # recurrent and hybrid models carry a state from one row to the next

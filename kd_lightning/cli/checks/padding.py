@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from kd_lightning.cli.prepared_run import Findings, PreparedFit
 from kd_lightning.data.rows.loaders import BatchLoaders
 from kd_lightning.models.hf_adapter import attends_without_mask
-from kd_lightning.models.model_checks import check_packing
-from kd_lightning.models.packing import place_rows
+from kd_lightning.models.packing.check import check_packing
+from kd_lightning.models.packing.layout import place_rows
 from kd_lightning.teachers.base import models_by_role
 
 BATCHES = 200  # of the first pass, that are measured

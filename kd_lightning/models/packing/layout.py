@@ -1,4 +1,4 @@
-"""Rows without padding: where the tokens of a batch are in packed sequences, and whether a model can read them."""
+"""Rows without padding: where the tokens of a batch are in packed sequences."""
 
 from __future__ import annotations
 
