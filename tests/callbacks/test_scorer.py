@@ -136,9 +136,7 @@ def test_functions_in_python_and_what_fails_later() -> None:
     assert GenerationQuality(scorer=share).scorer is not None
     late = ResponseScorer(lambda response, row: 1 / (len(response) - 3), "results.scorer")
     late.check(row("four"))
-    with pytest.raises(
-        ValueError, match=r"row 4 \(from 0\): ZeroDivisionError"
-    ):
+    with pytest.raises(ValueError, match=r"row 4 \(from 0\): ZeroDivisionError"):
         late.score("dog", row())
 
 
