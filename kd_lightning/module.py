@@ -169,7 +169,10 @@ class DistillationModule(PredictingModule, AccumulatingModule):
             if self._base_digest is not None:
                 exclude_frozen_weights(self, "model.student")
             self.model.set_student(student)
-        self.teacher_state = load_teacher(self.teacher, self.run_context(), datamodule_of(self._trainer))
+        data = datamodule_of(self._trainer)
+        if data is not None and data.packing:
+            self.model.pack_rows()
+        self.teacher_state = load_teacher(self.teacher, self.run_context(), data)
         self._teacher_device = None
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
@@ -177,14 +180,8 @@ class DistillationModule(PredictingModule, AccumulatingModule):
 
     def run_context(self) -> RunContext:
         """What the teacher is given of the run; the student must be loaded."""
-        return RunContext(
-            student=self.model,
-            loss=self.loss,
-            monitors=self.reporter.divergences,
-            data=datamodule_of(self._trainer),
-            generates_responses=self.generates_responses,
-            sum_over_ranks=sum_over_ranks(self._trainer),
-        )
+        data, sums = datamodule_of(self._trainer), sum_over_ranks(self._trainer)
+        return RunContext(self.model, self.loss, self.reporter.divergences, data, self.generates_responses, sums)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

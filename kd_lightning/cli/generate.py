@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,30 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import torch
 
+from kd_lightning.cli.answers import print_answers
 from kd_lightning.data.conversation import Conversation
 from kd_lightning.data.prompt import parse_question
 from kd_lightning.data.rows.teacher_input import TeacherInput
 from kd_lightning.data.sources import read_rows
-from kd_lightning.data.text.prompt_notice import prompt_notice
-from kd_lightning.data.text.rendering import date_of, today
-from kd_lightning.data.text.text_tokenizer import TextTokenizer
-from kd_lightning.data.tokenization import load_tokenizer, with_template
-from kd_lightning.distributed.dtensor import tensor_digest
+from kd_lightning.data.text.rendering import date_of
 from kd_lightning.distributed.signals import StopRequest, Terminated, exit_status, finish_on_signal, stop
 from kd_lightning.generation.batch_generator import (
-    BatchGenerator,
     NumberedResponses,
-    batches_of_rank,
-    length_batches,
     summary,
     write_responses,
 )
+from kd_lightning.generation.local_model import LocalModel
 from kd_lightning.generation.response_file import ResponseFile, check_output
 from kd_lightning.generation.server_generator import ServerGenerator
 from kd_lightning.models.generate import Sampling, stop_strings
-from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.openai_client import OpenAIClient
 from kd_lightning.paths import expand_path
 from kd_lightning.reporting.redaction import print_message
@@ -52,24 +43,43 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ValueError: see `generate`.
     """
-    parser = jsonargparse.ArgumentParser(
-        prog="kd-lightning generate",
-        description="Generate a response to every row of a file, with a model or a server.",
-        usage="kd-lightning generate --model M --data FILE --output OUT.jsonl [--ARGUMENT VALUE ...]",
-        exit_on_error=False,
-    )
-    parser.add_function_arguments(generate, skip={"stop"})
-    about = "a text that ends a response, which does not contain it; several with several `--stop TEXT`"
-    parser.add_argument(
-        "--stop", action="append", type=str, metavar="TEXT", help=about
-    )  # a text, not YAML: "###", "[1]"
-    given = parser.parse_args(list(args)).as_dict()
+    given = _parser().parse_args(list(args)).as_dict()
+    prompts, models = given.pop("prompt"), given.pop("model") or []
+    if prompts:
+        return print_answers(prompts, models, given)
+    if len(models) > 1:
+        raise ValueError(f"model must be one, as output is one file (several: with --prompt), got {', '.join(models)}")
+    for name in ("data", "output"):
+        if given[name] is None:
+            raise ValueError(f"--{name} is missing: pass --data FILE and --output OUT.jsonl, or --prompt TEXT")
+    given["model"] = models[0] if models else None
     try:
         generate(**given)
     except (KeyboardInterrupt, Terminated) as end:
         _log(f"interrupted: run the same command again to resume {given['output']}")
         return exit_status(end)
     return 0
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="kd-lightning generate",
+        description="Generate a response to every row of a file, or print answers to prompts.",
+        usage="kd-lightning generate --model M {--data FILE --output OUT.jsonl | --prompt TEXT} [--ARGUMENT VALUE ...]",
+        exit_on_error=False,
+    )
+    about = "print the answer to a text; several with several `--prompt TEXT`, and of models with several `--model M`"
+    parser.add_argument("--prompt", action="append", type=str, metavar="TEXT", help=about)
+    parser.add_argument("--data", type=str | None, help="anything that `InstructionDataModule` reads")
+    parser.add_argument("--output", type=str | None, help="a `.jsonl` file; never replaced")
+    about = "folder, hub name or `asset:` name; with `--server`, the served model, optional if it is the only one"
+    parser.add_argument("--model", action="append", type=str, metavar="M", help=about)
+    about = "a text that ends a response, which does not contain it; several with several `--stop TEXT`"
+    parser.add_argument(
+        "--stop", action="append", type=str, metavar="TEXT", help=about
+    )  # a text, not YAML: "###", "[1]"
+    parser.add_function_arguments(generate, skip={"stop", "data", "output", "model"})
+    return parser
 
 
 def generate(
@@ -181,79 +191,6 @@ def _checked_output(output: str, generator: str | None, **numbers: float | None)
     return output
 
 
-class LocalModel:
-    """A model in this process, with its tokenizer and how its responses are sampled.
-
-    Args:
-        name: folder, hub name or `asset:` name.
-        sampling: how responses are sampled.
-        seed: of the samples.
-        max_length: longest prompt and response together, in tokens; None: the model's number of positions.
-        dtype: of the weights; auto: as saved.
-        device: cpu, cuda, cuda:1 …; auto: a GPU if there is one.
-        template_kwargs: variables for the chat template.
-        date: YYYY-MM-DD, for templates that write the date; None: today's.
-
-    Raises:
-        ValueError: an argument is out of its range, or the model cannot be read.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        sampling: Sampling,
-        seed: int,
-        max_length: int | None,
-        dtype: str,
-        device: str,
-        template_kwargs: dict[str, Any] | None = None,
-        date: str | None = None,
-    ) -> None:
-        target = _device(device)
-        self.model = load_causal_lm(name, kwargs={"dtype": dtype}, role="model")
-        tokenizer = load_tokenizer(name)
-        with_template(tokenizer, None, _log)
-        self.model.to(target)  # type: ignore[arg-type]  # transformers wraps the method without its types
-        self.generator = BatchGenerator(self.model, tokenizer, sampling, seed)
-        longest = sampling.max_prompt_tokens(self.model, max_length)
-        self.text = TextTokenizer(tokenizer, None, template_kwargs, longest, date=date or today())
-
-    def fingerprint(self) -> str:
-        """A hash that changes with any weight, with the end-of-sequence tokens, and with how prompts are tokenized."""
-        model = self.model
-        weights = tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
-        parts = [weights, str(model.generation_config.eos_token_id), self.text.fingerprint()]
-        return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
-
-    def dated(self) -> dict[str, str]:
-        """The date of the prompts as a setting, if the chat template writes one."""
-        date = self.text.written_date
-        return {} if date is None else {"date": date}
-
-    def prompts(self, questions: Sequence[Conversation]) -> list[list[int]]:
-        """Token ids of the prompts; logs how many are truncated.
-
-        Raises:
-            ValueError: a prompt is empty.
-        """
-        prompts = [self.text.prompt(question)[1] for question in questions]
-        if notice := prompt_notice(self.text, questions):
-            _log(notice)
-        longest = self.text.max_length
-        if full := sum(len(prompt) == longest for prompt in prompts):
-            _log(f"{full} prompts have {longest} tokens or more: only the last {longest} tokens are kept")
-        if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt]:
-            raise ValueError(f"row {empty[0]} has an empty prompt")
-        return prompts
-
-    def responses(
-        self, prompts: Sequence[list[int]], done: int, batch_size: int, request: StopRequest
-    ) -> NumberedResponses:
-        """Responses with the numbers of their rows, without the first `done` rows, up to a request to stop."""
-        plan = length_batches([len(prompt) for prompt in prompts], batch_size)
-        return self.generator.generate(prompts, request.until_requested(batches_of_rank(plan, done)))
-
-
 def _date_of_output(output: str) -> str | None:
     """The date in the first line of an output that is resumed; None if there is none."""
     path = Path(output)
@@ -263,20 +200,6 @@ def _date_of_output(output: str) -> str | None:
         return f"{date_of(date):%Y-%m-%d}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a new output, or one that is refused later
         return None
-
-
-def _device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device must be auto, cpu or a device of this machine, got {name!r}: {error}") from None
-    return device
 
 
 def _write(file: ResponseFile, responses: Callable[[StopRequest], NumberedResponses], progress: bool) -> None:

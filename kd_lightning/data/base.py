@@ -45,6 +45,8 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
     Attributes:
         batch_size: rows (or pairs) per batch on each rank.
         max_length: longest sequence in tokens.
+        packing: whether the models read rows without padding.
+        batch_tokens: tokens per batch on each rank, at most; None: no limit.
         sources: the files, folders and names of the splits `train`, `val` and `test`; an empty list: no such split.
         chat_template_kwargs: variables for the chat template.
         report: per split, counts of the rows that were read, kept and dropped.
@@ -58,6 +60,8 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
 
     batch_size: int
     max_length: int
+    packing: bool = False
+    batch_tokens: int | None = None
     sources: dict[str, list[str]]
     chat_template_kwargs: dict[str, Any] | None = None
     report: dict[str, dict[str, int]]
@@ -94,8 +98,12 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
     # ---------------------------------------------------------------------------------------------------- loaded rows
     @property
     def rows_per_batch(self) -> int:
-        """Sequences per batch on each rank."""
-        return self.batch_size
+        """Sequences of `max_length` tokens in a batch on each rank."""
+        return self.rows_within(self.batch_tokens)
+
+    def rows_within(self, tokens: int | None) -> int:
+        """Rows (or pairs) of `max_length` tokens in a batch with a limit of tokens; at least one."""
+        return self.batch_size if tokens is None else min(self.batch_size, max(1, tokens // self.max_length))
 
     def batches_per_pass(self, trainer: L.Trainer) -> int | None:
         """Batches of a rank in one pass over the training data; None: not known before the rows are read.
@@ -111,6 +119,11 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
 
+    @property
+    def document_splits(self) -> frozenset[str]:
+        """The loaded splits whose rows are windows of documents: every token has a label, and there are no prompts."""
+        return frozenset()
+
     # ----------------------------------------------------------------------------------------------------------- rows
     @abstractmethod
     def every_row(self, split: str) -> DataLoader[dict[str, Tensor]]:
@@ -118,7 +131,7 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
 
     @abstractmethod
     def generation_rows(self, split: str, first: int | None = None, role: str = "student") -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split.
+        """Prompt and reference answer of the rows of a split; none for documents.
 
         Args:
             split: `train`, `val` or `test`; loaded.
@@ -128,7 +141,7 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
 
     @abstractmethod
     def conversations(self, split: str, first: int) -> list[Conversation]:
-        """The first rows of a split as conversations."""
+        """The first rows of a split as conversations; none for documents."""
 
     def row_fields(self, split: str, field: str) -> dict[int, Any]:
         """A field of every row of a split by `row_ids`; None: the row does not have it."""

@@ -12,7 +12,7 @@ from typing import Any
 from kd_lightning.data.text.json_text import parse_json
 
 Message = dict[str, Any]
-FORMS = "'instruction' (with an optional 'input') and 'output'; 'prompt' and 'completion'; or 'messages'"
+FORMS = "'instruction' (with an optional 'input') and 'output'; 'prompt' and 'completion'; 'messages'; or 'text'"
 TURNS = ("conversations", "conversation")
 """Names of `messages` in ShareGPT files."""
 ROLES: dict[str, str | None] = {
@@ -42,16 +42,17 @@ def template_roles(names: Iterable[str]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A row of any form: turns with roles, or a plain prompt and completion.
+    """A row of any form: turns with roles, a plain prompt and completion, or a document.
 
     Args:
         messages: the turns; empty if the row is plain text.
         prompt: the plain prompt, if there are no turns.
-        completion: the plain completion, if there are no turns.
+        completion: the plain completion, if there are no turns; the text of a document.
         first: index of the first turn that may have labels (the turns before it are the prompt).
         tools: the `tools` column, passed to the chat template.
         template_kwargs: variables of this row for the chat template.
         unlearned: indices of the assistant's turns that the row excludes from the labels.
+        document: whether the row is a document: a raw text without a prompt, all of which is learned.
     """
 
     messages: list[Message] = dataclasses.field(default_factory=list)
@@ -61,6 +62,7 @@ class Conversation:
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] | None = None
     unlearned: list[int] = dataclasses.field(default_factory=list)
+    document: bool = False
 
     @classmethod
     def of(cls, messages: list[Message], first: int = 0, **extras: Any) -> Conversation:
@@ -137,6 +139,8 @@ def parse_row(row: Mapping[str, Any], location: str) -> Conversation:
         return Conversation(messages=turns, first=1, **extras)
     if turns := shared_turns(fields, location):
         return Conversation.of(turns, **extras)
+    if "text" in fields and not {"prompt", "instruction"} & fields.keys():
+        return Conversation(completion=typed(fields, "text", str, location), document=True)
     names = ", ".join(repr(name) for name in fields) or "no fields"
     raise ValueError(f"{location}: a row needs {FORMS}; this one has {names}")
 

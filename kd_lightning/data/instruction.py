@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.base import NamesTeacherTokenizer, NamesTokenizer
 from kd_lightning.data.row_report import no_usable_rows, report_line, usable_rows
+from kd_lightning.data.rows.documents import are_documents, check_one_input, cut_documents
 from kd_lightning.data.rows.loaders import BatchLoaders
 from kd_lightning.data.rows.teacher_input import RowColumns, TeacherInput, with_teacher_input
 from kd_lightning.data.sources import as_list
@@ -26,6 +27,7 @@ from kd_lightning.data.tokenization import (
     with_template,
 )
 from kd_lightning.distributed.trainer import stage_of
+from kd_lightning.schedules import check_flag
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SHORTEST = 8
@@ -36,7 +38,11 @@ class InstructionDataModule(BatchLoaders):
 
     A row is `instruction`, optional `input` and `output` (one user turn: instruction, newline, input); or `prompt` and
     `completion` (plain texts, or lists of messages); or `messages` with several turns, of which every assistant turn
-    has labels; or `conversations` in the form of ShareGPT (`from` and `value`). The columns `tools` and
+    has labels; or `conversations` in the form of ShareGPT (`from` and `value`); or only `text`: a document, as the
+    folder of `.txt` files has them, in which every token has a label but the first. A document ends with the end of
+    sequence, if the tokenizer has one, and is cut into windows of `max_length` tokens; a window begins with the last
+    token of the window before it, which has its label there, and the last one has what remains (with two tokenizers,
+    windows are cut where both have read the same bytes). The columns `tools` and
     `chat_template_kwargs` are passed to the chat template. Turns of the user, the system or a tool never have labels,
     nor do turns with `weight: 0`, `train: false`, `trainable: false` or `loss_mask: 0`; the end of an answer has one.
     Rows without an answer are dropped, longer ones are truncated on the right; both are reported.
@@ -46,8 +52,9 @@ class InstructionDataModule(BatchLoaders):
     and arguments of tool calls may be JSON text: the template gets the form that it reads.
 
     Args:
-        train: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, a `datasets` name
-            (`NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`), an `asset:` name, or several of these.
+        train: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a `.txt` file or a folder of them, a folder
+            written by `datasets.save_to_disk`, a `datasets` name (`NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`), an
+            `asset:` name, or several of these.
         val: the same, for validation.
         test: the same, for test and predict.
         tokenizer: folder, hub name or `asset:` name; in Python also a loaded tokenizer; None: the student's own. The
@@ -74,6 +81,11 @@ class InstructionDataModule(BatchLoaders):
             by the teacher's name; the others have their own. If it is another one than the student's, the teacher reads
             its own tokens of the same text, and each label of the student has the position of the teacher
             (`teacher_positions`) at which both have read the same bytes.
+        batch_tokens: a batch ends at `batch_size` rows or at this number of the student's tokens on each rank,
+            whichever comes first; a longer row is a batch by itself. Padding counts as well unless `packing` is set.
+            None: no limit.
+        packing: both models read the rows of a batch one after the other, without padding. The step is that of the
+            padded rows. Models whose layers do not keep packed rows apart are refused when the run starts.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -107,6 +119,8 @@ class InstructionDataModule(BatchLoaders):
         teacher_chat_template: str | None = None,
         teacher_chat_template_kwargs: dict[str, Any] | None = None,
         teacher_tokenizer: dict[str, str] | str | None = None,
+        batch_tokens: int | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -114,6 +128,9 @@ class InstructionDataModule(BatchLoaders):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        check_flag("packing", packing)
+        if batch_tokens is not None and (not isinstance(batch_tokens, int) or batch_tokens < 1):
+            raise ValueError(f"batch_tokens must be an integer of at least 1 or None, got {batch_tokens!r}")
         self.train, self.val, self.test = train, val, test
         self.sources = {"train": as_list(train), "val": as_list(val), "test": as_list(test)}
         if not self.sources["train"]:
@@ -122,6 +139,7 @@ class InstructionDataModule(BatchLoaders):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.batch_size = batch_size
         self.max_length = max_length
+        self.batch_tokens, self.packing = batch_tokens, packing
         self.shuffle = shuffle
         self.num_workers = num_workers
         self.group_by_length = group_by_length
@@ -142,25 +160,30 @@ class InstructionDataModule(BatchLoaders):
 
     def setup(self, stage: str) -> None:
         """Load tokenizer and rows of the splits that `stage` needs."""
-        # forked workers must not inherit the tokenizer's threads
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         module: object = None if self.trainer is None else self.trainer.lightning_module
-        if self._tokenizer is None:
-            if isinstance(module, NamesTokenizer):
-                self.use_tokenizer_of(module.tokenizer_name)
-            if self.tokenizer_source is None:
-                raise ValueError(
-                    "tokenizer must be given if the student was passed as an object without a folder or hub name, "
-                    "got None"
-                )
-            self._tokenizer = with_template(load_tokenizer(self.tokenizer_source), self.chat_template, rank_zero_info)
+        if isinstance(module, NamesTokenizer):
+            self.use_tokenizer_of(module.tokenizer_name)
         if isinstance(module, NamesTeacherTokenizer):
             self.use_teacher_tokenizer_of(module.teacher_tokenizer_name)
-        self.load_teacher_tokenizer()
+        if not self.load_tokenizers():
+            raise ValueError(
+                "tokenizer must be given if the student was passed as an object without a folder or hub name, got None"
+            )
         for split in SPLITS.get(stage, ("train", "val", "test")):
             if self.sources[split] and split not in self._rows:
                 self._rows[split] = self.load_split(split)
                 self._notice_prompts(split)
+
+    def load_tokenizers(self) -> bool:
+        """Load the tokenizers of student and teacher without any rows; False: the student's is not known."""
+        if self.tokenizer_source is None:
+            return False
+        # forked workers must not inherit the tokenizer's threads
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if self._tokenizer is None:
+            self._tokenizer = with_template(load_tokenizer(self.tokenizer_source), self.chat_template, rank_zero_info)
+        self.load_teacher_tokenizer()
+        return True
 
     def _notice_prompts(self, split: str) -> None:
         rows = self.conversations(split, COMPARED) if split == "train" else []
@@ -217,6 +240,15 @@ class InstructionDataModule(BatchLoaders):
 
     def tokenized(self, rows: Any, split: str) -> Any:
         """Rows with a `conversation`, with the columns of their tokens, also in the teacher's own input."""
+        if are_documents(rows):
+            check_one_input(self.teacher_input, self.sources[split])
+            if self.several_tokenizers:
+                raise ValueError(
+                    f"data.{split}: documents (rows with 'text') need teachers with one tokenizer: pass teachers of one "
+                    "tokenizer, or train with each of them in a run of its own"
+                )
+            teacher = self.teacher_text_tokenizer if self.has_two_tokenizers else None
+            return cut_documents(rows, split, self.text_tokenizer, teacher)
         found = tokenize_rows(rows, split, self.text_tokenizer)
         if not self.teacher_has_own_input:
             return found

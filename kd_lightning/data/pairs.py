@@ -19,6 +19,7 @@ from kd_lightning.data.conversation import (
     without_nulls,
 )
 from kd_lightning.data.sources import read_rows
+from kd_lightning.data.tokenization import conversation_columns
 
 FIELDS = (("teacher_response", "student_response"), ("chosen", "rejected"))
 FORMS = (
@@ -162,10 +163,10 @@ def read_pairs(split: str, sources: tuple[str, ...], student: tuple[str, ...], l
 def read_teacher_answers(split: str, sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Rows as for plain instruction tuning; of a pair, the teacher's response is the answer."""
     rows = (found for source in sources for found in read_rows(source, split))
-    for number, (location, row) in enumerate(rows):
-        conversation = parse_pair(row, location).teacher if is_pair(row) else parse_row(row, location)
-        text = json.dumps(row, ensure_ascii=False, default=str)
-        yield {"row": text, "conversation": conversation.dump(), "location": location, "row_id": number}
+    yield from conversation_columns(
+        (location, row, parse_pair(row, location).teacher if is_pair(row) else parse_row(row, location))
+        for location, row in rows
+    )
 
 
 def _given(split: str, sources: tuple[str, ...], late: bool) -> Iterator[tuple[str, dict[str, Any], Pair]]:

@@ -29,7 +29,8 @@ def parse_question(row: Mapping[str, Any], location: str) -> Conversation:
     """
     if all(row.get(name) is None for name in ("instruction", "prompt", "messages", *TURNS)):
         names = ", ".join(repr(name) for name in row) or "no fields"
-        raise ValueError(f"{location}: a row needs {FORMS}; this one has {names}")
+        hint = " (a document has no prompt to answer)" if "text" in row else ""
+        raise ValueError(f"{location}: a row needs {FORMS}; this one has {names}{hint}")
     return parse_prompt(row, location)
 
 
@@ -69,13 +70,15 @@ class PromptDataModule(InstructionDataModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._answered = False
+        self._responses: tuple[dict[int, str], str] | None = None  # and the side that generated them
 
     def load_split(self, split: str) -> Any:
-        """Read a split; of `train`, the prompts alone."""
+        """Read a split; of `train`, the prompts with their responses if there are any."""
         if split != "train":
             return super().load_split(split)
         rows = gather(read_prompts, split, {"sources": self.sources[split]}, roles=self.text_tokenizer.own_roles)
+        if self._responses is not None:  # read again, with another tokenizer or date
+            return self._with_responses(rows, *self._responses)
         self.report[split] = {"rows": len(rows), "kept": len(rows), **dict.fromkeys(NOTES, 0)}
         rank_zero_info(f"train: {len(rows)} prompts")
         return rows
@@ -86,9 +89,9 @@ class PromptDataModule(InstructionDataModule):
         Raises:
             ValueError: there are no responses.
         """
-        if not self._answered:
+        if self._responses is None:
             self.run_before_pass(0)
-        if not self._answered:
+        if self._responses is None:
             raise ValueError(
                 "the training data has prompts without responses: add a Regeneration callback to trainer.callbacks"
             )
@@ -96,12 +99,13 @@ class PromptDataModule(InstructionDataModule):
 
     def missing_responses(self, side: str = "teacher") -> list[int]:
         """The `row_ids` of the training rows that have no response yet: all of them, or none."""
-        return [] if self._answered else self._rows["train"]["row_id"][:]
+        return self._rows["train"]["row_id"][:] if self._responses is None else []
 
     def replace_responses(self, responses: Mapping[int, str], side: str = "teacher") -> None:
         """Train on these responses; on every rank, in a callback of `add_before_pass`.
 
-        Rows without a response, or with one that is empty or begins after `max_length`, are dropped and reported.
+        Rows without a response, or with one that is empty or begins after `max_length`, are dropped and reported. The
+        responses stay if the data module is used again with another tokenizer.
 
         Args:
             responses: texts by the number of the row (`row_ids` of a batch, `index` of `generation_rows`).
@@ -110,19 +114,23 @@ class PromptDataModule(InstructionDataModule):
         Raises:
             ValueError: there are responses already, or no usable row is left.
         """
-        if self._answered:
+        if self._responses is not None:
             raise ValueError(
                 "the training prompts already have responses: PromptDataModule takes them once, before the first step"
             )
-        rows = self._rows["train"]
+        given = dict(responses)
+        self._rows["train"] = self._with_responses(self._rows["train"], given, side)
+        self._responses = given, side
+
+    def _with_responses(self, rows: Any, responses: dict[int, str], side: str) -> Any:
+        """The prompts with their responses, tokenized; rows without a usable one are dropped."""
         answered = rows.map(
-            _Answer(dict(responses), SIDES[side]),
+            _Answer(responses, SIDES[side]),
             keep_in_memory=True,
             new_fingerprint=json_digest([rows._fingerprint, side, sorted(responses.items())]),
             desc="Responses",
         )
-        self._rows["train"] = self.keep_usable("train", self.tokenized(answered, "train"))
-        self._answered = True
+        return self.keep_usable("train", self.tokenized(answered, "train"))
 
 
 @dataclasses.dataclass(frozen=True)

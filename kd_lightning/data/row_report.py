@@ -24,10 +24,11 @@ EXTRA_NOTES = {
     "no_pairs": "without any label at which both models have read the same bytes",
     "labels": "labels",
     "aligned_labels": "of them where both models have read the same bytes",
+    "documents": "documents cut into rows",
     "control_tokens": "control tokens inside rows, encoded as words (allow_special_tokens=true makes them tokens)",
 }
 """The same for counts that a report has only if they are not 0."""
-PLAIN_COUNTS = ("labels", "aligned_labels")
+PLAIN_COUNTS = ("labels", "aligned_labels", "documents")
 """Those of them that are no problem of the rows."""
 SHOWN = 3  # rows whose file and line are in a message
 UNREAD = "unread "
@@ -86,7 +87,8 @@ def differences_of(rows: Any) -> list[str]:
 
 def report_line(split: str, counts: dict[str, int], max_length: int) -> str:
     """The counts of a split in one line."""
-    notes = [f"{counts[name]} {text.format(max_length=max_length)}" for name, text in NOTES.items() if counts[name]]
+    texts = NOTES | ({"empty": "dropped without text"} if "documents" in counts else {})
+    notes = [f"{counts[name]} {text.format(max_length=max_length)}" for name, text in texts.items() if counts[name]]
     return f"{split}: {counts['kept']} of {counts['rows']} rows" + "".join(
         f", {note}" for note in [*notes, *extra_notes(counts)]
     )
@@ -96,6 +98,8 @@ def no_usable_rows(sources: Sequence[str], rows: Any, max_length: int) -> ValueE
     """The error for a split without any row that can be trained on."""
     names, empty, first = ", ".join(sources), rows["empty"][:], rows["first_label"][:]
     if all(empty):
+        if "documents" in rows.column_names:
+            return ValueError(f"{names}: every text is empty: training needs at least one document with text")
         return ValueError(
             f"{names}: {_why_empty(rows)}: training needs at least one row with an answer; `kd-lightning generate "
             "--data FILE --output OUT.jsonl` generates responses to prompts without answers"

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.assets import resolve
+from kd_lightning.data.files.csv_rows import DELIMITERS, read_csv
+from kd_lightning.data.files.text_files import SUFFIX, decode_line, read_text_file, read_text_folder, text_files
 from kd_lightning.data.text.arrow_rows import RowError, arrow_errors, reason, rows_of_batches
 from kd_lightning.data.text.json_text import JSONError, check_depth, parse_json, rows_of_list
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", *DELIMITERS)
+"""Of files with rows; a file with the suffix .txt is one document."""
 SPLIT_NAMES = {
     "train": ("train",),
     "val": ("validation", "val", "valid", "dev", "eval"),
@@ -31,8 +34,9 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of one source as (location, row); a location is `file:line`, or `name: row n` if there are no lines.
 
     Args:
-        source: a `.jsonl`, `.json` or `.parquet` file, a folder written by `datasets.save_to_disk`, an `asset:` name,
-            or a `datasets` name: `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`.
+        source: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a `.txt` file or a folder of such files (each
+            is a row with `text`), a folder written by `datasets.save_to_disk`, an `asset:` name, or a `datasets` name:
+            `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`.
         split: `train`, `val` or `test`: chooses among the splits of a folder or name that has several.
 
     Raises:
@@ -40,17 +44,21 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     path = Path(resolve(source))
     if path.is_dir():
-        rows: Iterator[tuple[str, Any]] = _read_dataset(source, _read_folder(source, path, split))
+        rows: Iterator[tuple[str, Any]] = _read_folder(source, path, split)
     elif not path.exists():
         rows = _read_dataset(source, _read_hub(source, split))
     elif path.suffix == ".parquet":
         rows = _numbered(source, _read_parquet(source, path))
     elif path.suffix == ".json" and path.read_bytes()[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
         rows = _numbered(source, _read_list(source, path))
+    elif path.suffix in DELIMITERS:
+        rows = read_csv(source, path)
+    elif path.suffix == SUFFIX:
+        rows = read_text_file(source, path)
     elif path.suffix in SUFFIXES:
         rows = _read_lines(source, path)
     else:
-        kinds = ", ".join(SUFFIXES)
+        kinds = ", ".join((*SUFFIXES, SUFFIX))
         raise ValueError(f"{source}: unknown kind of file {path.suffix!r}, expected one of {kinds}{_way_out(source)}")
     empty = True
     for location, row in rows:
@@ -65,12 +73,8 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _way_out(source: str) -> str:
     """How a file of another kind becomes one that is read."""
     suffix = Path(source).suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        tabs = ", sep='\\t'" if suffix == ".tsv" else ""
-        made = f"`datasets.load_dataset('csv', data_files={source!r}{tabs})['train'].to_json('rows.jsonl')`"
-        return f" ({made} writes one)"
-    if suffix in ("", ".txt", ".text", ".md"):
-        return ' (for plain text, write a .jsonl file with lines {"prompt": "", "completion": TEXT})'
+    if suffix in ("", SUFFIX, ".text", ".md"):
+        return f" (if the file is one document of plain text, give it a name that ends with {SUFFIX})"
     return ' (write a .jsonl file with lines such as {"prompt": TEXT, "completion": TEXT})'
 
 
@@ -115,7 +119,7 @@ def _read_lines(source: str, path: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             location = f"{source}:{number}"
-            text = _decode(line, location)
+            text = decode_line(line, location)
             try:
                 yield location, parse_json(text)
             except JSONError as error:
@@ -124,7 +128,7 @@ def _read_lines(source: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_list(source: str, path: Path) -> list[Any]:
     lines = path.read_bytes().split(b"\n")
-    text = "\n".join(_decode(line, f"{source}:{number}") for number, line in enumerate(lines, start=1))
+    text = "\n".join(decode_line(line, f"{source}:{number}") for number, line in enumerate(lines, start=1))
     try:
         rows: list[Any] = parse_json(text)
     except JSONError as error:
@@ -140,13 +144,6 @@ def _line_of(error: JSONError, text: str) -> int:
         except JSONError as found:
             return line + found.line - 1
     return error.line
-
-
-def _decode(line: bytes, location: str) -> str:
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{location}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
 
 
 def _read_parquet(source: str, path: Path) -> Iterator[Any]:
@@ -165,13 +162,17 @@ def _read_parquet(source: str, path: Path) -> Iterator[Any]:
         raise ValueError(f"{source}: not a readable parquet file{at}: {_one_line(error)}") from None
 
 
-def _read_folder(source: str, path: Path, split: str) -> Any:
+def _read_folder(source: str, path: Path, split: str) -> Iterator[tuple[str, Any]]:
     import datasets  # type: ignore[import-untyped]
 
     if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-        raise ValueError(f"{source}: this folder holds no data set saved by datasets.save_to_disk")
+        if texts := text_files(source, path, SUFFIXES):
+            return read_text_folder(source, path, texts)
+        raise ValueError(
+            f"{source}: this folder holds no data set saved by datasets.save_to_disk, and no {SUFFIX} files"
+        )
     try:
-        return _choose_split(datasets.load_from_disk(str(path)), source, split)
+        return _read_dataset(source, _choose_split(datasets.load_from_disk(str(path)), source, split))
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{source}: not a readable data set: {_one_line(error)}") from None
 
@@ -181,7 +182,7 @@ def _read_hub(source: str, split: str) -> Any:
 
     name, _, rest = source.partition(":")
     missing = "is neither an existing file or folder nor a data set that `datasets` can load"
-    if source.endswith((*SUFFIXES, ".csv", ".tsv", ".txt")) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+    if source.endswith((*SUFFIXES, SUFFIX)) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"{split}: {source!r} {missing}: no such file")
     config, _, wanted = rest.rpartition(":")
     try:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -163,17 +163,36 @@ def tokenize_rows(rows: Any, split: str, tokenizer: TextTokenizer) -> Any:
 
 
 def read_conversations(split: str, sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Columns of each row: `row` (the fields, as JSON), `conversation` (as JSON), `location`, `row_id`."""
-    number = 0
-    for source in sources:
-        for location, row in read_rows(source, split):
-            yield {
-                "row": json.dumps(row, ensure_ascii=False, default=str),
-                "conversation": parse_row(row, location).dump(),
-                "location": location,
-                "row_id": number,
-            }
-            number += 1
+    """Columns of each row: `row` (the fields, as JSON), `conversation` (as JSON), `location`, `row_id`.
+
+    Raises:
+        ValueError: a row cannot be read, or some rows are documents and others are not.
+    """
+    found = (pair for source in sources for pair in read_rows(source, split))
+    yield from conversation_columns((location, row, parse_row(row, location)) for location, row in found)
+
+
+def conversation_columns(rows: Iterable[tuple[str, dict[str, Any], Conversation]]) -> Iterator[dict[str, Any]]:
+    """The columns of `read_conversations`.
+
+    Args:
+        rows: location, fields, and conversation of each row.
+
+    Raises:
+        ValueError: some rows are documents and others are not.
+    """
+    before: tuple[str, bool] | None = None
+    for number, (location, row, conversation) in enumerate(rows):
+        before = before or (location, conversation.document)
+        if conversation.document != before[1]:
+            kinds = ("a document (it has only 'text')", "a row with a prompt")
+            this, other = kinds if conversation.document else kinds[::-1]
+            raise ValueError(
+                f"{location}: this is {this}, and {before[0]} is {other}: a split must have one kind; write documents "
+                'as {"prompt": "", "completion": TEXT} to mix them'
+            )
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        yield {"row": text, "conversation": conversation.dump(), "location": location, "row_id": number}
 
 
 class _Tokenize:

@@ -18,6 +18,12 @@ REST = "teacher_rest_"
 
 REST_TOP = REST + "top"
 
+OUTSIDE_TOP, OUTSIDE_SUM = REST + "outside_top", REST + "outside_sum"
+"""Columns: the same tokens at temperature 1 where their share is measured: max x, and log Σ exp(x − max x)."""
+
+SHARED_MASS = ("shared_mass_teacher", "shared_mass_student")
+"""Values: the probability that each model gives to the tokens that both have."""
+
 PAIRED, LABEL_PAIRED = "aligned", "label_aligned"
 """Columns: whether a token has a partner in the teacher's input, and its label one in its vocabulary besides."""
 
@@ -60,6 +66,15 @@ class BlockLogits:
     def top_token(self) -> Tensor:
         """The most probable token, [...]."""
         return self.shifted.argmax(-1)
+
+    def log_share(self, top: Tensor, log_sum: Tensor) -> Tensor:
+        """Log of the share that these logits have of all at temperature 1, [...], if there are others.
+
+        Args:
+            top: the largest of the other logits, [...].
+            log_sum: log Σ exp(x − top) over the others, [...]; −inf: there are none.
+        """
+        return logsigmoid((self.top.squeeze(-1) - top) + self._log_sum(1.0).squeeze(-1) - log_sum)
 
     def slopes(self) -> tuple[Tensor | float, Tensor | float]:
         """Derivatives of the logits, and of the label's, with respect to the products."""
@@ -186,8 +201,10 @@ class BlockPair:
     ) -> None:
         label = columns.pop("teacher_label")
         rest = {name: columns.pop(name) for name in tuple(columns) if name.startswith(REST)}
+        outside = rest.pop(OUTSIDE_TOP, None), rest.pop(OUTSIDE_SUM, None)
         self._paired, self._label_paired = columns.pop(PAIRED, None), columns.pop(LABEL_PAIRED, None)
         self._log_probs: dict[float, tuple[Tensor, Tensor]] = {}
+        self._others, self._outside = others, outside
         self.student = self.compared = student
         if others is not None and rest:
             self.teacher: BlockLogits = SharedOutcomes(products, label, others, rest, student)
@@ -217,7 +234,21 @@ class BlockPair:
         agreement = self.where_paired((self.student.top_token() == self.teacher.top_token()).to(nll.dtype))
         if self._label_paired is not None:
             nll = torch.where(self._label_paired, nll, 0.0)
-        return {"teacher_nll": nll, "agreement": agreement}
+        return {"teacher_nll": nll, "agreement": agreement, **self._shared_mass()}
+
+    def _shared_mass(self) -> dict[str, Tensor]:
+        """The probability that each model gives to the tokens of both at temperature 1; 0 if there is no pair."""
+        top, log_sum = self._outside
+        if top is None or log_sum is None:
+            return {}
+        teacher = self.teacher.log_share(top, log_sum).exp()
+        student = torch.ones_like(teacher)
+        if self._others is not None:
+            log_q = self.student.log_probs(1.0).index_select(-1, self._others)
+            highest = log_q.amax(-1, keepdim=True)
+            log_rest = (highest + _sum(torch.exp(log_q - highest)).log()).squeeze(-1)
+            student = -torch.expm1(log_rest.clamp_max(0.0))
+        return {name: self.where_paired(mass) for name, mass in zip(SHARED_MASS, (teacher, student), strict=True)}
 
 
 def label_columns_of(parts: Iterable[Divergence]) -> frozenset[str]:

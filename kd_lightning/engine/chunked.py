@@ -13,7 +13,9 @@ Arithmetic is in fp32, or in float64 if an input is; autocast is disabled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -113,7 +115,8 @@ class ChunkedPass:
         ]
         transforms = (student.transform, (1.0, None) if teacher is None else teacher.transform)
         others = None if teacher is None else teacher.others
-        values = {name: torch.empty_like(weights) for name in self.token_loss.outputs(teacher is not None)}
+        shares = self.token_loss.diagnostics and teacher is not None and teacher.measures_share
+        values = {name: torch.empty_like(weights) for name in self.token_loss.outputs(teacher is not None, shares)}
         with torch.autocast(device.type, enabled=False):
             for a in range(0, n, chunk or 1):
                 b = min(a + chunk, n)
@@ -125,7 +128,7 @@ class ChunkedPass:
                         buffer[b - a :] = 0  # padding of the last block
                 vectors = {name: column[a:b] for name, column in self.rows.items()} | {"weights": weights[a:b]}
                 if teacher is not None:
-                    vectors |= teacher.rest(weights[a:b], a, b, self.token_loss.temperatures)
+                    vectors |= teacher.rest(weights[a:b], a, b, self.token_loss.temperatures, shares)
                 chunk_values = {name: value[a:b] for name, value in values.items()}
                 self.token_loss(z, y, transforms, vectors, block, gradient, chunk_values, others)
                 if gradient:
@@ -151,9 +154,22 @@ def padded_width(vocabulary: int) -> int:
     return -(-vocabulary // 64) * 64 + 16
 
 
+_simulated: ContextVar[torch.device | None] = ContextVar("simulated device", default=None)
+
+
+@contextmanager
+def chunks_sized_for(device: torch.device | None) -> Iterator[None]:
+    """Within the context, chunks have the size that they have on this device; None changes nothing."""
+    token = _simulated.set(device)
+    try:
+        yield
+    finally:
+        _simulated.reset(token)
+
+
 def rows_per_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens of a chunk: enough for fast matrix products, within a budget of bytes."""
-    on_cpu = device.type == "cpu"
+    on_cpu = (_simulated.get() or device).type == "cpu"
     tokens, size = (CHUNK_TOKENS, CHUNK_BYTES) if on_cpu else (CHUNK_TOKENS_GPU, CHUNK_BYTES_GPU)
     return max(32, min(tokens, size // (vocabulary * dtype.itemsize) // 32 * 32))
 

@@ -22,12 +22,14 @@ class LogitSource(ABC):
         transform: scale and soft-cap that turn what `fill` writes into logits.
         inputs: the tensors that the logits are computed from.
         others: columns of the student's tokens that this model has not, ids; None: it has all.
+        measures_share: whether `rest` can describe all of the model's tokens that the student has not.
     """
 
     vocabulary: int
     transform: Transform
     inputs: tuple[Tensor | None, ...]
     others: Tensor | None = None
+    measures_share: bool = False
 
     @abstractmethod
     def fill(self, chunk: Tensor, start: int, stop: int, student: tuple[Tensor, Transform] | None = None) -> None:
@@ -41,7 +43,9 @@ class LogitSource(ABC):
                 student itself.
         """
 
-    def rest(self, like: Tensor, start: int, stop: int, temperatures: Iterable[float]) -> dict[str, Tensor]:
+    def rest(
+        self, like: Tensor, start: int, stop: int, temperatures: Iterable[float], measured: bool = False
+    ) -> dict[str, Tensor]:
         """What the model gives to tokens outside of its columns, [stop − start] by name; by default there are none.
 
         Args:
@@ -49,6 +53,7 @@ class LogitSource(ABC):
             start: first token.
             stop: one past the last token.
             temperatures: those at which the logits are compared.
+            measured: whether the share of the columns in the model's distribution is measured.
         """
         return {}
 

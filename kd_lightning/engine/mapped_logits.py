@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kd_lightning.engine.block_logits import REST_TOP, rest_sum
+from kd_lightning.engine.block_logits import OUTSIDE_SUM, OUTSIDE_TOP, REST_TOP, rest_sum
 from kd_lightning.engine.head import Transform, apply_transform
 from kd_lightning.engine.logit_source import UPCAST_ROWS, DifferentiableLogits, LogitSource
 from kd_lightning.engine.vocabulary_map import VocabularyMap
@@ -26,6 +26,8 @@ class MappedLogits(LogitSource):
         teacher: its logits at its own columns.
         vocabulary_map: the tokens that both models share, on the device of the logits.
     """
+
+    measures_share = True
 
     def __init__(self, teacher: DifferentiableLogits, vocabulary_map: VocabularyMap) -> None:
         self.teacher, self.map = teacher, vocabulary_map
@@ -44,21 +46,26 @@ class MappedLogits(LogitSource):
             logits = self._logits(scratch, ids, start, stop)
             chunk.scatter_(1, columns.expand(len(chunk), -1), logits)
 
-    def rest(self, like: Tensor, start: int, stop: int, temperatures: Iterable[float]) -> dict[str, Tensor]:
+    def rest(
+        self, like: Tensor, start: int, stop: int, temperatures: Iterable[float], measured: bool = False
+    ) -> dict[str, Tensor]:
         """Largest logit, and log-sums relative to it, of the teacher's tokens without a partner."""
-        if not self.map.has_rest:
+        if not (self.map.has_rest or measured):
             return {}
         scratch = self._scratch(like)
         top = torch.full_like(like, torch.finfo(like.dtype).min)  # finite also where all of them have −inf
-        sums = {t: torch.zeros_like(like) for t in dict.fromkeys(temperatures)}
-        for ids in torch.split(self.map.teacher_rest, UPCAST_ROWS):
+        sums = {t: torch.zeros_like(like) for t in dict.fromkeys((*temperatures, *([1.0] if measured else [])))}
+        for ids in torch.split(self.map.teacher_rest, UPCAST_ROWS) if self.map.teacher_unmapped else ():
             logits = self._logits(scratch, ids, start, stop)
             higher = torch.maximum(top, logits.amax(1))
             logits.sub_(higher.unsqueeze(1))
             for t, total in sums.items():
                 total.mul_(((top - higher) / t).exp()).add_((logits / t).exp_().sum(1))
             top = higher
-        return {REST_TOP: top, **{rest_sum(t): total.log() for t, total in sums.items()}}
+        found = {OUTSIDE_TOP: top, OUTSIDE_SUM: sums[1.0].log()} if measured else {}
+        if self.map.has_rest:
+            found |= {REST_TOP: top, **{rest_sum(t): total.log() for t, total in sums.items()}}
+        return found
 
     def _logits(self, scratch: Tensor, ids: Tensor, start: int, stop: int) -> Tensor:
         """Logits of some of the teacher's tokens, written to the first columns of `scratch`."""

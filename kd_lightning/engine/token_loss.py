@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kd_lightning.divergences import CHUNK_LOG_Q, Divergence, check_one_per_token, evaluate
-from kd_lightning.engine.block_logits import BlockLogits, BlockPair, label_columns_of, with_label_log_probs
+from kd_lightning.engine.block_logits import (
+    SHARED_MASS,
+    BlockLogits,
+    BlockPair,
+    label_columns_of,
+    with_label_log_probs,
+)
 from kd_lightning.engine.compile import BREAK_EVEN, Compiled
 from kd_lightning.engine.head import Transform
 from kd_lightning.functional import FLOOR, reverse_kl
@@ -45,7 +51,8 @@ class TokenLoss(nn.Module):
         temperature: T > 0.
         square_temperature: whether D is multiplied by T².
         monitors: divergences evaluated in addition to the loss, at temperature 1, without gradient.
-        diagnostics: whether to report "student_nll", "teacher_nll" and "agreement", at temperature 1.
+        diagnostics: whether to report "student_nll", "teacher_nll" and "agreement", at temperature 1, and with two
+            vocabularies `SHARED_MASS`.
         compile: True or False to force; None: chosen by the size of the first call with a gradient.
     """
 
@@ -86,9 +93,15 @@ class TokenLoss(nn.Module):
             names += ("student_nll", "teacher_nll", "agreement") if teacher else ("student_nll",)
         return names
 
-    def outputs(self, teacher: bool) -> tuple[str, ...]:
-        """Names of all that a block computes: the values, and the scores of the tokens' weights."""
-        return self.names(teacher) + (tuple(map(score_name, self.objective.weighted())) if teacher else ())
+    def outputs(self, teacher: bool, shares: bool = False) -> tuple[str, ...]:
+        """Names of all that a block computes: the values, the scores of the tokens' weights, and the shared masses.
+
+        Args:
+            teacher: whether there is a teacher.
+            shares: whether the probability of the tokens that both models have is measured.
+        """
+        names = self.names(teacher) + (SHARED_MASS if shares else ())
+        return names + (tuple(map(score_name, self.objective.weighted())) if teacher else ())
 
     @property
     def temperatures(self) -> tuple[float, float]:

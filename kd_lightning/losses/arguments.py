@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from kd_lightning.divergences import Composite, Divergence, check_divergence, described
-from kd_lightning.engine.block_logits import LABEL_PAIRED, PAIRED
+from kd_lightning.engine.block_logits import LABEL_PAIRED, PAIRED, SHARED_MASS
 from kd_lightning.engine.token_loss import TokenLoss
 from kd_lightning.engine.validation import check_count, check_temperature
 from kd_lightning.label_losses import LabelLoss
@@ -26,6 +26,7 @@ RESERVED = (
     "label_gradient",
     PAIRED,
     LABEL_PAIRED,
+    *SHARED_MASS,
 )
 
 

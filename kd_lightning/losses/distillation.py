@@ -48,7 +48,8 @@ class DistillationLoss(nn.Module):
         label_loss: L, evaluated at its own temperature; None: `CrossEntropy()`.
         square_temperature: whether D is multiplied by T², so that gradients keep their size.
         monitors: divergences reported in addition to the loss by name, at temperature 1, without gradient.
-        diagnostics: whether to report "student_nll", "teacher_nll" and "agreement" (equal most probable tokens).
+        diagnostics: whether to report "student_nll", "teacher_nll" and "agreement" (equal most probable tokens), and
+            with a map of two vocabularies the probability that each model gives to the tokens of both.
         chunk: tokens whose logits are in memory at a time; None: chosen for speed within a budget of bytes.
         compile: True or False to force; None: chosen by the size of the first call with a gradient, and saved in the
             state, so that a resumed run computes the same bits. Without a compiler, or if the objective does not

@@ -26,7 +26,9 @@ class LossParts:
             vocabularies or with `teacher_positions` also "aligned", 1 for a token with a partner in the teacher's input
             and 0 otherwise, where "kd" (but for `ChunkLikelihood`), the monitors and "agreement" are 0; and
             "label_aligned", 1 where besides the label has a partner in the teacher's vocabulary and 0 otherwise, where
-            "teacher_nll" is 0. The mean over aligned tokens is Σ weights·value / Σ weights·aligned.
+            "teacher_nll" is 0. The mean over aligned tokens is Σ weights·value / Σ weights·aligned. With a map, full
+            logits of the teacher and the `diagnostics` also "shared_mass_teacher" and "shared_mass_student", the
+            probability that each model gives to the tokens of both, at temperature 1.
         by_response: means over responses if a schedule reads extra inputs per token: "gap", "teacher_gap" and
             "student_gap" (by the column `source`), and "schedule/PATH" for each such schedule.
         components: means over tokens of the components of the objective, where they were measured.

@@ -166,10 +166,10 @@ class OneBlockPerSize(Compiled):
 
     def __call__(self, *args: Any) -> Any:
         """The result of the first block of this size."""
-        z, *rest = args
-        key = (*z.shape, rest[-1])
+        z, y, _, _, gradient, _ = args
+        key = (*z.shape, y is None, gradient)
         if key not in self._found:
-            self._found[key] = self.function(z, *rest)
+            self._found[key] = self.function(*args)
         return self._found[key]
 
 
@@ -259,7 +259,9 @@ def _fake_teacher(
     _to_fake(model, fake)
     if source.layers_on_host:
         on_host.append(model)
-    return FakeTeacher(model, source.layers_on_host)
+    found = FakeTeacher(model, source.layers_on_host)
+    found.attach(module.run_context())
+    return found
 
 
 def _to_fake(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -10,10 +10,13 @@ import lightning.pytorch as L
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
+from kd_lightning.data.alignment.two_tokenizers import TeacherTokenizers
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.memory_plan.figures import Plan
 from kd_lightning.memory_plan.step_simulation import StepSimulation
+from kd_lightning.models.loading import has_tokenizer_files
 from kd_lightning.module import DistillationModule
+from kd_lightning.training.teacher_setup import use_two_tokenizers
 
 
 @contextmanager
@@ -35,12 +38,13 @@ def plan(module: DistillationModule, datamodule: L.LightningDataModule, trainer:
 
     Args:
         module: with names of models; not loaded.
-        datamodule: gives `batch_size` and `max_length`; no data is read.
+        datamodule: gives `batch_size`, `max_length` and the tokenizers; no data is read.
         trainer: of as many CPU devices as there are ranks.
         gpu: whether the plan is for GPUs: their tile size, and offloaded tensors in host memory.
 
     Raises:
-        ValueError: a model has no configuration, or its computation depends on values; the strategy is not supported.
+        ValueError: a model has no configuration, or its computation depends on values; the strategy is not supported;
+            a tokenizer cannot be read, or the loss cannot be computed between two vocabularies.
     """
     ranks, kind = trainer.num_devices, type(trainer.strategy).__name__
     if kind not in ("FSDP2Strategy", "DDPStrategy", "SingleDeviceStrategy"):
@@ -48,10 +52,15 @@ def plan(module: DistillationModule, datamodule: L.LightningDataModule, trainer:
     found = Plan(
         ranks, {"FSDP2Strategy": "fsdp2", "DDPStrategy": "ddp"}.get(kind, "one device"), _batch_shape(datamodule)
     )
+    own_input, known = False, None
+    if isinstance(datamodule, DistillationDataModule):
+        found.notes += load_tokenizers(module, datamodule)
+        own_input, known = datamodule.teacher_has_own_input, datamodule.vocabulary_map
+        if datamodule.packing:
+            module.model.pack_rows(check=False)
     with fake_process_group(ranks):
         try:
-            own_input = isinstance(datamodule, DistillationDataModule) and datamodule.teacher_has_own_input
-            StepSimulation(module, trainer, found, gpu, own_input).run()
+            StepSimulation(module, trainer, found, gpu, own_input, known).run()
         except DynamicOutputShapeException:
             raise ValueError(
                 "plan: the computation of one of the models depends on values (such as the routing of tokens to "
@@ -65,6 +74,56 @@ def plan(module: DistillationModule, datamodule: L.LightningDataModule, trainer:
                 "--model.teacher_kwargs.dtype bfloat16 for a teacher"
             ) from None
     return found
+
+
+def load_tokenizers(module: DistillationModule, data: DistillationDataModule) -> list[str]:
+    """Load the tokenizers of student and teacher, without any rows; if they are two, the module uses both.
+
+    Args:
+        module: with names of models; not loaded.
+        data: not set up.
+
+    Returns:
+        A note if they are not compared, because a folder has a configuration and no tokenizer.
+
+    Raises:
+        ValueError: a tokenizer cannot be read, or the loss cannot be computed between two vocabularies.
+    """
+    teacher = module.teacher
+    if teacher is None:
+        return []
+    own = module.teacher_tokenizer_name
+    if isinstance(own, TeacherTokenizers):
+        return load_tokenizers_of_several(module, data, own)
+    names = {"student": module.tokenizer_name, "teacher": own}
+    without = [role for role, name in names.items() if name is not None and not has_tokenizer_files(name)]
+    data.use_tokenizer_of(None if "student" in without else names["student"])
+    data.use_teacher_tokenizer_of(names["teacher"])
+    if data.load_tokenizers() and "student" in without:
+        without.remove("student")  # the data module was given a tokenizer
+    if data.has_two_tokenizers:
+        use_two_tokenizers(data, teacher, module.model, module.reporter)
+        return []
+    found = " and ".join(without)
+    return [f"no tokenizer files for {found}: both models are assumed to read the same tokens"] if found else []
+
+
+def load_tokenizers_of_several(
+    module: DistillationModule, data: DistillationDataModule, teachers: TeacherTokenizers
+) -> list[str]:
+    """The same for several teachers, which must have one tokenizer."""
+    names = [name for name in (module.tokenizer_name, *teachers.names.values()) if name is not None]
+    if not all(map(has_tokenizer_files, names)):
+        return ["not all models have tokenizer files: all are assumed to read the same tokens"]
+    data.use_tokenizer_of(module.tokenizer_name)
+    data.use_teacher_tokenizer_of(teachers)
+    data.load_tokenizers()
+    if data.has_two_tokenizers:
+        raise ValueError(
+            f"plan: the teachers {', '.join(teachers.names)} have several tokenizers, and a plan has one of them: plan "
+            "with each as the only teacher"
+        )
+    return []
 
 
 def _batch_shape(datamodule: Any) -> tuple[int, int]:

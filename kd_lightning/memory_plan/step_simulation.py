@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from kd_lightning.console import progress_bar
-from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX
+from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX, TEACHER_POSITIONS
 from kd_lightning.distributed.dtensor import is_sharded, local_shard
 from kd_lightning.distributed.fsdp2 import transformer_layers
 from kd_lightning.distributed.trainer import gradients_are_bucket_views
 from kd_lightning.engine import chunked as engine
+from kd_lightning.engine.vocabulary_map import VocabularyMap
 from kd_lightning.memory_plan.fake_models import FewChunks, set_fake_student, set_fake_teacher
 from kd_lightning.memory_plan.figures import Holding, Plan
 from kd_lightning.memory_plan.tracker import ELSEWHERE, Tracker, nbytes
@@ -41,12 +42,21 @@ class StepSimulation:
         plan: receives the figures.
         gpu: whether the plan is for GPUs.
         own_input: whether the teacher has an input of its own; it is assumed to be as long as the student's.
+        vocabulary_map: the tokens that student and teacher share, if they have two tokenizers; every label is assumed
+            to have a position of the teacher.
     """
 
     def __init__(
-        self, module: DistillationModule, trainer: L.Trainer, plan: Plan, gpu: bool, own_input: bool = False
+        self,
+        module: DistillationModule,
+        trainer: L.Trainer,
+        plan: Plan,
+        gpu: bool,
+        own_input: bool = False,
+        vocabulary_map: VocabularyMap | None = None,
     ) -> None:
         self.module, self.trainer, self.plan, self.gpu, self.own_input = module, trainer, plan, gpu, own_input
+        self.vocabulary_map = vocabulary_map
         self.strategy = trainer.strategy
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.tracker = Tracker(self.fake)
@@ -167,7 +177,7 @@ class StepSimulation:
     def _step(self, optimizer: Optimizer) -> None:
         """One accumulation window as Lightning runs it: the last gradients are held until the first backward."""
         module, trainer, tracker = self.module, self.trainer, self.tracker
-        self._size_tiles()
+        tracker.widths = dict.fromkeys(map(engine.padded_width, self._tile_widths()), "tiles")
         batch = self._batch()
         tracker.hold("activations", batch.values())
 
@@ -179,7 +189,7 @@ class StepSimulation:
             if not is_sharded(parameter):
                 parameter.register_post_accumulate_grad_hook(hold)  # type: ignore[no-untyped-call]
         accumulate = trainer.accumulate_grad_batches
-        with tracker:
+        with engine.chunks_sized_for(torch.device("cuda") if self.gpu else None), tracker:
             if accumulate > 1:  # the first one stands for all but the last
                 before = (Counter(tracker.collectives), Counter(tracker.collective_bytes))
                 self._micro_batch(batch, 0, optimizer, last=False)
@@ -204,16 +214,14 @@ class StepSimulation:
             del loss
         self._name_gradients()
 
-    def _size_tiles(self) -> None:
-        """Use the tile size of the planned device, and recognize tiles by their width."""
+    def _tile_widths(self) -> list[int]:
+        """Columns of the logits that the engine holds a chunk of, by which tiles are recognized."""
+        known, loss = self.vocabulary_map, self.module.model.loss
+        if known is not None:  # `ChunkLikelihood` projects each model at its own tokens
+            return [known.student_size, *([known.teacher_size] if loss.token_loss.reads_chunks else [])]
         own, teachers = _vocabulary(self.module.model.student), self._teachers()
         others = [t.vocabulary if t.model is None else _vocabulary(t.model) for t in teachers if not t.shares_student]
-        vocabularies = [own if other is None else min(own, other) for other in others] or [own]
-        vocabulary = max(vocabularies)
-        self.tracker.widths = {engine.padded_width(width): "tiles" for width in vocabularies}
-        loss = self.module.model.loss
-        if self.gpu and loss.chunk is None:
-            loss.chunk = engine.rows_per_chunk(vocabulary, torch.float32, torch.device("cuda"))
+        return [own if other is None else min(own, other) for other in others] or [own]
 
     def _batch(self) -> dict[str, Tensor]:
         rows, length = self.plan.batch
@@ -221,6 +229,8 @@ class StepSimulation:
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         if self.own_input:
             batch |= {TEACHER_FIELDS[name]: column.clone() for name, column in batch.items()}
+        if self.vocabulary_map is not None:
+            batch[TEACHER_POSITIONS] = torch.arange(length).expand(rows, length).clone()
         batch["source"] = torch.arange(rows) * 2 // max(rows, 1) + 1  # one half from the teacher, one from the student
         if (count := len(self._teachers())) > 1:
             batch[TEACHER_INDEX] = torch.arange(rows) % count

@@ -210,7 +210,7 @@ def teacher_tokenizer_of(teacher: str) -> hf.PreTrainedTokenizerBase | None:
     except ModelNotFoundError:
         return None
     folder = Path(path)
-    if folder.is_dir() and not any(path for files in TOKENIZER_FILES for path in folder.glob(files)):
+    if not has_tokenizer_files(path):
         return None
     try:
         with _quiet():
@@ -220,6 +220,16 @@ def teacher_tokenizer_of(teacher: str) -> hf.PreTrainedTokenizerBase | None:
             raise ValueError(f"teacher '{teacher}': cannot read its tokenizer: {error_line(error)}") from None
         return None
     return found
+
+
+def has_tokenizer_files(model: str) -> bool:
+    """Whether the folder of a model has files of a tokenizer; True for everything that is no folder.
+
+    Args:
+        model: folder, hub name or `asset:` name.
+    """
+    folder = Path(resolve(model))
+    return not folder.is_dir() or any(path for files in TOKENIZER_FILES for path in folder.glob(files))
 
 
 def _check_config(path: str, role: Role, options: dict[str, Any]) -> None:

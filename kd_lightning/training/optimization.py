@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.data.base import DistillationDataModule, datamodule_of
+from kd_lightning.data.rows.documents import require_prompts
 from kd_lightning.distributed.dtensor import is_sharded
 from kd_lightning.distributed.grad_norm import gradient_norm
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context, is_fast_dev_run, log_every_n_steps
@@ -143,6 +144,8 @@ class AccumulatingModule(StudentTeacherModule):
         self, trainer: L.Trainer, datamodule: DistillationDataModule | None, scheduler: Mapping[str, Any] | None
     ) -> list[str]:
         """What of a scheduler, of validation and of the callbacks does not fit the run."""
+        if self.generates_responses:
+            require_prompts(datamodule, "train", "model.responses must be null")
         steps = steps_of_run(trainer, datamodule)
         short = validation_note(trainer, datamodule, steps)
         validates = has_validation(trainer, datamodule)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, TotalVariation
+from kd_lightning.engine.block_logits import SHARED_MASS
 from kd_lightning.losses import DistillationLoss, LossParts, check_monitors
 from kd_lightning.losses.loss_parts import measured_tokens
 from kd_lightning.metrics.per_token import TokenMean
@@ -72,7 +73,7 @@ class EvaluationReporter:
         """Names of the values that validation logs as `val/NAME`."""
         names = self.loss.token_loss.names(self.has_teacher)
         totals = ["ce" if name == "student_nll" else name for name in names if name not in ("loss", "ce")]
-        totals += ["aligned_share"] if self.two_tokenizers else []
+        totals += ["aligned_share", *SHARED_MASS] if self.two_tokenizers else []
         return (*totals, *(f"{name}/{member}" for name in totals for member in member_names(self._teacher)))
 
     @staticmethod

@@ -30,6 +30,7 @@ from kd_lightning.models.hf_adapter import (
 from kd_lightning.models.loading import checked_kwargs, load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
+from kd_lightning.models.packing.check import check_packing
 from kd_lightning.teachers.base import Teacher, TeacherShare
 from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.training.loss_components import component_sums
@@ -134,6 +135,9 @@ class StudentWithLoss(ShardableStudent):
     Args:
         student: a Hugging Face causal LM; None: `set_student` follows.
         loss: the training loss.
+
+    Attributes:
+        packed: whether the models read rows without padding.
     """
 
     student: nn.Module
@@ -145,6 +149,7 @@ class StudentWithLoss(ShardableStudent):
         self._head: Head | None = None  # its settings alone: the weights are read from the model each time
         self._body: list[nn.Module] = []  # kept in a list so that it is not registered as a second submodule
         self._vocabulary_maps: dict[str, VocabularyMap | None] = {}  # by the name of a teacher, "" if there is one
+        self.packed = False
         if student is not None:
             self.set_student(student)
 
@@ -162,6 +167,19 @@ class StudentWithLoss(ShardableStudent):
             self._body = [body]
         except ValueError as error:
             rank_zero_info(f"student: {error}; full logits are used instead")
+
+    def pack_rows(self, check: bool = True) -> None:
+        """Let the models read rows without padding, teachers that are attached from now on as well.
+
+        Args:
+            check: whether the student is checked; not on fake tensors.
+
+        Raises:
+            ValueError: the student does not keep packed rows apart.
+        """
+        if check and not self.packed:
+            check_packing(self.student, self.body, "student")
+        self.packed = True
 
     def use_vocabulary_map(self, vocabulary_map: VocabularyMap | None, member: str = "") -> None:
         """Set the tokens that student and teacher share; None: they have one tokenizer.
@@ -242,10 +260,12 @@ class StudentWithLoss(ShardableStudent):
         if teacher is not None and (head is None or teacher_head is None):
             known, teacher_head = teacher.logits(teacher_batch(batch))[:, :-1], None
         if head is None or self.body is None or isinstance(known, Tensor):
-            return ForwardPass(logits(self.student, **inputs)[:, :-1], None, known, None, *columns)
+            return ForwardPass(logits(self.student, **inputs, packed=self.packed)[:, :-1], None, known, None, *columns)
         if teacher is not None and teacher_head is not None:
             known = teacher.hidden(teacher_batch(batch))[:, :-1]
-        return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, *columns)
+        return ForwardPass(
+            hidden_states(self.body, **inputs, packed=self.packed)[:, :-1], head, known, teacher_head, *columns
+        )
 
     def _run_routed(self, batch: dict[str, Tensor], shares: list[TeacherShare]) -> RoutedPass:
         """Run each teacher on its rows, then the student once on all rows."""
@@ -254,9 +274,9 @@ class StudentWithLoss(ShardableStudent):
         known = [self._run_teacher(view, share.teacher, head) for share, view in zip(shares, views, strict=True)]
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         if head is None or self.body is None:
-            outputs, head = logits(self.student, **inputs)[:, :-1], None
+            outputs, head = logits(self.student, **inputs, packed=self.packed)[:, :-1], None
         else:
-            outputs = hidden_states(self.body, **inputs)[:, :-1]
+            outputs = hidden_states(self.body, **inputs, packed=self.packed)[:, :-1]
         passes = []
         for share, view, (teacher, teacher_head) in zip(shares, views, known, strict=True):
             rows = share.rows

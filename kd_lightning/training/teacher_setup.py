@@ -170,10 +170,12 @@ def alignment_notices(data: DistillationDataModule, teacher: Teacher | None) -> 
     """
     for name in {} if teacher is None else teacher.members:
         own = data.for_member(name)
-        split = next((split for split in ("val", "train", "test") if split in own.splits), None)
-        shares = None if split is None else own.tokenizer_shares(split)
+        known = ((split, own.tokenizer_shares(split)) for split in ("val", "train", "test") if split in own.splits)
+        split, shares = next(((split, found) for split, found in known if found is not None), ("", None))
+        subject = f"two tokenizers, teacher {name!r}" if own is not data else "two tokenizers"
+        if shares is None and own.has_two_tokenizers:
+            yield f"{subject}: how many labels are compared with it depends on the responses of the run", False
         if shares is not None:
-            subject = f"two tokenizers, teacher {name!r}" if own is not data else "two tokenizers"
             text = (
                 f"{subject}: {shares.aligned_labels:.0%} of the student's labels ({split}) are compared with the "
                 f"teacher, where both have read the same text; {shares.student_labels:.0%} of them have a partner in "

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import runs
-from kd_lightning.cli import generate
 from kd_lightning.cli.program import main
 from kd_lightning.data.prompt import parse_question
+from kd_lightning.generation import local_model
 from kd_lightning.models import generate as generation
 from kd_lightning.models.generate import Sampling
 
@@ -46,5 +46,5 @@ def test_the_exported_template_is_that_of_the_training(tmp_path: Path, monkeypat
     words = ["predict", "--config", "quickstart", "--trainer.default_root_dir", str(root), *runs.CPU, *runs.QUIET]
     assert main([*words, *files, *chosen, "--predictions.max_new_tokens", "2", "--ckpt_path", "last"]) == 0
     assert expected in prompts
-    local = generate.LocalModel(str(root / "student"), Sampling(2), 0, None, "auto", "cpu")
+    local = local_model.LocalModel(str(root / "student"), Sampling(2), 0, None, "auto", "cpu")
     assert local.text.prompt(parse_question(row, "row"))[1] == expected

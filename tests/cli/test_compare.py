@@ -17,8 +17,8 @@ from kd_lightning.reporting.run_dir import RunFolder
 TEACHER = {"nll": 1.9, "forward_kl": 0.0, "exact_match": 0.66}
 
 
-def folder(root: Path, nll: float | None, seed: int = 0, **changes: Any) -> str:
-    """A run's folder without a run."""
+def folder(root: Path, nll: float | None, seed: int = 0, aligned: bool = False, **changes: Any) -> str:
+    """A run's folder without a run; `aligned`: as with two tokenizers."""
     config: dict[str, Any] = {
         "seed_everything": seed,
         "model": {"objective": {"class_path": "ForwardKL"}, "temperature": 1.0},
@@ -33,6 +33,8 @@ def folder(root: Path, nll: float | None, seed: int = 0, **changes: Any) -> str:
     with SummaryWriter(root / "tensorboard") as writer:
         for step in range(3):
             writer.add_scalar("val/ce", 3.0 - step / 10 - seed / 100, step)
+            if aligned:
+                writer.add_scalar("val/aligned_share", 0.84, step)
     if nll is not None:
         after = {"nll": nll, "forward_kl": nll - 1.9, "exact_match": 0.5}
         table = {"teacher": TEACHER, "student_before": {**TEACHER, "nll": 4.0}, "student_after": after}
@@ -103,6 +105,37 @@ def test_what_a_real_run_leaves_is_read(tmp_path: Path) -> None:
     assert run.results is not None and run.results["teacher"] is not None
     assert [step for step, _ in run.scalars["train/loss"]] == [0, 1, 2] and run.step == 2
     assert run.last("train/kd") is not None and run.last("no/such") is None
+
+
+def test_forward_kl_of_other_tokenizers_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other, plain = (
+        folder(tmp_path / "one", 2.5, aligned=True, model__student="a"),
+        folder(tmp_path / "other", 2.6, aligned=True, model__student="b"),
+        folder(tmp_path / "plain", 2.7),
+    )
+    again = folder(tmp_path / "again", 2.55, seed=1, aligned=True, model__student="a")
+    warm = folder(tmp_path / "warm", 2.7, model__temperature=2.0)
+    note = "compare it only between runs with the same two tokenizers"
+    for roots, noted in (((one, other), True), ((one, plain), True), ((one, again), False), ((plain, warm), False)):
+        assert (note in " ".join(output(list(roots), capsys).split())) == noted
+
+
+def test_a_run_with_two_tokenizers_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = runs.little_data(tmp_path, rows=24)
+    given = ["--data.train", str(data), "--data.test", str(data), "--results.max_new_tokens", "2"]
+    given += ["--data.val", str(data), "--trainer.val_check_interval", "2"]
+    for name, config in (("two", "cross_tokenizer"), ("one", "quickstart")):
+        assert main([*runs.little(tmp_path / name, steps=2, test=True, config=config), *given]) == 0
+    two = RunFolder.read(tmp_path / "two")
+    for name in ("aligned_share", "shared_mass_teacher", "shared_mass_student", "forward_kl"):
+        assert 0 < (two.last(f"val/{name}") or 0) and (name == "forward_kl" or (two.last(f"val/{name}") or 2) < 1)
+    assert two.results is not None and two.results["student_after"] is not None
+    capsys.readouterr()
+    roots = [str(tmp_path / name) for name in ("two", "one")]
+    assert "not on the same data" in output(roots, capsys, code=1)  # other tokens of the same rows
+    text = " ".join(output([*roots, "--different_data"], capsys).split())
+    assert "compare it only between runs with the same two tokenizers" in text
+    assert f"{two.results['student_after']['forward_kl']:.3f}" in text
 
 
 def test_the_same_run_twice_and_one_seed_twice_are_no_repetitions(

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+import runs
 from chat_templates import FAMILIES
 from kd_lightning.data import IGNORE_INDEX, InstructionDataModule, left_pad, tokenization
 from tiny_tokenizers import tiny
@@ -249,3 +251,18 @@ def test_the_order_follows_the_seed_of_the_run_unless_it_has_its_own(
     assert order(None) == of_its_own[0] != of_its_own[7]
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     assert order(None) == of_its_own[7] and order(0) == of_its_own[0]
+
+
+def test_rows_and_batches_for_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    data = InstructionDataModule(
+        str(runs.little_data(tmp_path, 6)), tokenizer="asset:student", batch_size=3, shuffle=False
+    )
+    data.setup("fit")
+    rows = data.dataset("train")
+    own = DataLoader(rows, batch_size=3, collate_fn=data.collate)
+    assert len(rows) == 6
+    for found, expected in zip(own, data.train_dataloader(), strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    with pytest.raises(ValueError, match=r"split must be one that `setup` has loaded \(train\), got 'val'"):
+        data.dataset("val")

@@ -82,11 +82,14 @@ BAD_FILES = {
     "no object": ("rows.jsonl", GOOD + "[1]\n", "rows.jsonl:2: a row must be an object with named fields, got list"),
     "null": ("rows.json", "[null]", "rows.json: row 1: .* got null"),
     "deep": ("rows.jsonl", "[" * 100_000, "rows.jsonl:1: broken JSON: nested too deeply"),
-    "tabs": ("rows.tsv", "a\tb", "rows.tsv: unknown kind of file '.tsv', expected one of .jsonl"),
-    "plain text": ("rows.txt", "Once", 'write a .jsonl file with lines {"prompt": "", "completion": TEXT}'),
+    "plain text": ("rows.md", "Once", "if the file is one document of plain text, give it a name that ends with .txt"),
+    "upper case": ("rows.TXT", "Once", "rows.TXT: unknown kind of file .*give it a name that ends with .txt"),
     "table": ("rows.xlsx", "a", 'write a .jsonl file with lines such as {"prompt": TEXT, "completion": TEXT}'),
-    "unknown kind": ("rows.csv", "a,b", "rows.csv: unknown kind of file '.csv', expected one of .jsonl"),
-    "another csv": ("rows.csv", "a,b", "load_dataset.'csv', data_files='.*rows.csv'.*writes one"),
+    "unknown kind": (
+        "rows.xml",
+        "a",
+        "rows.xml: unknown kind of file '.xml', expected one of .jsonl, .*, .csv, .tsv, .txt",
+    ),
     "no parquet": ("rows.parquet", "hello", "rows.parquet: not a readable parquet file"),
 }
 
@@ -124,7 +127,7 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
 
 USER = {"role": "user", "content": "a"}
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({}, "a row needs 'instruction'.*'prompt' and 'completion'; or 'messages'; this one has no fields"),
+    ({}, "a row needs 'instruction'.*'prompt' and 'completion'; 'messages'; or 'text'; this one has no fields"),
     ({"question": "a", "answer": "b"}, "this one has 'question', 'answer'"),
     ({"instruction": "a"}, "this one has 'instruction'"),
     ({"instruction": "a", "output": None}, "this one has 'instruction'"),

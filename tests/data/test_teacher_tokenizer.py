@@ -17,8 +17,11 @@ from chat_templates import FAMILIES
 from kd_lightning.constants import IGNORE_INDEX
 from kd_lightning.data import ContrastiveDataModule, InstructionDataModule, PromptDataModule, vocabulary_map
 from kd_lightning.data.alignment.responses import whole_characters
+from kd_lightning.data.alignment.rows import shares_of
 from kd_lightning.data.alignment.token_bytes import token_bytes
 from kd_lightning.data.row_report import report_line
+from kd_lightning.teachers import HFTeacher
+from kd_lightning.training.teacher_setup import alignment_notices
 from pair_data import pairs
 from tiny_tokenizers import tiny
 
@@ -206,6 +209,75 @@ def test_shares_of_the_loaded_rows(tmp_path: Path) -> None:
     assert found.student_labels == pytest.approx(sum(token in shared for token in labels) / len(labels))
     assert found.aligned_labels == module.report["val"]["aligned_labels"] / len(labels)
     assert 0.5 < found.teacher_labels <= 1
+
+
+def test_shares_are_computed_once_for_the_same_rows_and_tokenizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def counted(rows: Any, known: Any) -> Any:
+        calls.append(known)
+        return shares_of(rows, known)
+
+    monkeypatch.setattr("kd_lightning.data.rows.tokenized_splits.shares_of", counted)
+    path = write(tmp_path / "a.jsonl", ROWS)
+    module = data(path, val=path)
+    first = module.tokenizer_shares()
+    module.setup("fit")
+    assert module.tokenizer_shares() is first
+    assert module.tokenizer_shares("train") == first
+    assert len(calls) == 2
+    module.teacher_tokenizer_source = tiny(kind="metaspace")
+    module.setup("fit")
+    assert module.tokenizer_shares() != first
+    assert len(calls) == 3
+
+
+def test_prompts_without_responses_have_no_shares(tmp_path: Path) -> None:
+    module = data(write(tmp_path / "a.jsonl", ROWS), PromptDataModule)
+    assert module.tokenizer_shares("train") is None
+    ((text, few),) = alignment_notices(module, HFTeacher("asset:teacher"))
+    assert "depends on the responses of the run" in text
+    assert not few
+    module.replace_responses({n: f"the answer {n}" for n in range(9)})
+    assert module.tokenizer_shares("train").aligned_labels > 0.5
+    assert (
+        "of the student's labels (train) are compared with the teacher"
+        in next(iter(alignment_notices(module, HFTeacher("asset:teacher"))))[0]
+    )
+
+
+def test_tokenizers_are_loaded_without_rows(tmp_path: Path) -> None:
+    tokenizers = {"tokenizer": student_tokenizer(), "teacher_tokenizer": teacher_tokenizer()}
+    module = InstructionDataModule(str(tmp_path / "nowhere.jsonl"), **tokenizers)
+    assert module.load_tokenizers()
+    assert module.has_two_tokenizers
+    assert module.splits == []
+    assert not InstructionDataModule("nowhere.jsonl").load_tokenizers()
+
+
+@pytest.mark.parametrize("kind", [PromptDataModule, ContrastiveDataModule])
+def test_responses_stay_with_another_teacher_tokenizer(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "a.jsonl", pairs(9) if kind is ContrastiveDataModule else ROWS)
+    responses = {n: f"the new é answer {n}" for n in range(9)}
+    module, expected = data(path, kind, teacher_tokenizer=None), data(path, kind)
+    for one in (module, expected):
+        next(iter(one.train_dataloader()), None) if kind is ContrastiveDataModule else None
+        one.replace_responses(responses)
+    next(iter(module.train_dataloader()))
+    save(teacher_tokenizer(), tmp_path / "teacher")
+    module.use_teacher_tokenizer_of(str(tmp_path / "teacher"))
+    module.setup("fit")
+    assert module.missing_responses() == []
+    for batch, other in zip(module.train_dataloader(), expected.train_dataloader(), strict=True):
+        assert batch.keys() == other.keys()
+        assert all(torch.equal(batch[name], column) for name, column in other.items())
+        assert check_batch(module, batch) > 0
+        assert "the new é answer" in module.tokenizer.decode(batch["input_ids"][-1])
 
 
 def test_another_teacher_tokenizer_makes_other_rows(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ CONFIGS = (
     "eopd",
     "self_distillation",
     "cross_tokenizer",
+    "pretraining",
 )
 
 

@@ -18,6 +18,10 @@ from locations import ROOT
 BOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 MORE = {"10_a_real_pair"}  # needs a package with weights that nothing else here needs: run by hand, read by the tests
 ALONE = [path for path in BOOKS if path.stem not in MORE]
+PUBLIC = {
+    "kd_lightning": set(kd_lightning.__all__),
+    "kd_lightning.integrations.transformers": {"DistillationMixin"},  # not at the top level: it imports the Trainer
+}
 every_book = pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 
 
@@ -62,7 +66,7 @@ def test_outputs_are_those_of_one_run_from_top_to_bottom(path: Path) -> None:
     cells = code(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-    assert path.stat().st_size < 300_000
+    assert path.stat().st_size < 400_000
 
 
 @every_book
@@ -78,8 +82,7 @@ def test_only_public_names_are_used(path: Path) -> None:
     for cell in code(path):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kd_lightning"):
-                assert node.module == "kd_lightning"
-                assert {alias.name for alias in node.names} <= set(kd_lightning.__all__)
+                assert {alias.name for alias in node.names} <= PUBLIC[str(node.module)]
             if isinstance(node, ast.Import):
                 assert not [alias.name for alias in node.names if alias.name.startswith("kd_lightning.")]
 

@@ -320,6 +320,50 @@ def test_diagnostics_are_of_the_tokens_with_a_partner() -> None:
             n += 1
 
 
+@pytest.mark.parametrize("sizes", [(VS, VT, K), (VS, K, K), (K, VT, K), (VS, VS, VS)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mass_of_the_shared_tokens_equals_a_slow_loop(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    case, found = Case(dtype, *sizes[:2]), pairs(*sizes)
+    positions = torch.tensor([[0, 1, -1, 3], [-1, 2, 2, 0]])
+    student, teacher = (x.detach().double() for x in case.logits())
+    expected = []
+    for b, i in (case.labels != -100).nonzero().tolist():
+        if (s := int(positions[b, i])) < 0:
+            expected.append((0.0, 0.0))
+            continue
+        models = (teacher[b, s].exp(), found.teacher_ids), (student[b, i].exp(), found.student_ids)
+        expected.append(tuple(sum(float(x[n]) for n in ids) / sum(map(float, x)) for x, ids in models))
+    loss = DistillationLoss(ForwardKL(), temperature=2.0, diagnostics=True, chunk=3)
+    for parts in case.both(loss, vocabulary_map=found, teacher_positions=positions):
+        masses = [parts.values[name].double() for name in ("shared_mass_teacher", "shared_mass_student")]
+        torch.testing.assert_close(
+            torch.stack(masses, 1),
+            torch.tensor(expected, dtype=torch.float64),
+            atol=2e-7 if dtype == torch.float32 else 1e-12,
+            rtol=1e-6 if dtype == torch.float32 else 1e-12,
+        )
+    plain = DistillationLoss(ForwardKL())  # a training loss measures nothing
+    assert all("shared_mass_teacher" not in parts.values for parts in case.both(plain, vocabulary_map=found))
+
+
+def test_the_mass_of_shared_tokens_that_a_model_rules_out() -> None:
+    case, found = Case(), pairs()
+    student, teacher = (x.detach().clone() for x in case.logits())
+    teacher[0, :, found.teacher_rest] = -torch.inf
+    teacher[1, :, found.teacher_ids[1:]] = -torch.inf
+    teacher[1, :, found.teacher_ids[0]] = -1e6
+    student[0, :, found.student_rest] = -torch.inf
+    student[1, :, found.student_ids] = -torch.inf
+    case.labels[:] = found.student_ids[0]
+    values = (
+        DistillationLoss(ForwardKL(), diagnostics=True)
+        .from_logits(student, teacher, case.labels, vocabulary_map=found)
+        .values
+    )
+    for name in ("shared_mass_teacher", "shared_mass_student"):
+        assert values[name].tolist() == pytest.approx([1.0] * T + [0.0] * T)
+
+
 @pytest.mark.parametrize(
     ("objective", "message"),
     [

@@ -20,10 +20,8 @@ from kd_lightning import DistillationModule
 from kd_lightning.cli.plan import size
 from kd_lightning.cli.program import main as program
 from kd_lightning.distributed.dtensor import local_shard
-from kd_lightning.engine.chunked import padded_width
-from kd_lightning.memory_plan.tracker import Tracker
 from kd_lightning.strategies import FSDP2Strategy
-from plans import planned, shapes
+from plans import Watch, moments, planned, shapes
 from sharded_fits import joined
 
 ROWS, LENGTH, VOCABULARY = 4, 64, 2048
@@ -43,32 +41,6 @@ def models(folder: Path) -> tuple[str, str]:
     tiny("llama", **WIDE, tie_word_embeddings=True).save_pretrained(folder / "student")
     tiny("llama", **WIDE | {"hidden_size": 128}).save_pretrained(folder / "teacher")
     return str(folder / "student"), str(folder / "teacher")
-
-
-class Watch(L.Callback):
-    """Watches the second window of a run, whose first has made the optimizer's state."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self.tracker = Tracker(widths={padded_width(VOCABULARY): "tiles"})
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        if batch_idx == self.window:
-            learning = list(module.model.parameters())
-            self.tracker.hold("student", [*learning, *module.model.buffers()])
-            self.tracker.hold("gradients", [parameter.grad for parameter in learning if parameter.grad is not None])
-            self.tracker.hold("optimizer", moments(trainer))
-            self.tracker.hold("teacher", [*module.teacher.model.parameters(), *module.teacher.model.buffers()])
-            self.tracker.hold("batch", batch.values())
-            self.tracker.__enter__()
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 2 * self.window - 1:
-            self.tracker.__exit__(None, None, None)
-
-
-def moments(trainer: L.Trainer) -> list[Tensor]:
-    return [entry for entries in trainer.optimizers[0].state.values() for entry in entries.values()]
 
 
 def held(tensors: Iterable[Tensor | None]) -> int:
@@ -93,7 +65,7 @@ def seen(rank: int, ranks: int, setups: dict[str, dict[str, Any]], student: str,
         settings = {"strategy": FSDP2Strategy(**sizes)} | {k: value for k, value in setup.items() if k not in SIZES}
         module = KeepsGradients(student, teacher, reduction="sequence_mean")
         window = settings.get("accumulate_grad_batches", 1)
-        watch = Watch(window)
+        watch = Watch(window, [VOCABULARY])
         trainer = L.Trainer(
             accelerator="cpu",
             devices=ranks,

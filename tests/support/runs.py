@@ -52,7 +52,8 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def bundled(split: str, config: str = "quickstart") -> Path:
     """The bundled file of a split that a shipped config reads."""
-    return Path(resolve(f"asset:{'context_' if config == 'self_distillation' else ''}{split}"))
+    kind = {"self_distillation": "context_", "pretraining": "text_"}.get(config, "")
+    return Path(resolve(f"asset:{kind}{split}"))
 
 
 def little_data(folder: Path, rows: int = 48, config: str = "quickstart") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ from kd_lightning import (
     AdaptiveKL,
     CachedTeacher,
     ChunkLikelihood,
+    Contrastive,
+    ContrastiveDataModule,
     DistillationModule,
     ForwardKL,
     InstructionDataModule,
     OnPolicy,
+    ReverseKL,
     SelfTeacher,
     WeightedSum,
 )
 from kd_lightning.cli import main
 from kd_lightning.constants import TEACHER_FIELDS, TEACHER_POSITIONS
+from kd_lightning.models.backbone import logits
+from kd_lightning.objectives import SOURCES
 from kd_lightning.teachers.batches import teacher_batch
-from tiny_fits import SGD, assert_same_student, fit_data
+from tiny_fits import SGD, STILL, assert_same_student, fit_data
 
 STUDENT, TEACHER = "asset:student_byte_fallback", "asset:teacher"
 
@@ -139,6 +145,39 @@ def test_a_cache_of_the_teacher_is_the_teacher(tmp_path: Path) -> None:
     cached = DistillationModule(STUDENT, CachedTeacher(str(tmp_path / "cache")), optimizer=SGD)
     rows = data(teacher_tokenizer=TEACHER)
     assert_same_student(fit_data(cached, rows, steps=2, seed=0), live, atol=2e-6)
+
+
+def test_pairs_of_responses_are_compared_in_the_teachers_tokens(tmp_path: Path) -> None:
+    answers = [("a tall building", "a small bird of the sea"), ("any of several plants", "a wide building")]
+    rows = [
+        {"instruction": f"say {n}", "teacher_response": one, "student_response": other}
+        for n, (one, other) in enumerate(answers)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pairs = ContrastiveDataModule(str(path), batch_size=2, max_length=64, shuffle=False)
+    objective = Contrastive(ForwardKL(), ReverseKL())  # with equal shares each has the factor 1
+    found = module(objective=objective, optimizer=STILL)
+    fit_data(found, pairs, steps=1, seed=0)
+    (batch,) = pairs.train_dataloader()
+    assert set(batch["source"].tolist()) == {SOURCES.index("teacher"), SOURCES.index("student")}
+    known, teacher = pairs.vocabulary_map, found.teacher
+    assert known is not None and teacher is not None
+    with torch.no_grad():
+        total = found.model(batch, teacher).mean
+        q = logits(found.student, batch["input_ids"], batch["attention_mask"]).double().softmax(-1)
+        p = teacher.logits(teacher_batch(batch)).double().softmax(-1)
+    losses, ids = [], (known.teacher_ids, known.student_ids)
+    for b, t in (batch["labels"] != -100).nonzero().tolist():
+        losses.append(0.0)
+        if (s := int(batch[TEACHER_POSITIONS][b, t])) >= 0:
+            both = [
+                torch.cat([x[of], 1 - x[of].sum().view(1)]) for x, of in ((p[b, s - 1], ids[0]), (q[b, t - 1], ids[1]))
+            ]
+            one, other = both if batch["source"][b] == SOURCES.index("teacher") else both[::-1]
+            losses[-1] = float((one * (one.log() - other.log())).sum())
+    assert losses.count(0.0) < len(losses)
+    assert float(total) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_what_cannot_be_computed_is_refused_before_the_first_step() -> None:

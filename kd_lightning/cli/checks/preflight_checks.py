@@ -19,6 +19,7 @@ from kd_lightning.constants import IGNORE_INDEX, TEACHER_INDEX
 from kd_lightning.data.alignment.two_tokenizers import TwoTokenizers
 from kd_lightning.data.base import DistillationDataModule
 from kd_lightning.data.chat_template import ChatTemplate
+from kd_lightning.data.files.text_files import TEXT
 from kd_lightning.data.row_report import PLAIN_COUNTS, extra_notes
 from kd_lightning.data.text.prompt_notice import prompt_notice
 from kd_lightning.distributed.checksum import check_checksums
@@ -220,7 +221,9 @@ def _row_counts(fit: PreparedFit) -> Findings:
 
 
 def _hashes(data: DistillationDataModule, split: str) -> list[bytes]:
-    """Of each row: the prompts of both models, and the answer."""
+    """Of each row: the prompts of both models, and the answer; of documents, the text of each window."""
+    if split in data.document_splits:
+        return [hashlib.sha256(text.encode()).digest() for text in data.row_fields(split, TEXT).values()]
     rows = data.generation_rows(split)
     theirs = data.generation_rows(split, role="teacher") if data.teacher_has_own_input else rows
     texts = (f"{row['prompt']}\0{own['prompt']}\0{row['answer']}" for row, own in zip(rows, theirs, strict=True))
@@ -239,6 +242,7 @@ def check_labels(fit: PreparedFit) -> Findings:
     data = fit.datamodule
     ends = set(eos_token_ids(base_model(fit.student))) or {data.tokenizer.eos_token_id}
     ended, complete = 0, 0
+    are_cut = data.has_two_tokenizers and bool(data.document_splits)  # then shorter rows may be parts of a document
     for batch in fit.batches:
         ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
         labeled = labels != IGNORE_INDEX
@@ -256,7 +260,7 @@ def check_labels(fit: PreparedFit) -> Findings:
             yield "error", "labels differ from the tokens at their positions: do not shift them, the module does"
             return
         for row, tokens, there in zip(labels, labeled, mask, strict=True):
-            if tokens.any() and int(there.sum()) < data.max_length:
+            if tokens.any() and int(there.sum()) < data.max_length and not are_cut:
                 complete += 1
                 ended += int(row[tokens][-1]) in ends
     if complete and ended < 0.5 * complete:
@@ -277,6 +281,8 @@ def check_teacher_input(fit: PreparedFit) -> Findings:
         return
     rows = zip(*(data.generation_rows("train", COMPARED, role) for role in ("student", "teacher")), strict=True)
     pairs = [(student["prompt"], teacher["prompt"]) for student, teacher in rows]
+    if not pairs:  # documents
+        return
     differing = [pair for pair in pairs if pair[0] != pair[1]]
     if not differing:
         yield "note", f"the teacher reads the same prompts as the student in the first {len(pairs)} rows"

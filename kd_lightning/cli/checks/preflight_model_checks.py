@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_lightning.cli.checks.preflight_checks import Check
 from kd_lightning.cli.prepared_run import Findings, Level, PreparedFit
 from kd_lightning.distributed.trainer import forward_context
+from kd_lightning.engine.block_logits import SHARED_MASS
 from kd_lightning.functional import entropy, forward_kl, log_softmax
 from kd_lightning.losses import DistillationLoss
 from kd_lightning.rollout.base import RolloutContext
@@ -27,6 +28,7 @@ NEARLY_UNIFORM = 0.98  # entropy of the softened teacher, as a share of log V
 # shipped configs: 0.93 to 1.65 from a supervised student; from random weights 1.0 to 1.8 with forward KL, TAID, AMiD
 # and 0.06 to 0.13 with the skewed, JSD, reverse KL, α and α-β, whose gradient needs mass where the teacher has it.
 LITTLE_GRADIENT = 0.25
+LITTLE_SHARED = 0.3  # of the teacher's probability: the divergence sees little more than one outcome
 
 
 def check_finite_loss(fit: PreparedFit) -> Findings:
@@ -212,13 +214,30 @@ def _duration(fit: PreparedFit, seconds: float) -> str:
     if not steps:
         return ""
     rows = fit.datamodule.report["train"]["rows"]
-    batches = math.ceil(rows / fit.datamodule.batch_size / fit.trainer.world_size)
+    batches = fit.datamodule.batches_per_pass(fit.trainer)
+    if not batches or fit.datamodule.batch_tokens is None:
+        batches = math.ceil(rows / fit.datamodule.batch_size / fit.trainer.world_size)
     passes = steps * fit.trainer.accumulate_grad_batches / batches
     return f", {steps} steps about {steps * seconds / 60:.1f} min: {passes:.3g} passes over {rows} rows"
 
 
+def check_shared_tokens(fit: PreparedFit) -> Findings:
+    """With two tokenizers, the probability that each model gives to the tokens of both."""
+    if fit.module.teacher is None or not fit.datamodule.has_two_tokenizers:
+        return
+    teacher, student = (fit.means.get(name) for name in SHARED_MASS)
+    if teacher is None or student is None:
+        return  # one vocabulary, or only the top k of the teacher are known
+    text = (
+        f"the teacher gives {teacher:.0%} of its probability to tokens of both vocabularies, the student {student:.0%} "
+        "(held-out rows, where the two are compared); all other tokens are compared as one"
+    )
+    yield "warning" if teacher < LITTLE_SHARED else "note", text
+
+
 MODEL_CHECKS: dict[str, Check] = {
     "loss": check_finite_loss,
+    "shared_tokens": check_shared_tokens,
     "vocabulary": check_vocabulary,
     "teacher": check_teacher,
     "temperature": check_temperature,

@@ -178,9 +178,19 @@ class TwoTokenizers(ABC):
         raise ValueError(f"{type(self).__name__} has one tokenizer: the teacher reads the student's tokens")
 
     def tokenizer_shares(self, split: str = "val") -> TokenizerShares | None:
-        """How much the two tokenizers share, over the rows of a loaded split; None: there is one tokenizer.
+        """How much the two tokenizers share, over the rows of a loaded split.
+
+        None: there is one tokenizer, or the rows are prompts whose responses are generated in the run.
 
         Raises:
             ValueError: several teachers have tokenizers of their own: ask each `for_member`.
         """
         return None
+
+    def load_tokenizers(self) -> bool:
+        """Load the tokenizers of student and teacher without any rows, as `setup` does.
+
+        Returns:
+            Whether the student's tokenizer is known; by default nothing is loaded, and it is not.
+        """
+        return False

@@ -133,5 +133,9 @@ class MemberRows(TwoTokenizers):
         return ResponseTranslator(self.text_tokenizer, self.teacher_text_tokenizer)
 
     def tokenizer_shares(self, split: str = "val") -> TokenizerShares | None:
-        """How much the two tokenizers share, over the rows of this teacher; None: there is one tokenizer."""
-        return None if self._map is None else shares_of(self._data.rows_of_member(split, self.name), self._map)
+        """How much the two tokenizers share, over the rows of this teacher.
+
+        None: there is one tokenizer, or the rows are prompts whose responses are generated in the run.
+        """
+        rows = self._data.rows_of_member(split, self.name)
+        return None if self._map is None or "aligned_labels" not in rows.column_names else shares_of(rows, self._map)

@@ -49,6 +49,7 @@ class ReadByTeachers(DistillationDataModule, ABC):
         self._routed: RoutedInput | None = None  # several teachers, if one has a tokenizer of its own
         self._members: dict[str, MemberRows] = {}  # empty unless there are such teachers
         self._compared_source: str | PreTrainedTokenizerBase | TeacherTokenizers | None = None
+        self._shares: dict[str, tuple[Any, VocabularyMap, TokenizerShares]] = {}  # with what they were computed from
 
     def use_teacher_tokenizer_of(self, model: str | TeacherTokenizers | None) -> None:
         """Compare the tokenizer of this teacher with the student's in `setup`, unless one was given."""
@@ -152,6 +153,11 @@ class ReadByTeachers(DistillationDataModule, ABC):
         return self._routed is not None or self.teacher_input.tokenizer is not None
 
     @property
+    def several_tokenizers(self) -> bool:
+        """Whether there are several teachers, and one of them has a tokenizer of its own."""
+        return self._routed is not None
+
+    @property
     def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
         """The loaded tokenizer of the teacher: the student's, unless there are two; available from `setup` on.
 
@@ -201,9 +207,20 @@ class ReadByTeachers(DistillationDataModule, ABC):
         return ResponseTranslator(self.text_tokenizer, self.teacher_text_tokenizer)
 
     def tokenizer_shares(self, split: str = "val") -> TokenizerShares | None:
-        """How much the two tokenizers share, over the rows of a loaded split; None: there is one tokenizer."""
+        """How much the two tokenizers share, over the rows of a loaded split; computed once for the same rows.
+
+        None: there is one tokenizer, or the rows are prompts whose responses are generated in the run.
+        """
         known = self.vocabulary_map
-        return None if known is None else shares_of(self._rows[split], known)
+        if known is None:
+            return None
+        rows = self._rows[split]
+        if "aligned_labels" not in rows.column_names:
+            return None
+        before = self._shares.get(split)
+        if before is None or before[0] is not rows or before[1] is not known:
+            self._shares[split] = before = (rows, known, shares_of(rows, known))
+        return before[2]
 
     @property
     def teacher_has_own_input(self) -> bool:

@@ -182,27 +182,34 @@ def with_teacher_input(rows: Any, split: str, own: InputOfRows, student: TextTok
     """
     import datasets  # type: ignore[import-untyped]
 
-    settings = own.settings(student)
-    integer, yes = datasets.Value("int32"), datasets.Value("bool")
-    types = {"int32": integer, "bool": yes, "positions": datasets.List(integer)}
-    aligned = {name: types[kind] for name, kind in own.columns.items()}
+    aligned = [ALIGNMENT] if own.columns else []
     return rows.map(
         own.adder(student),
         num_proc=processes(len(rows)),
-        features=datasets.Features(
-            {
-                **rows.features,
-                "teacher_input_ids": datasets.List(datasets.Value("int32")),
-                "teacher_label_mask": datasets.List(datasets.Value("bool")),
-                "teacher_length": datasets.Value("int32"),
-                "teacher_cut": datasets.Value("bool"),
-                "teacher_difference": datasets.Value("string"),
-                **aligned,
-            }
-        ),
-        new_fingerprint=json_digest([rows._fingerprint, "teacher", settings, *([ALIGNMENT] if aligned else [])]),
+        features=datasets.Features({**rows.features, **teacher_features(own.columns)}),
+        new_fingerprint=json_digest([rows._fingerprint, "teacher", own.settings(student), *aligned]),
         desc=f"Teacher's input, {split}",
     )
+
+
+def teacher_features(more: Mapping[str, str]) -> dict[str, Any]:
+    """Types of the columns of the teacher's own input.
+
+    Args:
+        more: further columns, such as `ALIGNED_COLUMNS`, with their types.
+    """
+    import datasets
+
+    integer, yes = datasets.Value("int32"), datasets.Value("bool")
+    types = {"int32": integer, "bool": yes, "positions": datasets.List(integer)}
+    return {
+        "teacher_input_ids": datasets.List(integer),
+        "teacher_label_mask": datasets.List(yes),
+        "teacher_length": integer,
+        "teacher_cut": yes,
+        "teacher_difference": datasets.Value("string"),
+        **{name: types[kind] for name, kind in more.items()},
+    }
 
 
 def prompts_of(rows: Any, student: TextTokenizer, own: InputOfRows | None) -> Iterator[GenerationRow]:

@@ -33,6 +33,11 @@ class TokenizedSplits(ReadByTeachers, ABC):
         """The splits that are loaded."""
         return list(self._rows)
 
+    @property
+    def document_splits(self) -> frozenset[str]:
+        """The loaded splits whose rows are windows of documents."""
+        return frozenset(split for split, rows in self._rows.items() if "documents" in rows.column_names)
+
     def description(self) -> dict[str, str]:
         """One line per loaded split that changes when its rows change."""
         return {f"{split} rows": describe_rows(rows) for split, rows in self._rows.items()}
@@ -75,20 +80,24 @@ class TokenizedSplits(ReadByTeachers, ABC):
         return max((max(ids, default=0) for column in columns for ids in column), default=0)
 
     def generation_rows(self, split: str, first: int | None = None, role: str = "student") -> list[GenerationRow]:
-        """Prompt and reference answer of the rows of a split.
+        """Prompt and reference answer of the rows of a split; none for documents.
 
         Args:
             split: `train`, `val` or `test`; loaded.
             first: only the first rows, at most this many; None: all rows.
             role: which model is asked, "student" or "teacher", whose prompts may be its own.
         """
+        if split in self.document_splits:
+            return []
         own = self.input_of_rows if role == "teacher" and self.teacher_has_own_input else None
         rows = self._rows[split].select_columns(["row", "conversation", "location", "row_id"])
         rows = rows if first is None else rows.select(range(min(first, len(rows))))
         return list(prompts_of(rows, self.text_tokenizer, own))
 
     def conversations(self, split: str, first: int) -> list[Conversation]:
-        """The first rows of a split as conversations."""
+        """The first rows of a split as conversations; none for documents."""
+        if split in self.document_splits:
+            return []
         rows = self._rows[split]
         return [Conversation.load(line) for line in rows.select(range(min(first, len(rows))))["conversation"]]
 

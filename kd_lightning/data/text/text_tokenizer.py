@@ -118,6 +118,17 @@ class TextTokenizer:
             "empty": False,
         }
 
+    def document(self, text: str) -> tuple[list[int], int]:
+        """All token ids of a raw text, and how many control tokens in it are encoded as words.
+
+        The text follows the token that the tokenizer puts before plain texts, and ends with the end of sequence, if the
+        tokenizer has these.
+        """
+        located = self._plain(Conversation(completion=text))
+        ids = [*self.first_ids, *(token for token, _ in encode(self.tokenizer, text, (), located.plain))]
+        eos = self.tokenizer.eos_token_id
+        return ([*ids, eos] if located.open and eos is not None else ids), len(located.plain)
+
     def _turns(self, conversation: Conversation, chat: ChatTemplate) -> tuple[Located, Tokens, bool]:
         """The text with its answers, its tokens as of `encode_start`, and whether these are all of them.
 
