@@ -244,8 +244,8 @@ class InstructionDataModule(BatchLoaders):
             check_one_input(self.teacher_input, self.sources[split])
             if self.several_tokenizers:
                 raise ValueError(
-                    f"data.{split}: documents (rows with 'text') need teachers with one tokenizer, and these have several: "
-                    "train with each of them in a run of its own"
+                    f"data.{split}: documents (rows with 'text') need teachers with one tokenizer: train with each of "
+                    "these in a run of its own"
                 )
             teacher = self.teacher_text_tokenizer if self.has_two_tokenizers else None
             return cut_documents(rows, split, self.text_tokenizer, teacher)

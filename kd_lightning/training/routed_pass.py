@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.constants import IGNORE_INDEX
+from kd_lightning.engine.block_logits import SHARED_MASS
 from kd_lightning.engine.sequence_stats import Mean
 from kd_lightning.losses import DistillationLoss, LossParts
 
@@ -46,7 +47,11 @@ class RoutedPass:
         """The sum of the losses of the teachers, under the sum of their divisors; values in the order of the batch."""
         parts = [outputs.loss(loss) for _, outputs in self.passes]
         order = self._order()
-        names = [name for name in parts[0].values if all(name in part.values for part in parts)]
+        values = [part.values for part in parts]
+        for name in SHARED_MASS:  # of a teacher with the student's tokenizer, all of it
+            if any(name in own for own in values):
+                values = [{name: torch.ones_like(part.weights), **own} for part, own in zip(parts, values, strict=True)]
+        names = [name for name in values[0] if all(name in own for own in values)]
         divisor = parts[0].divisor
         if loss.reduction in ("token_mean", "sequence_mean"):
             divisor = _sum([part.divisor for part in parts])
@@ -54,7 +59,7 @@ class RoutedPass:
             _sum([part.loss for part in parts]),
             divisor,
             torch.cat([part.weights for part in parts])[order],
-            {name: torch.cat([part.values[name] for part in parts])[order] for name in names},
+            {name: torch.cat([own[name] for own in values])[order] for name in names},
             _merged([part.by_response for part in parts]),
             _merged([part.components for part in parts]),
             {path: _sum([part.token_weights[path] for part in parts]) for path in parts[0].token_weights},

@@ -220,7 +220,7 @@ def test_shares_are_computed_once_for_the_same_rows_and_tokenizers(
         calls.append(known)
         return shares_of(rows, known)
 
-    monkeypatch.setattr("kd_lightning.data.rows.tokenized_splits.shares_of", counted)
+    monkeypatch.setattr("kd_lightning.data.rows.read_by_teachers.shares_of", counted)
     path = write(tmp_path / "a.jsonl", ROWS)
     module = data(path, val=path)
     first = module.tokenizer_shares()
@@ -242,10 +242,8 @@ def test_prompts_without_responses_have_no_shares(tmp_path: Path) -> None:
     assert not few
     module.replace_responses({n: f"the answer {n}" for n in range(9)})
     assert module.tokenizer_shares("train").aligned_labels > 0.5
-    assert (
-        "of the student's labels (train) are compared with the teacher"
-        in next(iter(alignment_notices(module, HFTeacher("asset:teacher"))))[0]
-    )
+    ((text, _),) = alignment_notices(module, HFTeacher("asset:teacher"))
+    assert "of the student's labels (train) are compared with the teacher" in text
 
 
 def test_tokenizers_are_loaded_without_rows(tmp_path: Path) -> None:

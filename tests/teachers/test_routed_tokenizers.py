@@ -133,7 +133,9 @@ def test_a_step_is_the_sum_of_the_single_teachers_steps(
         pytest.skip("as the others")
     file = named_rows(tmp_path)
     torch.manual_seed(2)
-    model: Any = student if path == "hidden states" else tiny("roberta", vocab_size=SIZES[student])
+    model: Any = (
+        student if path == "hidden states" else tiny("roberta", vocab_size=SIZES[student], max_position_embeddings=80)
+    )
     settings: dict[str, Any] = {"ce_weight": 0.3, "reduction": reduction, "objective": OBJECTIVES[objective]()}
     members: dict[str, Any] = {
         OTHER: other_teacher(student),
@@ -178,7 +180,9 @@ def test_rows_of_the_students_tokenizer_have_the_plain_loss_bit_for_bit(path: st
     file = named_rows(tmp_path, (SAME, OTHER, OTHER, SAME, OTHER))
     torch.manual_seed(2)
     tokens = "asset:student"
-    student: Any = tokens if path == "hidden states" else tiny("roberta", vocab_size=SIZES[tokens])
+    student: Any = (
+        tokens if path == "hidden states" else tiny("roberta", vocab_size=SIZES[tokens], max_position_embeddings=80)
+    )
     own = plain_teacher(tokens)
     rows, plain = data(file, tokens), data(file, tokens)
     both = ready(DistillationModule(student, RoutedTeacher({OTHER: BYTES, SAME: own})), rows)
