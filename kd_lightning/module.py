@@ -166,9 +166,9 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         """Load student and teacher; Lightning calls this more than once."""
         if not self.model.has_student:
             student, self._base_digest = self.student_source.load()
+            self.model.set_student(student)
             if self._base_digest is not None:
                 exclude_frozen_weights(self, "model.student")
-            self.model.set_student(student)
         if self.teacher is not None:
             self.teacher_state = load_teacher(self.teacher, self.run_context())
             self._teacher_device = None
