@@ -169,10 +169,13 @@ class DistillationModule(PredictingModule, AccumulatingModule):
             self.model.set_student(student)
             if self._base_digest is not None:
                 exclude_frozen_weights(self, "model.student")
+        data = datamodule_of(self._trainer)
+        if data is not None and data.packing:
+            self.model.pack_rows()
         if self.teacher is not None:
             self.teacher_state = load_teacher(self.teacher, self.run_context())
             self._teacher_device = None
-        for text in check_models_fit_data(models_by_role(self.student, self.teacher), datamodule_of(self._trainer)):
+        for text in check_models_fit_data(models_by_role(self.student, self.teacher), data):
             rank_zero_warn(text)
         if self.responses is not None:
             self.responses.check(self.student, self.teacher, max_length_of(self._trainer))
@@ -180,14 +183,8 @@ class DistillationModule(PredictingModule, AccumulatingModule):
 
     def run_context(self) -> RunContext:
         """What the teacher is given of the run; the student must be loaded."""
-        return RunContext(
-            student=self.model,
-            loss=self.loss,
-            monitors=self.reporter.divergences,
-            data=datamodule_of(self._trainer),
-            generates_responses=self.generates_responses,
-            sum_over_ranks=sum_over_ranks(self._trainer),
-        )
+        data, sums = datamodule_of(self._trainer), sum_over_ranks(self._trainer)
+        return RunContext(self.model, self.loss, self.reporter.divergences, data, self.generates_responses, sums)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -129,6 +129,7 @@ class Regeneration(L.Callback):
             ValueError: one of them is not the case.
         """
         self.check(run.module)
+        self._check_lengths(run.datamodule)
         if self.server is not None:
             student = run.student if self.side == "student" else None
             connect(self.server, student, run.datamodule, self.sampling)
@@ -140,6 +141,7 @@ class Regeneration(L.Callback):
         if self.when == "every_pass" and not datamodule.responses_can_change:
             kind = type(datamodule).__name__
             raise ValueError(f"Regeneration.when must be 'once' for a {kind}, got 'every_pass'")
+        self._check_lengths(datamodule)
         if self.server is not None:
             connect(self.server, self._served_student(pl_module), datamodule, self.sampling)
         else:
@@ -149,6 +151,12 @@ class Regeneration(L.Callback):
         self._remove(trainer)
         self._before_pass = functools.partial(self.generate_pass, trainer, pl_module)
         datamodule.add_before_pass(self._before_pass)
+
+    def _check_lengths(self, datamodule: DistillationDataModule) -> None:
+        if self.when == "every_pass" and datamodule.batch_tokens is not None:
+            raise ValueError(
+                "data.batch_tokens must be None with Regeneration.when='every_pass': the number of batches would change"
+            )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the data module as it was, for another run."""

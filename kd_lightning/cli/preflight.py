@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from kd_lightning.cli.checks.padding import check_padding
 from kd_lightning.cli.checks.preflight_checks import DATA_CHECKS
 from kd_lightning.cli.checks.preflight_model_checks import MODEL_CHECKS
 from kd_lightning.cli.command_parser import CommandParser, path_argument
@@ -17,7 +18,7 @@ from kd_lightning.cli.program import run
 from kd_lightning.console import progress_bar
 from kd_lightning.reporting.redaction import print_message, redact_text
 
-CHECKS = {**DATA_CHECKS, **MODEL_CHECKS}
+CHECKS = {**DATA_CHECKS, "padding": check_padding, **MODEL_CHECKS}
 LAST = ("routing", "places")  # if one of these is refused, the checks after it cannot run
 
 

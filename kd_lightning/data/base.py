@@ -46,6 +46,8 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
     Attributes:
         batch_size: rows (or pairs) per batch on each rank.
         max_length: longest sequence in tokens.
+        packing: whether the models read rows without padding.
+        batch_tokens: tokens per batch on each rank, at most; None: no limit.
         sources: the files, folders and names of the splits `train`, `val` and `test`; an empty list: no such split.
         chat_template_kwargs: variables for the chat template.
         report: per split, counts of the rows that were read, kept and dropped.
@@ -59,6 +61,8 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
 
     batch_size: int
     max_length: int
+    packing: bool = False
+    batch_tokens: int | None = None
     sources: dict[str, list[str]]
     chat_template_kwargs: dict[str, Any] | None = None
     report: dict[str, dict[str, int]]
@@ -110,8 +114,12 @@ class DistillationDataModule(TwoTokenizers, L.LightningDataModule, ABC):
 
     @property
     def rows_per_batch(self) -> int:
-        """Sequences per batch on each rank."""
-        return self.batch_size
+        """Sequences of `max_length` tokens in a batch on each rank."""
+        return self.rows_within(self.batch_tokens)
+
+    def rows_within(self, tokens: int | None) -> int:
+        """Rows (or pairs) of `max_length` tokens in a batch with a limit of tokens; at least one."""
+        return self.batch_size if tokens is None else min(self.batch_size, max(1, tokens // self.max_length))
 
     def batches_per_pass(self, trainer: L.Trainer) -> int | None:
         """Batches of a rank in one pass over the training data; None: not known before the rows are read.

@@ -89,8 +89,13 @@ class ContrastiveDataModule(InstructionDataModule):
 
     @property
     def rows_per_batch(self) -> int:
-        """Sequences per batch on each rank: two for each pair."""
-        return 2 * self.batch_size
+        """Sequences of `max_length` tokens in a batch on each rank: two for each pair."""
+        return 2 * self.rows_within(self.token_limit("train"))
+
+    def token_limit(self, split: str) -> int | None:
+        """Tokens of a batch, at most; of pairs half as many, because a pair is counted as its longer half."""
+        limit = super().token_limit(split)
+        return limit and max(1, limit // 2) if split == "train" else limit
 
     # ---------------------------------------------------------------------------------------------------- preparation
     def load_split(self, split: str) -> Any:
@@ -203,9 +208,12 @@ class ContrastiveDataModule(InstructionDataModule):
         """The data set that batches of a split are read from, and the number of tokens of each row (longer half)."""
         if split != "train" or self._pairs is None:
             return super().token_rows(split)
-        return self._pairs, self._lengths()
+        return self._pairs, self.row_lengths(split)
 
-    def _lengths(self) -> list[int]:
+    def row_lengths(self, split: str) -> list[int]:
+        """The number of tokens of each row of a split, of a pair's longer half."""
+        if split != "train":
+            return super().row_lengths(split)
         return [max(pair) for pair in zip(*(self._halves[side]["length"][:] for side in SIDES), strict=True)]
 
     # ------------------------------------------------------------------------------------------------- new responses
@@ -262,7 +270,7 @@ class ContrastiveDataModule(InstructionDataModule):
         if self._pairs is not None:
             self._pairs.replace(side, half)
         if self._order is not None:
-            self._order.set_lengths(self._lengths())
+            self._order.set_lengths(self.row_lengths("train"))
         return taken
 
     # ---------------------------------------------------------------------------------------------------- checkpoints

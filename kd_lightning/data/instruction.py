@@ -79,6 +79,11 @@ class InstructionDataModule(BatchLoaders):
             None: the teacher's own. If it is another one than the student's, the teacher reads its own tokens of the
             same text, and each label of the student has the position of the teacher (`teacher_positions`) at which
             both have read the same bytes.
+        batch_tokens: a batch ends at `batch_size` rows or at this number of the student's tokens on each rank,
+            whichever comes first; a longer row is a batch by itself. Padding counts as well unless `packing` is set.
+            None: no limit.
+        packing: both models read the rows of a batch one after the other, without padding. The step is that of the
+            padded rows. Models whose layers do not keep packed rows apart are refused when the run starts.
 
     Attributes:
         report: per split, numbers of `rows`, `kept`, `empty` (no answer), `truncated` (but kept), `cut_away` (no label
@@ -112,6 +117,8 @@ class InstructionDataModule(BatchLoaders):
         teacher_chat_template: str | None = None,
         teacher_chat_template_kwargs: dict[str, Any] | None = None,
         teacher_tokenizer: str | None = None,
+        batch_tokens: int | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, SHORTEST)):
@@ -119,6 +126,8 @@ class InstructionDataModule(BatchLoaders):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1 or None, got {batch_tokens}")
         self.train, self.val, self.test = train, val, test
         self.sources = {"train": as_list(train), "val": as_list(val), "test": as_list(test)}
         if not self.sources["train"]:
@@ -127,6 +136,7 @@ class InstructionDataModule(BatchLoaders):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.batch_size = batch_size
         self.max_length = max_length
+        self.batch_tokens, self.packing = batch_tokens, packing
         self.shuffle = shuffle
         self.num_workers = num_workers
         self.group_by_length = group_by_length

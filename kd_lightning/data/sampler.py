@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from kd_lightning.distributed.trainer import data_parallel_rank, limit_batches
 
 WINDOW_ROWS = 1024
 WINDOW_BATCHES = 32
+DRAWS = 16  # orders of a pass that are tried until one has no more batches than the first pass
 
 
 class BatchOrder(DistributedSampler[list[int]]):
@@ -26,14 +28,20 @@ class BatchOrder(DistributedSampler[list[int]]):
     r, r + N, … of each. Hence without shuffling rank r reads the rows r, r + N, … of the file, no row is on two ranks,
     and every rank has the same number of batches. Lightning does not replace it, because it is a `DistributedSampler`.
 
+    With `batch_tokens` a global batch ends before the row with which a batch of a rank would have more tokens. A row
+    that is longer is a batch by itself. Every pass has as many batches as the first one, because Lightning reads the
+    number once: of several orders the first that needs no more is taken, and some of its batches are halved.
+
     Args:
         lengths: tokens of each row.
-        batch_size: rows per batch and rank.
+        batch_size: rows per batch and rank, at most.
         shuffle: a new order every epoch; False: file order.
         group_by_length: rows of similar length share a batch. With `shuffle`: within windows of the shuffled order,
             whose batches are then shuffled. Without: the whole file, longest first.
         fill: for a last global batch with fewer rows than ranks. True: ranks without a row get a batch without labels;
             False: it is left out.
+        batch_tokens: tokens per batch and rank, at most; None: no limit.
+        packed: tokens are counted without padding; False: rows times the longest of them.
         seed: of the shuffling.
         rank: of this process.
         world_size: number of processes that share the rows.
@@ -53,6 +61,8 @@ class BatchOrder(DistributedSampler[list[int]]):
         shuffle: bool = False,
         group_by_length: bool = False,
         fill: bool = False,
+        batch_tokens: int | None = None,
+        packed: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -67,13 +77,20 @@ class BatchOrder(DistributedSampler[list[int]]):
         self.batch_size = batch_size
         self.group_by_length = group_by_length
         self.fill = fill
+        self.batch_tokens, self.packed = batch_tokens, packed
         self.start = 0
         self.pass_length: int | None = None
         self.announce: Callable[[list[int]], None] | None = None  # called with the rows of the batch after the next
 
     def __len__(self) -> int:
+        if self.batch_tokens is not None:
+            return self._batches_of_first_pass
         whole, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
         return whole + int(rest > 0 and (self.fill or rest >= self.num_replicas))
+
+    @functools.cached_property
+    def _batches_of_first_pass(self) -> int:
+        return len(self._draw(_mix(self.seed, 0)))
 
     def __iter__(self) -> Iterator[list[int]]:
         """This epoch's batches; an iterator with `state_dict` and `load_state_dict`."""
@@ -88,7 +105,16 @@ class BatchOrder(DistributedSampler[list[int]]):
         self.pass_length = batches
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Set the number of tokens of each row, from the next pass on."""
+        """Set the number of tokens of each row, from the next pass on.
+
+        Raises:
+            ValueError: there is a limit of tokens, so that the number of batches would change between two passes.
+        """
+        if self.batch_tokens is not None:
+            raise ValueError(
+                f"batch_tokens must be None if responses change between two passes over the data, because the number "
+                f"of batches would change, got {self.batch_tokens}"
+            )
         self.lengths = torch.as_tensor(lengths, dtype=torch.long)
 
     def set_epoch(self, epoch: int) -> None:
@@ -100,24 +126,74 @@ class BatchOrder(DistributedSampler[list[int]]):
         return [rows or [FILLER] for rows in own]
 
     def _global_batches(self, epoch: int) -> list[torch.Tensor]:
-        size = self.batch_size * self.num_replicas
+        if self.batch_tokens is None or not self.shuffle:
+            return self._draw(_mix(self.seed, epoch))
+        for attempt in range(DRAWS):
+            seed = _mix(self.seed, epoch)
+            blocks = self._halved(self._draw(_mix(seed, attempt) if attempt else seed))
+            if len(blocks) == len(self):
+                return blocks
+        blocks = self._draw(_mix(self.seed, 0))
+        return _shuffled(blocks, torch.Generator().manual_seed(_mix(self.seed, epoch)))
+
+    def _draw(self, seed: int) -> list[torch.Tensor]:
+        """Global batches of an order."""
+        size = self._rows_per_global_batch()
         if self.shuffle:
-            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(self.lengths), generator=generator)
         else:
             generator = None
             order = torch.arange(len(self.lengths))
         if not self.group_by_length or len(order) == 0:
-            blocks = list(torch.split(order, size))
+            blocks = self._split(order)
         elif generator is None:
-            blocks = list(torch.split(self._by_length(order), size))
+            blocks = self._split(self._by_length(order))
         else:
-            blocks = []
-            for window in torch.split(order, size * max(WINDOW_BATCHES, -(-WINDOW_ROWS // size))):
-                # shortest first, so that a short last batch holds the longest rows
-                inside = torch.split(self._by_length(window).flip(0), size)
-                blocks += [inside[n] for n in torch.randperm(len(inside), generator=generator).tolist()]
+            # shortest first, so that a short last batch holds the longest rows
+            windows = torch.split(order, size * max(WINDOW_BATCHES, -(-WINDOW_ROWS // size)))
+            inside = [self._by_length(window).flip(0) for window in windows]
+            if self.batch_tokens is None:
+                blocks = [block for window in inside for block in _shuffled(self._split(window), generator)]
+            else:  # batches across the ends of windows, where every other one is reversed: the lengths are similar
+                rows = torch.cat([window.flip(0) if n % 2 else window for n, window in enumerate(inside)])
+                blocks = _shuffled(self._split(rows), generator)
         return [block for block in blocks if self.fill or len(block) >= self.num_replicas]
+
+    def _rows_per_global_batch(self) -> int:
+        """Rows of a global batch; with a limit of tokens, about as many."""
+        rows = self.batch_size
+        if self.batch_tokens is not None and len(self.lengths):
+            rows = max(1, min(rows, self.batch_tokens // max(1, int(self.lengths.median()))))
+        return rows * self.num_replicas
+
+    def _split(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Rows as global batches, in their order."""
+        ranks, limit = self.num_replicas, self.batch_tokens
+        if limit is None:
+            return list(torch.split(rows, self.batch_size * ranks))
+        ends, held = [0], [(0, 0)] * ranks  # of each rank's batch: all its tokens, and its longest row
+        for n, length in enumerate(self.lengths[rows].tolist()):
+            before, rank = divmod(n - ends[-1], ranks)
+            total, longest = held[rank][0] + length, max(held[rank][1], length)
+            tokens = total if self.packed else (before + 1) * longest
+            if before and (before == self.batch_size or tokens > limit):
+                ends.append(n)
+                held, rank, total, longest = [(0, 0)] * ranks, 0, length, length
+            held[rank] = (total, longest)
+        ends = [*ends, len(rows)] if len(rows) else [0]
+        return [rows[start:end] for start, end in itertools.pairwise(ends)]
+
+    def _halved(self, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Global batches, of which the largest are halved until there are as many as in the first pass."""
+        ranks = self.num_replicas
+        while 0 < len(blocks) < len(self):
+            largest = max(range(len(blocks)), key=lambda n: len(blocks[n]))
+            block, half = blocks[largest], len(blocks[largest]) // (2 * ranks) * ranks
+            if not half:
+                break
+            blocks = [*blocks[:largest], block[:half], block[half:], *blocks[largest + 1 :]]
+        return blocks
 
     def _by_length(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[torch.argsort(self.lengths[rows], descending=True, stable=True)]
@@ -224,6 +300,10 @@ def batches_in_pass(rows: int, batch_size: int, trainer: Trainer) -> int:
     ranks = data_parallel_rank(trainer)[1]
     found = len(BatchOrder([1] * rows, batch_size, world_size=ranks))
     return limited(found, limit_batches(trainer, "train"))
+
+
+def _shuffled(blocks: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    return [blocks[n] for n in torch.randperm(len(blocks), generator=generator).tolist()]
 
 
 def _mix(seed: int, epoch: int) -> int:

@@ -36,11 +36,15 @@ class AlphaDivergence(Divergence):
 
 @final
 class AlphaBeta(Divergence):
-    r"""α-β-divergence (ABKD): a smaller α emphasizes hard tokens, a larger β confident ones.
+    r"""α-β-divergence (ABKD), a plane that contains both KLs.
 
     \(-\frac{1}{\alpha\beta}\sum\bigl[p^\alpha q^\beta - \frac{\alpha}{\alpha+\beta}p^{\alpha+\beta} -
     \frac{\beta}{\alpha+\beta}q^{\alpha+\beta}\bigr]\), extended by continuity where a factor is 0. Reduces to FKL at
     (1, 0), RKL at (0, 1), the α-divergence where α + β = 1. An f-divergence only where α + β = 1.
+
+    Raising β by δ multiplies the gradient with respect to log q by \(q^\delta\), so that tokens of higher student
+    probability gain. A smaller α favors tokens with a large |log p − log q| among those of equal larger probability,
+    and disfavors them among those of equal smaller probability.
 
     Args:
         alpha: any finite number.

@@ -116,8 +116,10 @@ class ToDi(Divergence):
 class AdaptiveKL(Divergence):
     r"""AKL: \(w\,\mathrm{KL}(p\|q) + (1-w)\,\mathrm{KL}(q\|p)\), w the top tokens' share of \(\sum|p-q|\).
 
-    The top of the distribution is the set of the teacher's most probable tokens with mass μ. Forward KL fits the top
-    first and reverse KL the tail, so that each is weighted by the gap in its region. w has no gradient.
+    The top of the distribution is the set of the teacher's most probable tokens with mass μ: forward KL has more weight
+    where the top has more of the error, reverse KL where the tail has. After equal steps, reverse KL leaves a smaller
+    part of its error in the tail than forward KL does; which of the two regions is fitted first depends on start and
+    optimizer. w has no gradient.
 
     Args:
         mu: mass of the top, in (0, 1].

@@ -258,7 +258,9 @@ def _fake_teacher(
     _to_fake(model, fake)
     if source.layers_on_host:
         on_host.append(model)
-    return FakeTeacher(model, source.layers_on_host)
+    found = FakeTeacher(model, source.layers_on_host)
+    found.attach(module.run_context())
+    return found
 
 
 def _to_fake(model: nn.Module, fake: FakeTensorMode) -> None:

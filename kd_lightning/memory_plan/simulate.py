@@ -55,6 +55,8 @@ def plan(module: DistillationModule, datamodule: L.LightningDataModule, trainer:
     if isinstance(datamodule, DistillationDataModule):
         found.notes += load_tokenizers(module, datamodule)
         own_input, known = datamodule.teacher_has_own_input, datamodule.vocabulary_map
+        if datamodule.packing:
+            module.model.pack_rows(check=False)
     with fake_process_group(ranks):
         try:
             StepSimulation(module, trainer, found, gpu, own_input, known).run()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from kd_lightning.engine.head import Head, apply_transform
 from kd_lightning.models.hf_adapter import (
+    attends_without_mask,
     base_model,
     config_numbers,
     decoder,
@@ -23,6 +24,7 @@ from kd_lightning.models.hf_adapter import (
     text_config,
     weight_and_bias,
 )
+from kd_lightning.models.packing.layout import PackedLayout
 from kd_lightning.models.quantized.layers import is_quantized_weight
 
 # Names of these factors in the configurations of different model families.
@@ -85,16 +87,32 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
     return body, Head(weight, bias, scale=before * behind[0], softcap=behind[1])
 
 
-def hidden_states(body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Hidden states [B, T, H] of a backbone that `body_and_head` has returned: the input of the LM head."""
-    hidden: Tensor = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    return hidden
+def hidden_states(
+    body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, packed: bool = False
+) -> Tensor:
+    """Hidden states [B, T, H] of a backbone that `body_and_head` has returned: the input of the LM head.
+
+    Args:
+        body: the backbone.
+        input_ids: [B, T].
+        attention_mask: 1 for tokens, 0 for padding, [B, T]; None: nothing is padding.
+        packed: whether the backbone reads the rows without padding; at padding, the result is then zero.
+    """
+    return _outputs(body, "last_hidden_state", input_ids, attention_mask, packed)
 
 
-def logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Logits [B, T, V] of a model that `body_and_head` cannot split."""
-    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    return logits
+def logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, packed: bool = False) -> Tensor:
+    """Logits [B, T, V] of a model that `body_and_head` cannot split; the arguments are those of `hidden_states`."""
+    return _outputs(model, "logits", input_ids, attention_mask, packed)
+
+
+def _outputs(model: nn.Module, name: str, input_ids: Tensor, attention_mask: Tensor | None, packed: bool) -> Tensor:
+    if not packed or attention_mask is None or not attention_mask.any():
+        found: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[name]
+        return found
+    layout = PackedLayout(attention_mask, attends_without_mask(model))
+    outputs = model(input_ids=layout.pack(input_ids), position_ids=layout.position_ids, use_cache=False)
+    return layout.unpack(outputs[name])
 
 
 def with_current_weights(model: nn.Module, head: Head) -> Head:

@@ -96,6 +96,15 @@ def eos_token_ids(model: PreTrainedModel) -> list[int]:
     return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
 
 
+def attends_without_mask(model: nn.Module) -> bool:
+    """Whether attention is computed by a kernel that reads positions instead of a mask: flash or flex attention.
+
+    The name of the implementation is a private attribute of the configuration; a custom `nn.Module` has none.
+    """
+    name = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    return "flash" in name or "flex" in name
+
+
 def padding_id(model: PreTrainedModel, pad: int | None) -> int:
     """The token id of padding: `pad` if the model has an embedding for it, else the end of sequence or 0.
 

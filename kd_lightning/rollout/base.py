@@ -297,8 +297,8 @@ class RolloutContext:
         student.eval()
         try:
             if head is None or self.model.body is None:
-                return logits(student, **inputs)[:, :-1, :width], None
-            return hidden_states(self.model.body, **inputs)[:, :-1], cut_head(head, width)
+                return logits(student, **inputs, packed=self.model.packed)[:, :-1, :width], None
+            return hidden_states(self.model.body, **inputs, packed=self.model.packed)[:, :-1], cut_head(head, width)
         finally:
             student.train(training)
 

@@ -71,14 +71,14 @@ class StudentTeacher(Teacher, ABC):
         if student.body is None:
             raise ValueError("the student cannot be split into body and head: ask its teacher for logits")
         with self.as_teacher(student.student), eval_mode(student.student):
-            return hidden_states(student.body, batch["input_ids"], batch["attention_mask"])
+            return hidden_states(student.body, batch["input_ids"], batch["attention_mask"], student.packed)
 
     @torch.no_grad()
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, T, V]."""
-        student = self._attached().student
-        with self.as_teacher(student), eval_mode(student):
-            return logits(student, batch["input_ids"], batch["attention_mask"])
+        student = self._attached()
+        with self.as_teacher(student.student), eval_mode(student.student):
+            return logits(student.student, batch["input_ids"], batch["attention_mask"], student.packed)
 
     def _attached(self) -> StudentModel:
         if self._student is None:

@@ -21,6 +21,7 @@ class StudentModel(Protocol):
     """The student of a run; `training.student.StudentWithLoss` implements it."""
 
     student: nn.Module
+    packed: bool  # whether the models of the run read rows without padding
 
     @property
     def vocabulary(self) -> int:

@@ -20,6 +20,7 @@ from kd_lightning.models.backbone import logits as logits
 from kd_lightning.models.hf_adapter import base_model, name_or_path
 from kd_lightning.models.loading import ModelNotFoundError, load_causal_lm
 from kd_lightning.models.model_checks import check_finite
+from kd_lightning.models.packing.check import check_packing
 from kd_lightning.models.pretrained import checked_kwargs
 from kd_lightning.models.quantized.layers import (
     check_not_quantized,
@@ -58,6 +59,7 @@ class CausalLMTeacher(Teacher, ABC):
         self._body: nn.Module | None = None
         self._head: Head | None = None  # its settings alone: the weights are read from the model each time
         self._gathered: nn.Module | None = None
+        self._packed, self._packing_checked = False, False
         if kwargs and not isinstance(path, str):
             raise ValueError(
                 f"teacher_kwargs must be empty for a model that is loaded already, got {kwargs}: pass them to "
@@ -92,6 +94,9 @@ class CausalLMTeacher(Teacher, ABC):
                 self._head = head_settings(head)
             except ValueError as error:
                 rank_zero_info(f"teacher: {error}; full logits are used instead")
+        if self._packed and not self._packing_checked:
+            check_packing(self.model, self._body, "teacher")
+            self._packing_checked = True
         self.to(device)
 
     def read_model(self) -> Any:
@@ -133,13 +138,14 @@ class CausalLMTeacher(Teacher, ABC):
         return self.is_sharded
 
     def attach(self, run: RunContext) -> None:
-        """Check that it is not the student itself.
+        """Check that it is not the student itself, and read rows without padding if the student does.
 
         Raises:
             ValueError: it is the same object.
         """
         if self._source in (run.student.student, base_model(run.student.student)):
             raise ValueError("student and teacher must be two objects, as the teacher is frozen: pass SelfTeacher()")
+        self._packed = run.student.packed
 
     @torch.no_grad()
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -160,7 +166,7 @@ class CausalLMTeacher(Teacher, ABC):
 
     def _run(self, function: Callable[..., Tensor], part: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """`function` of a part of the model, with full parameters."""
-        inputs = (batch["input_ids"], batch["attention_mask"])
+        inputs = (batch["input_ids"], batch["attention_mask"], self._packed)
         if self._gathered is None:
             return function(part, *inputs)
         found: Tensor = self._gathered(function, part, *inputs)

@@ -30,6 +30,7 @@ from kd_lightning.models.hf_adapter import (
 from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
+from kd_lightning.models.packing.check import check_packing
 from kd_lightning.models.pretrained import checked_kwargs
 from kd_lightning.models.quantized.layers import check_trainable, is_quantized, plain_parameters
 from kd_lightning.teachers.base import Teacher, TeacherShare
@@ -143,6 +144,9 @@ class StudentWithLoss(ShardableStudent):
     Args:
         student: a Hugging Face causal LM; None: `set_student` follows.
         loss: the training loss.
+
+    Attributes:
+        packed: whether the models read rows without padding.
     """
 
     student: nn.Module
@@ -154,6 +158,7 @@ class StudentWithLoss(ShardableStudent):
         self._head: Head | None = None  # its settings alone: the weights are read from the model each time
         self._body: list[nn.Module] = []  # kept in a list so that it is not registered as a second submodule
         self._vocabulary_map: VocabularyMap | None = None
+        self.packed = False
         if student is not None:
             self.set_student(student)
 
@@ -171,6 +176,19 @@ class StudentWithLoss(ShardableStudent):
             self._body = [body]
         except ValueError as error:
             rank_zero_info(f"student: {error}; full logits are used instead")
+
+    def pack_rows(self, check: bool = True) -> None:
+        """Let the models read rows without padding, teachers that are attached from now on as well.
+
+        Args:
+            check: whether the student is checked; not on fake tensors.
+
+        Raises:
+            ValueError: the student does not keep packed rows apart.
+        """
+        if check and not self.packed:
+            check_packing(self.student, self.body, "student")
+        self.packed = True
 
     def use_vocabulary_map(self, vocabulary_map: VocabularyMap | None) -> None:
         """Set the tokens that student and teacher share; None: they have one tokenizer."""
@@ -244,10 +262,12 @@ class StudentWithLoss(ShardableStudent):
         if teacher is not None and (head is None or teacher_head is None):
             known, teacher_head = teacher.logits(teacher_batch(batch))[:, :-1], None
         if head is None or self.body is None or isinstance(known, Tensor):
-            return ForwardPass(logits(self.student, **inputs)[:, :-1], None, known, None, *columns)
+            return ForwardPass(logits(self.student, **inputs, packed=self.packed)[:, :-1], None, known, None, *columns)
         if teacher is not None and teacher_head is not None:
             known = teacher.hidden(teacher_batch(batch))[:, :-1]
-        return ForwardPass(hidden_states(self.body, **inputs)[:, :-1], head, known, teacher_head, *columns)
+        return ForwardPass(
+            hidden_states(self.body, **inputs, packed=self.packed)[:, :-1], head, known, teacher_head, *columns
+        )
 
     def _run_routed(self, batch: dict[str, Tensor], shares: list[TeacherShare]) -> RoutedPass:
         """Run each teacher on its rows, then the student once on all rows."""
@@ -255,9 +275,9 @@ class StudentWithLoss(ShardableStudent):
         known = [(share.rows, *self._run_teacher(batch, share, head)) for share in shares]
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         if head is None or self.body is None:
-            outputs, head = logits(self.student, **inputs)[:, :-1], None
+            outputs, head = logits(self.student, **inputs, packed=self.packed)[:, :-1], None
         else:
-            outputs = hidden_states(self.body, **inputs)[:, :-1]
+            outputs = hidden_states(self.body, **inputs, packed=self.packed)[:, :-1]
         passes = []
         for rows, teacher, teacher_head in known:
             if rows is None or not len(rows):  # run for the other ranks

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import runs
+from architectures import tiny
 from kd_lightning.assets import resolve
 from kd_lightning.cli.cache import main as cache_command
 from kd_lightning.cli.preflight import main
@@ -320,6 +321,33 @@ def test_a_shipped_config_has_no_finding(name: str, tmp_path: Path, capsys: pyte
     assert [finding["level"] for finding in findings] == ["note"] * notes, findings
     assert len(capsys.readouterr().out.splitlines()) == notes
     assert not (tmp_path / "root").exists()
+
+
+def recurrent(folder: Path) -> str:
+    torch.manual_seed(0)
+    tiny("mamba2", vocab_size=2048).save_pretrained(folder / "recurrent")
+    AutoTokenizer.from_pretrained(resolve("asset:student")).save_pretrained(folder / "recurrent")
+    return str(folder / "recurrent")
+
+
+def test_packing_is_recommended_where_it_saves_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = [
+        json.dumps({"instruction": f"Count {n}.", "output": "one two " * (1 + 40 * (n % 8 == 0))}) for n in range(64)
+    ]
+    rows = ["--data.train", write(tmp_path / "mixed.jsonl", mixed), "--data.shuffle", "false", "--data.batch_size", "8"]
+    main([*words(tmp_path), *rows])
+    (found,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: padding: ")]
+    assert re.search(r"\d\d% of the tokens that the student reads are padding: set data.packing", found)
+    main([*words(tmp_path), *rows, "--data.packing", "true"])
+    assert ": padding: " not in capsys.readouterr().out
+    main([*words(tmp_path), *rows, "--model.student", recurrent(tmp_path)])
+    assert ": padding: " not in capsys.readouterr().out
+
+
+def test_packing_of_a_model_that_cannot_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words(tmp_path), "--data.packing", "true", "--model.student", recurrent(tmp_path)]) == 1
+    text = "error: padding: packing must be false for the student Mamba2ForCausalLM: packed rows change each other's"
+    assert text in capsys.readouterr().out
 
 
 def test_two_tokenizers_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

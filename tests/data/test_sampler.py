@@ -149,3 +149,60 @@ def test_a_finished_pass_is_followed_by_the_next(length: int | None) -> None:
     resumed.sampler.limit_pass(length)
     resumed.load_state_dict(left.state_dict())
     assert list(resumed) == following
+
+
+def tokens_of(batch: list[int], packed: bool) -> int:
+    lengths = [LENGTHS[row] for row in batch]
+    return sum(lengths) if packed else len(lengths) * max(lengths)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_limit_of_tokens(count: int, grouped: bool, packed: bool) -> None:
+    kwargs: dict[str, Any] = {"shuffle": True, "group_by_length": grouped, "batch_tokens": 200, "packed": packed}
+    orders = ranks(count, LENGTHS, **kwargs)
+    for epoch in range(4):
+        batches = [order.batches(epoch) for order in orders]
+        assert {len(own) for own in batches} == {len(orders[0])}  # the same in every pass and on every rank
+        seen = [row for own in batches for batch in own for row in batch]
+        assert len(seen) == len(set(seen)) > len(LENGTHS) - count
+        assert all(len(batch) <= 8 and tokens_of(batch, packed) <= 200 for own in batches for batch in own)
+        rounds = [list(map(len, step)) for step in zip(*batches, strict=True)]
+        assert all(max(sizes) - min(sizes) <= 1 and min(sizes) > 0 for sizes in rounds)
+    assert orders[0].batches(0) != orders[0].batches(1)
+    full = sum(tokens_of(batch, packed) for batch in orders[0].batches(0)) / len(orders[0])
+    assert full > 200 * (0.75 if count == 1 else 0.6)
+
+
+def test_a_row_above_the_limit_is_a_batch_by_itself() -> None:
+    assert BatchOrder([9, 3, 3, 3, 12, 2], 8, batch_tokens=6).batches(0) == [[0], [1, 2], [3], [4], [5]]
+    assert BatchOrder([9, 3, 3, 3, 12, 2], 8, batch_tokens=6, packed=True).batches(0) == [[0], [1, 2], [3], [4], [5]]
+    assert BatchOrder([4, 1, 1, 1], 8, batch_tokens=7, packed=True).batches(0) == [[0, 1, 2, 3]]
+    assert BatchOrder([4, 1, 1, 1], 8, batch_tokens=7).batches(0) == [[0], [1, 2, 3]]
+    assert BatchOrder([4, 1, 1, 1], 2, batch_tokens=100).batches(0) == [[0, 1], [2, 3]]  # rows are limited as well
+    assert BatchOrder([], 8, batch_tokens=6, fill=True).batches(0) == []
+
+
+def test_lengths_cannot_change_under_a_limit_of_tokens() -> None:
+    with pytest.raises(ValueError, match="batch_tokens must be None if responses change"):
+        BatchOrder(LENGTHS, 8, batch_tokens=100).set_lengths(LENGTHS)
+
+
+@pytest.mark.parametrize("workers", [(0, 0), (2, 0)])
+def test_a_loader_with_a_limit_of_tokens_resumes_where_another_stopped(workers: tuple[int, int]) -> None:
+    def limited_loader(count: int) -> ResumableLoader:
+        order = BatchOrder(LENGTHS[:100], 8, shuffle=True, group_by_length=True, batch_tokens=150)
+        return ResumableLoader(Squares(), batch_size=None, sampler=order, num_workers=count, collate_fn=list)
+
+    ours = limited_loader(workers[0])
+    assert len(list(ours)) == len(ours)
+    expected = limited_loader(0)
+    expected.sampler.start_at(1, 0)
+    rest = list(expected)
+    iterator = iter(ours)
+    for _ in range(5):
+        next(iterator)
+    state, resumed = ours.state_dict(), limited_loader(workers[1])
+    resumed.load_state_dict(state)
+    assert list(resumed) == rest[5:]

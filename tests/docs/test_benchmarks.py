@@ -86,6 +86,17 @@ def test_whole_steps(script: Any, tmp_path: Path) -> None:
     assert (tmp_path / "step.md").read_text().count("| 1.20 |") == 3
 
 
+def test_packed_beside_padded_rows(script: Any, tmp_path: Path) -> None:
+    script("packing").main(["--quick", "--threads", "1", "--output", str(tmp_path / "packing")])
+    results = json.loads((tmp_path / "packing.json").read_text())["results"]
+    assert [(one["order"], len(one["ratios"])) for one in results] == [
+        *[("random", 2)] * 3,
+        *[("similar length", 2)] * 3,
+    ]
+    assert all(one["padding"]["packed"] <= one["padding"]["padded"] for one in results)
+    assert all(speed > 0 for one in results for speed in one["tokens_per_second"].values())
+
+
 def test_what_a_logged_step_costs(script: Any, tmp_path: Path) -> None:
     components = script("components")
     components.main(["--quick", "--threads", "1", "--output", str(tmp_path / "components")])

@@ -214,7 +214,9 @@ def _duration(fit: PreparedFit, seconds: float) -> str:
     if not steps:
         return ""
     rows = fit.datamodule.report["train"]["rows"]
-    batches = math.ceil(rows / fit.datamodule.batch_size / fit.trainer.world_size)
+    batches = fit.datamodule.batches_per_pass(fit.trainer)
+    if not batches or fit.datamodule.batch_tokens is None:
+        batches = math.ceil(rows / fit.datamodule.batch_size / fit.trainer.world_size)
     passes = steps * fit.trainer.accumulate_grad_batches / batches
     return f", {steps} steps about {steps * seconds / 60:.1f} min: {passes:.3g} passes over {rows} rows"
 

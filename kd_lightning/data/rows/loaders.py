@@ -6,9 +6,10 @@ from abc import ABC
 from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 
-from kd_lightning.data.collate import Collator, PromptCollator, PromptRows, TokenRows
+from kd_lightning.data.collate import SIDES, Collator, PromptCollator, PromptRows, TokenRows
 from kd_lightning.data.rows.tokenized_splits import TokenizedSplits
 from kd_lightning.data.sampler import BatchOrder, ResumableLoader, limited
 from kd_lightning.distributed.trainer import completed_epochs, data_parallel_rank, is_overfitting, limit_batches
@@ -62,7 +63,9 @@ class BatchLoaders(TokenizedSplits, ABC):
             )
         rank, world_size = data_parallel_rank(self.trainer)
         lengths = [len(row["prompt_ids"]) for row in prompts]
-        order = BatchOrder(lengths, self.batch_size, fill=True, rank=rank, world_size=world_size)
+        order = BatchOrder(
+            lengths, self.batch_size, fill=True, batch_tokens=self.batch_tokens, rank=rank, world_size=world_size
+        )
         loader: ResumableLoader = ResumableLoader(
             PromptRows(prompts), batch_size=None, sampler=order, collate_fn=PromptCollator(self.pad_id)
         )
@@ -92,8 +95,39 @@ class BatchLoaders(TokenizedSplits, ABC):
 
     def token_rows(self, split: str) -> tuple[Any, list[int]]:
         """The data set that batches of a split are read from, and the number of tokens of each row."""
-        rows = self._rows[split]
-        return TokenRows(rows), rows["length"][:]
+        return TokenRows(self._rows[split]), self.row_lengths(split)
+
+    def row_lengths(self, split: str) -> list[int]:
+        """The number of tokens of each row of a split, which is loaded and tokenized."""
+        lengths: list[int] = self._rows[split]["length"][:]
+        return lengths
+
+    def token_limit(self, split: str) -> int | None:
+        """Tokens of a batch of a split on each rank, at most; None: no limit."""
+        return self.batch_tokens
+
+    def training_order(self, trainer: L.Trainer | None) -> BatchOrder:
+        """Which training row is in which batch of a rank.
+
+        Args:
+            trainer: of the run, which knows the ranks.
+        """
+        grouped = self.group_by_length and self.shuffle
+        return self._batch_order("train", self.row_lengths("train"), self.shuffle, grouped, fill=False, trainer=trainer)
+
+    def batches_per_pass(self, trainer: L.Trainer) -> int | None:
+        """Batches of a rank in one pass over the training data; None: not known, as the rows are not loaded.
+
+        With `batch_tokens` it is also not known as long as responses are missing.
+
+        Args:
+            trainer: of the run; its `limit_train_batches` counts.
+        """
+        if self.batch_tokens is None:
+            return super().batches_per_pass(trainer)
+        if "train" not in self._rows or any(self.missing_responses(side) for side in SIDES):
+            return None
+        return limited(len(self.training_order(trainer)), limit_batches(trainer, "train"))
 
     def _evaluation_loader(self, split: str) -> ResumableLoader | list[dict[str, Tensor]]:
         if split not in self._rows:
@@ -106,17 +140,7 @@ class BatchLoaders(TokenizedSplits, ABC):
 
     def _loader(self, split: str, shuffle: bool, grouped: bool, fill: bool, ahead: bool = True) -> ResumableLoader:
         rows, lengths = self.token_rows(split)
-        rank, world_size = data_parallel_rank(self.trainer)
-        order = BatchOrder(
-            lengths,
-            self.batch_size,
-            shuffle=shuffle,
-            group_by_length=grouped,
-            fill=fill,
-            seed=run_seed() if self.seed is None else self.seed,
-            rank=rank,
-            world_size=world_size,
-        )
+        order = self._batch_order(split, lengths, shuffle, grouped, fill, self.trainer)
         loader: ResumableLoader = ResumableLoader(
             rows,
             batch_size=None,
@@ -126,6 +150,23 @@ class BatchLoaders(TokenizedSplits, ABC):
             pin_memory=self.pin_memory,
         )
         return self.with_look_ahead(loader) if ahead else loader
+
+    def _batch_order(
+        self, split: str, lengths: list[int], shuffle: bool, grouped: bool, fill: bool, trainer: L.Trainer | None
+    ) -> BatchOrder:
+        rank, world_size = data_parallel_rank(trainer)
+        return BatchOrder(
+            lengths,
+            self.batch_size,
+            shuffle=shuffle,
+            group_by_length=grouped,
+            fill=fill,
+            batch_tokens=self.token_limit(split),
+            packed=self.packing,
+            seed=run_seed() if self.seed is None else self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def _plain_loader(self, split: str) -> ResumableLoader:
         rows, _ = self.token_rows(split)

@@ -1,0 +1,1 @@
+"""Rows without padding: their layout, and the check that a model keeps them apart."""
