@@ -183,7 +183,7 @@ def exclude_frozen_weights(module: nn.Module, name: str) -> None:
     module.register_load_state_dict_post_hook(accept)  # type: ignore[no-untyped-call]
     if layers := quantized_layers(module):
         ignored = [f"{layer}.weight" for layer in layers]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
 
 
 def _frozen(name: str, module: nn.Module) -> set[str]:
