@@ -25,9 +25,11 @@ from kd_lightning.distributed.collectives import all_gather_objects
 from kd_lightning.distributed.trainer import data_parallel_rank, forward_context
 from kd_lightning.generation.batch_generator import BatchGenerator, batches_of_rank, length_batches
 from kd_lightning.generation.response_file import Response
+from kd_lightning.generation.scorer import ResponseScorer, ScoreFunction
 from kd_lightning.models.generate import Sampling
 from kd_lightning.models.hf_adapter import max_positions
 from kd_lightning.reporting.markdown import markdown_table
+from kd_lightning.reporting.run_dir import SCORE
 
 SHOWN = 8
 
@@ -36,10 +38,11 @@ class GenerationQuality(L.Callback):
     """Generate responses to validation rows with student and teacher every N validations, and log generation metrics.
 
     Logged under `val/`: `rouge_l` (F-measure, stemmed), `exact_match`, `response_length` (tokens), `ends` (share of
-    responses that end before `max_new_tokens`), `distinct_2` (distinct word bigrams as a share of all); the teacher's,
-    measured once, under `baseline/teacher_…`. At the end, mean and standard deviation (`…_std`) over `seeds` samples of
-    the test rows: the student's under `test/`, the teacher's under `test/teacher_…`; with `temperature` 0 one greedy
-    pass without a deviation.
+    responses that end before `max_new_tokens`), `distinct_2` (distinct word bigrams as a share of all), and `score` if
+    there is a scorer; the teacher's, measured once, under `baseline/teacher_…`. At the end, mean and standard deviation
+    (`…_std`) over `seeds` samples of the test rows: the student's under `test/`, the teacher's under `test/teacher_…`;
+    with `temperature` 0 one greedy pass without a deviation. Over k = `seeds` samples, the mean score is avg@k, and
+    logged as `test/avg@k` too.
 
     Args:
         every_n_validations: validations between two measurements; 0: never.
@@ -49,10 +52,11 @@ class GenerationQuality(L.Callback):
         top_p: mass of nucleus sampling at the end, in (0, 1].
         seeds: samples of each row at the end.
         batch_size: prompts per batch.
+        scorer: a function (response, row) -> number in [0, 1], or its path such as `my_file.my_function`.
 
     Raises:
-        ValueError: an argument is out of range; before step 0: the student has no end of sequence or too few
-            positions.
+        ValueError: an argument is out of range, or there is no such function; before step 0: the student has no end of
+            sequence or too few positions, or the function fails on the first row's answer.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class GenerationQuality(L.Callback):
         top_p: float = 1.0,
         seeds: int = 5,
         batch_size: int = 50,
+        scorer: str | ScoreFunction | None = None,
     ) -> None:
         if every_n_validations < 0:
             raise ValueError(f"generation.every_n_validations must be at least 0, got {every_n_validations}")
@@ -76,6 +81,7 @@ class GenerationQuality(L.Callback):
             self.sampling = Sampling(max_new_tokens, temperature, top_p)
         except ValueError as error:
             raise ValueError(f"generation.{error}") from None
+        self.scorer = None if scorer is None else ResponseScorer(scorer, "generation.scorer")
         self.seeds = seeds
         self.batch_size = batch_size
         self._validations = 0
@@ -119,6 +125,8 @@ class GenerationQuality(L.Callback):
         for split in splits:
             require_prompts(datamodule, split, "generation.every_n_validations must be 0")
         rows = [row for split in splits for row in datamodule.generation_rows(split, self.rows)]
+        if self.scorer is not None:
+            self.scorer.check(rows[0])
         longest = max(len(row["prompt_ids"]) for row in rows)
         positions = max_positions(student)
         if positions is not None and longest + self.sampling.max_new_tokens > positions:
@@ -177,6 +185,8 @@ class GenerationQuality(L.Callback):
         seeds = range(self.seeds if self.sampling.temperature else 1)
         measured = [self._measure(trainer, module, model, "test", self.sampling, seed, role)[0] for seed in seeds]
         scalars = {f"{prefix}{name}": statistics.mean(one[name] for one in measured) for name in measured[0]}
+        if len(measured) > 1 and SCORE in measured[0]:
+            scalars[f"{prefix}avg@{len(measured)}"] = scalars[f"{prefix}{SCORE}"]
         if len(measured) > 1:
             scalars |= {f"{prefix}{name}_std": statistics.stdev(one[name] for one in measured) for name in measured[0]}
         return scalars
@@ -207,6 +217,9 @@ class GenerationQuality(L.Callback):
         by_number = {number: response for part in gathered for number, response in part.items()}
         responses = [by_number[number] for number in range(len(rows))]
         metrics = quality(responses, [row["answer"] for row in rows])
+        if self.scorer is not None:
+            scores = (self.scorer.score(found.text, row) for found, row in zip(responses, rows, strict=True))
+            metrics[SCORE] = statistics.mean(scores)
         return metrics, [response.text for response in responses[:SHOWN]]
 
     def _show(self, trainer: L.Trainer, texts: Sequence[str]) -> None:

@@ -18,8 +18,9 @@ from kd_lightning.callbacks.base import PreparedRun, on_training_device, student
 from kd_lightning.console import printable
 from kd_lightning.data.base import DistillationDataModule, GenerationRow, datamodule_of
 from kd_lightning.distributed.trainer import is_fast_dev_run
-from kd_lightning.generation.exact_match import exact_match, greedy_responses
-from kd_lightning.reporting.run_dir import HEADINGS, ResultRow, Results, formatted_results
+from kd_lightning.generation.exact_match import exact_match, greedy_responses, mean_score
+from kd_lightning.generation.scorer import ResponseScorer, ScoreFunction
+from kd_lightning.reporting.run_dir import SCORE, ResultRow, Results, formatted_results, headings
 from kd_lightning.training.evaluation import limited_batches, token_means
 
 SAMPLES = 6
@@ -39,18 +40,28 @@ class ResultsTable(L.Callback):
             all rows.
         max_new_tokens: longest response, at least 1.
         batch_size: prompts per batch of generation, at least 1.
+        scorer: a function (response, row) -> number in [0, 1], or its path such as `my_file.my_function`; its mean over
+            the greedy responses is a further column, `score`.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1, or there is no such function; before step 0: it fails on the first row's
+            answer.
     """
 
-    def __init__(self, task: str | None = None, max_new_tokens: int = 32, batch_size: int = 100) -> None:
+    def __init__(
+        self,
+        task: str | None = None,
+        max_new_tokens: int = 32,
+        batch_size: int = 100,
+        scorer: str | ScoreFunction | None = None,
+    ) -> None:
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"results.{name} must be at least 1, got {value}")
         self.task = task
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
+        self.scorer = None if scorer is None else ResponseScorer(scorer, "results.scorer")
         self.rows: Results = {}
         self._samples: dict[int, dict[str, str]] = {}
 
@@ -64,16 +75,18 @@ class ResultsTable(L.Callback):
         """Load the test rows, and check `task`, before the progress bar starts."""
         if stage == "fit" and (datamodule := self._test_data(trainer)) is not None:
             datamodule.setup("test")
-            self.check_task(datamodule)
+            self.check_rows(datamodule)
             if "test" in datamodule.document_splits:
                 rank_zero_info("results: no exact match, as the test rows are documents without prompts")
 
-    def check_task(self, datamodule: DistillationDataModule) -> None:
-        """Check that a test row has the task, if any row has the field.
+    def check_rows(self, datamodule: DistillationDataModule) -> None:
+        """Check that a test row has the task, if any row has the field, and call the scorer on the first row's answer.
 
         Raises:
-            ValueError: none has it.
+            ValueError: no row has the task; the scorer fails.
         """
+        if self.scorer is not None and (first := datamodule.generation_rows("test", 1)):
+            self.scorer.check(first[0])
         if self.task is None:
             return
         tasks = {row["row"].get("task") for row in datamodule.generation_rows("test")} - {None}
@@ -82,13 +95,13 @@ class ResultsTable(L.Callback):
             raise ValueError(f"results.task must be the `task` of a test row (one of {known}), got {self.task!r}")
 
     def check_before_start(self, run: PreparedRun) -> None:
-        """Check that a test row has the task.
+        """Check the task and the scorer.
 
         Raises:
-            ValueError: none has it.
+            ValueError: no test row has the task; the scorer fails.
         """
         if self._test_data(run.trainer, run.datamodule) is not None:
-            self.check_task(run.datamodule)
+            self.check_rows(run.datamodule)
 
     def state_dict(self) -> dict[str, Results]:
         """The measurements before the first step, for a resumed run."""
@@ -109,8 +122,8 @@ class ResultsTable(L.Callback):
         teacher: ResultRow | None = None
         if module.teacher is not None:
             asked = self._for_teacher(datamodule, rows)
-            match = self._exact_match(trainer, datamodule, teacher_model(module), asked, "teacher")
-            teacher = {"nll": means["teacher_nll"], "forward_kl": 0.0, "exact_match": match}
+            answered = self._answers(trainer, datamodule, teacher_model(module), asked, "teacher")
+            teacher = {"nll": means["teacher_nll"], "forward_kl": 0.0, **answered}
         self.rows = {"teacher": teacher, "student_before": student}
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -174,34 +187,39 @@ class ResultsTable(L.Callback):
         rows: list[GenerationRow],
         name: str,
     ) -> ResultRow:
-        match = self._exact_match(trainer, datamodule, student_of(module), rows, name)
-        return {"nll": means["student_nll"], "forward_kl": means.get("forward_kl"), "exact_match": match}
+        answered = self._answers(trainer, datamodule, student_of(module), rows, name)
+        return {"nll": means["student_nll"], "forward_kl": means.get("forward_kl"), **answered}
 
-    def _exact_match(
+    def _answers(
         self,
         trainer: L.Trainer,
         datamodule: DistillationDataModule,
         model: PreTrainedModel | None,
         rows: list[GenerationRow],
         name: str,
-    ) -> float | None:
-        """Share of rows with the right response; keeps a few responses as samples."""
+    ) -> ResultRow:
+        """Exact match and score of the responses; keeps a few of them as samples."""
         if model is None or not rows:
-            return None
+            return {"exact_match": None, **({} if self.scorer is None else {SCORE: None})}
         role = "teacher" if name == "teacher" else "student"
-        responses = greedy_responses(trainer, datamodule, model, rows, self.max_new_tokens, self.batch_size, name, role)
+        limits = (self.max_new_tokens, self.batch_size)
+        whole = self.scorer is not None
+        responses = greedy_responses(trainer, datamodule, model, rows, *limits, name, role, whole)
         kept = {row["index"]: row for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]}
         for index, text in responses.items():
             if index in kept:
                 sample = {"prompt": kept[index]["prompt"], "answer": kept[index]["answer"]}
                 self._samples.setdefault(index, sample)[name] = text
-        return exact_match(trainer, rows, responses)
+        found: ResultRow = {"exact_match": exact_match(trainer, rows, responses)}
+        if self.scorer is not None:
+            found[SCORE] = mean_score(trainer, rows, responses, self.scorer.score)
+        return found
 
     def _print(self) -> None:
         task = "" if self.task is None else f" (exact match: {self.task})"
         table = Table(title=Text(printable(f"test rows{task}"), "table.title"))
         table.add_column("")
-        for heading in HEADINGS.values():
+        for heading in headings(self.rows).values():
             table.add_column(heading, justify="right")
         for cells in formatted_results(self.rows):
             table.add_row(*cells)

@@ -18,7 +18,7 @@ from kd_lightning.paths import expand_path
 from kd_lightning.reporting.figures import as_markdown, curves
 from kd_lightning.reporting.markdown import code_span, markdown_table, markdown_text
 from kd_lightning.reporting.redaction import redact_text
-from kd_lightning.reporting.run_dir import DATA, HEADINGS, RunFolder, differing, repetitions, resolved_source
+from kd_lightning.reporting.run_dir import DATA, SHARES, RunFolder, differing, headings, repetitions, resolved_source
 
 CURVES = {
     "val/ce": "validation NLL per answer token",
@@ -158,9 +158,9 @@ def table(groups: Sequence[Sequence[RunFolder]], names: Sequence[str]) -> dict[s
 
 def _means(runs: Sequence[RunFolder], key: str) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
-    for column in HEADINGS:
+    for column in headings(*(run.results for run in runs)):
         values = [(run.results or {})[key] for run in runs]
-        found = [value[column] for value in values if value is not None]
+        found = [value.get(column) for value in values if value is not None]
         numbers = [number for number in found if number is not None]
         spread = statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
         cells[column] = (statistics.mean(numbers), spread) if numbers else None
@@ -171,7 +171,7 @@ def text_of(column: str, cell: Cell, best: Cell) -> str:
     """A cell as text: mean ± standard deviation, and a star if it differs significantly from the best."""
     if cell is None:
         return "–"
-    scale, unit = (100, " %") if column == "exact_match" else (1, "")
+    scale, unit = (100, " %") if column in SHARES else (1, "")
     mean, spread = cell
     digits = 1 if unit else 3
     known = spread == spread
@@ -182,15 +182,23 @@ def text_of(column: str, cell: Cell, best: Cell) -> str:
     return f"{text} *" if apart else text
 
 
+def _titles(rows: dict[str, dict[str, Cell]]) -> dict[str, str]:
+    """The columns that a row has, and their titles."""
+    known = headings({"": dict.fromkeys(column for cells in rows.values() for column in cells)})
+    return {"run": "run", **known}
+
+
 def _cells(rows: dict[str, dict[str, Cell]]) -> list[list[str]]:
+    columns = [column for column in _titles(rows) if column != "run"]
     best: dict[str, Cell] = {}
-    for column in HEADINGS:
-        students = [cells[column] for name, cells in rows.items() if name not in SHARED.values()]
+    for column in columns:
+        students = [cells.get(column) for name, cells in rows.items() if name not in SHARED.values()]
         found = [cell for cell in students if cell is not None]
-        key = (lambda cell: -cell[0]) if column == "exact_match" else (lambda cell: cell[0])
+        key = (lambda cell: -cell[0]) if column in SHARES else (lambda cell: cell[0])
         best[column] = min(found, key=key) if found else None
     return [
-        [name, *(text_of(column, cells[column], best[column]) for column in HEADINGS)] for name, cells in rows.items()
+        [name, *(text_of(column, cells.get(column), best[column]) for column in columns)]
+        for name, cells in rows.items()
     ]
 
 
@@ -203,7 +211,7 @@ EXPLAINED = (
 
 def _print(rows: dict[str, dict[str, Cell]], notes: Sequence[str]) -> None:
     shown = Table(title="test rows")
-    for heading in ("run", *HEADINGS.values()):
+    for heading in _titles(rows).values():
         shown.add_column(heading, justify="left" if heading == "run" else "right")
     for cells in _cells(rows):
         shown.add_row(*(Text(printable(cell)) for cell in cells))
@@ -222,7 +230,7 @@ def page(
     """The comparison as one Markdown page with embedded figures."""
     labeled = (note.partition(": ") for note in notes)
     shown = [f"**{label}**: {markdown_text(redact_text(text))}" for label, _, text in labeled]
-    out = ["# Runs side by side", *shown, markdown_table(["run", *HEADINGS.values()], _cells(rows)), EXPLAINED]
+    out = ["# Runs side by side", *shown, markdown_table(list(_titles(rows).values()), _cells(rows)), EXPLAINED]
     changed = differing([group[0] for group in groups])
     if changed:
         cells = [[code_span(name), *(code_span(group[0].method.get(name)) for group in groups)] for name in changed]

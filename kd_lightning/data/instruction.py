@@ -27,6 +27,7 @@ from kd_lightning.data.tokenization import (
     with_template,
 )
 from kd_lightning.distributed.trainer import stage_of
+from kd_lightning.schedules import check_flag
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 SHORTEST = 8
@@ -126,8 +127,9 @@ class InstructionDataModule(BatchLoaders):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        if batch_tokens is not None and batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1 or None, got {batch_tokens}")
+        check_flag("packing", packing)
+        if batch_tokens is not None and (not isinstance(batch_tokens, int) or batch_tokens < 1):
+            raise ValueError(f"batch_tokens must be an integer of at least 1 or None, got {batch_tokens!r}")
         self.train, self.val, self.test = train, val, test
         self.sources = {"train": as_list(train), "val": as_list(val), "test": as_list(test)}
         if not self.sources["train"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import lightning.pytorch as L
 import torch
@@ -25,6 +26,7 @@ def greedy_responses(
     batch_size: int,
     name: str,
     role: str = "student",
+    whole: bool = False,
 ) -> dict[int, str]:
     """Greedy responses to this rank's share of some rows, by their `index`.
 
@@ -40,6 +42,7 @@ def greedy_responses(
         batch_size: prompts per batch.
         name: name of the model, for the progress bar.
         role: of the model, "student" or "teacher", which may have a tokenizer of its own.
+        whole: responses go on to their end, or to `max_new_tokens`.
     """
     rank, ranks = data_parallel_rank(trainer)
     own_rows = sorted(rows[rank::ranks], key=lambda row: len(row["prompt_ids"]))
@@ -51,7 +54,7 @@ def greedy_responses(
         batch = own or rows[:1]  # every rank runs a sharded model equally often
         inputs = left_pad([row["prompt_ids"] for row in batch], masked_id(tokenizer))
         longest = max(len(ids) for ids in tokenizer([row["answer"] for row in batch])["input_ids"]) + 1
-        sampling = Sampling(min(max_new_tokens, longest), temperature=0.0)
+        sampling = Sampling(max_new_tokens if whole else min(max_new_tokens, longest), temperature=0.0)
         with forward_context(trainer):
             tokens = generate(model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), sampling)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -67,9 +70,27 @@ def exact_match(trainer: L.Trainer, rows: Sequence[GenerationRow], responses: Ma
         rows: the rows of all ranks.
         responses: this rank's responses by `index`.
     """
+    return mean_score(trainer, rows, responses, lambda response, row: float(response == row["answer"].strip()))
+
+
+def mean_score(
+    trainer: L.Trainer,
+    rows: Sequence[GenerationRow],
+    responses: Mapping[int, str],
+    score: Callable[[str, GenerationRow], float],
+) -> float:
+    """Mean score of the responses to rows, over all ranks.
+
+    Args:
+        trainer: the Trainer of the run; every rank calls this.
+        rows: the rows of all ranks.
+        responses: this rank's responses by `index`.
+        score: of a response to a row.
+    """
     own = [row for row in rows if row["index"] in responses]
-    correct = sum(responses[row["index"]] == row["answer"].strip() for row in own)
-    total = torch.tensor(float(correct), device=trainer.strategy.root_device)
+    total = torch.tensor(
+        math.fsum(score(responses[row["index"]], row) for row in own), device=trainer.strategy.root_device
+    )
     if trainer.world_size > 1:  # with tensor parallelism, several processes count the same rows
         share = data_parallel_rank(trainer)[1] / trainer.world_size
         total = trainer.strategy.reduce(total, reduce_op="sum") * share

@@ -107,10 +107,12 @@ def logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = 
 
 
 def _outputs(model: nn.Module, name: str, input_ids: Tensor, attention_mask: Tensor | None, packed: bool) -> Tensor:
-    if not packed or attention_mask is None or not attention_mask.any():
+    layout = (
+        PackedLayout(attention_mask, attends_without_mask(model)) if packed and attention_mask is not None else None
+    )
+    if layout is None or layout.is_empty:
         found: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[name]
         return found
-    layout = PackedLayout(attention_mask, attends_without_mask(model))
     outputs = model(input_ids=layout.pack(input_ids), position_ids=layout.position_ids, use_cache=False)
     return layout.unpack(outputs[name])
 

@@ -30,6 +30,10 @@ WHO = ("teacher", "student_before", "student_after")
 ResultRow = dict[str, float | None]
 Results = dict[str, ResultRow | None]
 HEADINGS = {"nll": "NLL per answer token", "forward_kl": "forward KL to teacher", "exact_match": "exact match"}
+SCORE = "score"
+"""A further column, if the run had a scorer."""
+SHARES = ("exact_match", SCORE)
+"""Columns that are shares: printed in percent, and the larger the better."""
 
 Curve = list[tuple[int, float]]
 
@@ -112,14 +116,25 @@ def _is_table(table: object) -> TypeGuard[Results]:
     return all(row is None or (isinstance(row, dict) and HEADINGS.keys() <= row.keys()) for row in table.values())
 
 
+def headings(*tables: Results | None) -> dict[str, str]:
+    """The columns of results tables and their titles; with the score if one of them has it."""
+    scored = any(SCORE in row for table in tables if table is not None for row in table.values() if row is not None)
+    return {**HEADINGS, **({SCORE: SCORE} if scored else {})}
+
+
 def formatted_results(results: Results) -> list[list[str]]:
     """The rows of a results table as text: name, then one cell per heading."""
     rows = []
     for name, values in results.items():
-        nll, forward_kl, exact_match = (None if values is None else values[key] for key in HEADINGS)
-        cells = ["–" if value is None else f"{value:.3f}" for value in (nll, forward_kl)]
-        rows.append([name.replace("_", " "), *cells, "–" if exact_match is None else f"{100 * exact_match:.1f} %"])
+        found = {column: (values or {}).get(column) for column in headings(results)}
+        rows.append([name.replace("_", " "), *(_formatted(column, value) for column, value in found.items())])
     return rows
+
+
+def _formatted(column: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if column in SHARES else f"{value:.3f}"
 
 
 def resolved_source(source: object) -> object:

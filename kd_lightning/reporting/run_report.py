@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from kd_lightning.constants import moves_objective
 from kd_lightning.reporting.figures import as_markdown, curves
 from kd_lightning.reporting.markdown import code_block, code_span, markdown_table, markdown_text
-from kd_lightning.reporting.run_dir import HEADINGS, RunFolder, formatted_results
+from kd_lightning.reporting.run_dir import RunFolder, formatted_results, headings
 
 SETUP: tuple[str, ...] = (
     "model",
@@ -19,7 +19,7 @@ SETUP: tuple[str, ...] = (
     "trainer.strategy",
 )
 SETUP += ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "seed_everything", "export.which")
-QUALITIES = ("rouge_l", "exact_match", "response_length", "ends", "distinct_2")
+QUALITIES = ("rouge_l", "exact_match", "score", "response_length", "ends", "distinct_2")
 CHARTS = {
     "validation NLL per answer token": ("val/ce", "teacher_nll", "student_before_nll", "run_nll"),
     "validation forward KL to the teacher": ("val/forward_kl", "student_before_forward_kl", "run_forward_kl"),
@@ -40,7 +40,7 @@ def page(
     """
     out = [f"# {markdown_text(run.root.name)}"]
     if run.results is not None:
-        out += ["## Test rows", markdown_table(["", *HEADINGS.values()], formatted_results(run.results))]
+        out += ["## Test rows", markdown_table(["", *headings(run.results).values()], formatted_results(run.results))]
     if answers := list(_answers(run)):
         out += ["## Responses to test rows", markdown_table(["", "student", "teacher"], answers)]
     found = [*map(markdown_text, notes), *warnings(run, rows)]

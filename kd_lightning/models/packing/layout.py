@@ -18,7 +18,7 @@ class PackedLayout:
     length, never costs more than in the padded batch. Attention without one reads a single sequence.
 
     Args:
-        attention_mask: 1 for tokens, 0 for padding, [B, T]; with at least one token.
+        attention_mask: 1 for tokens, 0 for padding, [B, T].
         one_sequence: whether all rows are in one sequence.
 
     Attributes:
@@ -28,7 +28,7 @@ class PackedLayout:
     def __init__(self, attention_mask: Tensor, one_sequence: bool = False) -> None:
         mask = attention_mask.bool()
         self.batch_shape = mask.shape
-        lengths: list[int] = mask.sum(1).tolist()  # a wait for a GPU
+        lengths: list[int] = mask.sum(1).tolist()  # the one wait for a GPU
         width = sum(lengths) if one_sequence else max(lengths)
         starts, used = place_rows(lengths, width)
         positions = (mask.cumsum(1) - 1).reshape(-1)
@@ -39,6 +39,11 @@ class PackedLayout:
         ids = (torch.arange(width, device=mask.device) - ends).clamp_min(0)
         ids.view(-1).index_copy_(0, self.target, positions.index_select(0, self.source))
         self.position_ids = ids
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no tokens, and so no sequence that a model could read."""
+        return self.position_ids.numel() == 0
 
     def pack(self, input_ids: Tensor) -> Tensor:
         """Token ids [B, T] as [S, L]; 0 is the token id of padding."""
