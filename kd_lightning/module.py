@@ -57,7 +57,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         monitors: divergences measured in validation and test, independent of the loss; None: forward and reverse KL,
             JSD, total variation, and forward KL on the top of the teacher's distribution (`head_kl`).
         student_init: `pretrained`, or `random` to start from the configuration alone.
-        student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `attn_implementation` …).
+        student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `quantization_config` …).
         teacher_kwargs: the same for the teacher.
         lora: train adapters instead of the student's parameters; None: all parameters are trained.
         gradient_checkpointing: recompute the student's layers in backward instead of keeping their activations: less
@@ -166,9 +166,9 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         """Load student and teacher; Lightning calls this more than once."""
         if not self.model.has_student:
             student, self._base_digest = self.student_source.load()
+            self.model.set_student(student)
             if self._base_digest is not None:
                 exclude_frozen_weights(self, "model.student")
-            self.model.set_student(student)
         data = datamodule_of(self._trainer)
         if data is not None and data.packing:
             self.model.pack_rows()

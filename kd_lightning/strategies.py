@@ -37,6 +37,7 @@ from kd_lightning.distributed.sharded_checkpoint import ShardReader, map_tensors
 from kd_lightning.distributed.vocab_parallel import split_vocabulary
 from kd_lightning.engine.head import Head
 from kd_lightning.models.hf_adapter import enable_activation_checkpointing
+from kd_lightning.models.quantized.layers import check_not_quantized
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -147,6 +148,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert model is not None  # `configure_model` runs first
         if not isinstance(model, FSDPModule):
             student: Any = model.student  # a Hugging Face model
+            check_not_quantized(student, "student")
             if self.tensor_parallel_size > 1:
                 self._check_head("student", model.head())
                 split_vocabulary(student, self.device_mesh[TENSOR], "student")

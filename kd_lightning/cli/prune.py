@@ -18,6 +18,7 @@ from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.pruning.cut import cut_layers
 from kd_lightning.models.pruning.layers import block_influence, evenly_spaced, most_influential
 from kd_lightning.models.pruning.width import cut_mlp, neuron_activity
+from kd_lightning.models.quantized.layers import is_quantized
 from kd_lightning.paths import expand_path
 from kd_lightning.reporting.redaction import print_message
 
@@ -83,6 +84,8 @@ def prune(
         raise ValueError(f"rows must be at least 1, got {rows}")
     listed = _listed(layers)
     whole = load_causal_lm(model, kwargs={"dtype": dtype}, role="model")
+    if is_quantized(whole):
+        raise ValueError(f"prune: {model} is quantized: prune the model that it was made of, and quantize the result")
     tokenizer = load_tokenizer(model)
     batches = [] if data is None else list(_batches(data, model, rows, max_length, batch_size))
     count = number_of_layers(whole)

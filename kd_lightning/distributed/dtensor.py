@@ -113,7 +113,7 @@ def full_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
             continue
         if id(tensor) not in found:
             full = full_tensor(tensor.detach())
-            found[id(tensor)] = full.cpu() if keep else full.new_empty(0)
+            found[id(tensor)] = full.cpu() if keep else torch.empty(0)
         if keep:
             state[name] = found[id(tensor)]
     return state

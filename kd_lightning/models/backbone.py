@@ -25,6 +25,7 @@ from kd_lightning.models.hf_adapter import (
     weight_and_bias,
 )
 from kd_lightning.models.packing.layout import PackedLayout
+from kd_lightning.models.quantized.layers import is_quantized_weight
 
 # Names of these factors in the configurations of different model families.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
@@ -148,6 +149,8 @@ def _matrix(model: nn.Module, layer: nn.Module | None) -> tuple[Tensor, Tensor |
     own = {name for name, _ in layer.named_parameters()} if isinstance(layer, nn.Module) else set()
     if own - {"weight", "bias"}:  # such as a learned factor that is 1 at the start
         raise _not_splittable(model, "its LM head has more parameters than weight and bias")
+    if is_quantized_weight(weight):
+        raise _not_splittable(model, "its LM head is quantized")
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise _not_splittable(model, "its LM head is not a plain matrix")
     return weight, bias

@@ -17,21 +17,18 @@ from transformers.utils import logging
 
 from kd_lightning.assets import resolve
 from kd_lightning.models.model_checks import Role, check_causal, check_finite, text_model_class
-from kd_lightning.models.pretrained import from_pretrained
+from kd_lightning.models.pretrained import checked_kwargs, from_pretrained
+from kd_lightning.models.quantized.layers import check_head, check_widths, prepare_layers
+from kd_lightning.models.quantized.settings import (
+    check_saved_quantization,
+    hf_settings,
+    quantization_of,
+)
+from kd_lightning.models.quantized.sizes import kept_modules, use_quantized_shapes
 from kd_lightning.models.weight_files import check_weight_files
-from kd_lightning.reporting.redaction import secret_names
 
 auto: Any = hf  # the factories of transformers are not typed
 hf_log: Any = logging
-RESERVED = (
-    "trust_remote_code",
-    "use_safetensors",
-    "weights_only",
-    "output_loading_info",
-    "ignore_mismatched_sizes",
-    "device_map",
-)
-CHECKPOINTING = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing")
 FILE_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 BUILD_ERRORS = (TypeError, ValueError, KeyError, AttributeError, ImportError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
@@ -50,21 +47,26 @@ def load_causal_lm(
 ) -> hf.PreTrainedModel:
     """Load a causal language model to the CPU, in eval mode. All of its parameters are loaded and finite.
 
+    bitsandbytes loads quantized models to the current GPU if there is one.
+
     Args:
         name: a folder, a hub name, or `asset:teacher`, `asset:student`.
         init: `pretrained`, or `random` to start from the configuration with torch's random generator.
-        kwargs: arguments of `from_pretrained` (`dtype`, `attn_implementation`, `revision` …). The default dtype is fp32
-            for a student and the dtype of the files for a teacher.
+        kwargs: arguments of `from_pretrained` (`dtype`, `attn_implementation`, `revision`, `quantization_config` as a
+            mapping …). The default dtype is fp32 for a student and the dtype of the files for a teacher.
         role: `student`, `teacher` or `model`: named in errors, determines the default dtype.
 
     Raises:
         ModelNotFoundError: no such folder, or no such model on the hub.
         ValueError: a missing or invalid configuration; not a causal language model; missing, pickled or corrupt
-            weights; weights that leave a parameter unset or are not finite; an argument that is not allowed.
+            weights; weights that leave a parameter unset or are not finite; an argument that is not allowed; a package
+            of a quantization is missing, or the LM head is quantized.
     """
     if init not in ("pretrained", "random"):
         raise ValueError(f"{role}_init must be 'pretrained' or 'random', got {init!r}")
     options = checked_kwargs(kwargs, role)
+    if init == "random" and "quantization_config" in options:
+        raise ValueError(f"{role}_kwargs must not contain 'quantization_config' with random weights: remove it")
     options.setdefault("dtype", torch.float32 if role == "student" or init == "random" else "auto")
     path = resolve_model(name, role)
     _check_config(path, role, options)
@@ -79,8 +81,12 @@ def load_causal_lm(
         given = f" with {role}_kwargs {dict(kwargs)}" if kwargs else ""
         raise ValueError(f"{role} '{path}'{given} cannot be built: {error_line(error)}") from None
     model.train(False)
+    prepare_layers(model)
+    check_head(model, role)
+    check_widths(model, role)
     check_finite(model, role)
     check_causal(model, role)
+    prepare_layers(model)  # after a pass
     return model
 
 
@@ -101,44 +107,16 @@ def causal_lm_from_config(
     options = checked_kwargs(kwargs, role)
     options.setdefault("dtype", torch.float32 if role == "student" else "auto")
     path = resolve_model(name, role)
-    _check_config(path, role, options)
+    config, given = _check_config(path, role, options), options.pop("quantization_config", None)
     try:
         with _quiet():
             model = _random(path, options)
+            if quantization := quantization_of(config if given is None else given):
+                use_quantized_shapes(model, quantization)
     except BUILD_ERRORS as error:
         raise ValueError(f"{role} '{path}' cannot be built: {error_line(error)}") from None
     model.train(False)
     return model
-
-
-def checked_kwargs(kwargs: Mapping[str, Any] | None, role: Role) -> dict[str, Any]:
-    """A copy of the user's arguments of `from_pretrained`, with `dtype` as a `torch.dtype`.
-
-    Raises:
-        ValueError: an argument that the user must not set, a secret, or an unknown dtype.
-    """
-    options = dict(kwargs or {})
-    trained = "set the module's gradient_checkpointing (--model.gradient_checkpointing true)"
-    reasons = dict.fromkeys(CHECKPOINTING, trained if role == "student" else "it is not trained")
-    reasons["trust_remote_code"] = "code of model repositories is never run"
-    for key in (*RESERVED, *CHECKPOINTING):
-        if key in options:
-            raise ValueError(f"{role}_kwargs must not contain {key!r}: {reasons.get(key, 'it is set already')}")
-    if found := next(secret_names(options), None):
-        raise ValueError(
-            f"{role}_kwargs.{found} must not be given, as secrets would be saved with the run: set the environment "
-            "variable HF_TOKEN instead"
-        )
-    if "torch_dtype" in options:
-        options.setdefault("dtype", options.pop("torch_dtype"))
-    dtype = options.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto":
-        options["dtype"] = dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"{role}_kwargs: dtype must be 'auto' or a dtype such as 'float32' or 'bfloat16', got {dtype!r}"
-        )
-    return options
 
 
 def resolve_model(name: str, role: Role) -> str:
@@ -232,8 +210,8 @@ def has_tokenizer_files(model: str) -> bool:
     return not folder.is_dir() or any(path for files in TOKENIZER_FILES for path in folder.glob(files))
 
 
-def _check_config(path: str, role: Role, options: dict[str, Any]) -> None:
-    """Check that there is the configuration of a causal language model."""
+def _check_config(path: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedConfig:
+    """The configuration of a causal language model; checks that it is one."""
     where = {name: options[name] for name in FILE_OPTIONS if name in options}
     try:
         with _quiet():
@@ -243,16 +221,23 @@ def _check_config(path: str, role: Role, options: dict[str, Any]) -> None:
             raise ValueError(f"{role} '{path}': cannot read config.json: {error_line(error)}") from None
         reason = "no such folder, and not available on the Hugging Face hub (misspelled, private, or no network)"
         raise ModelNotFoundError(f"{role} '{path}': {reason}") from None
+    saved = getattr(config, "quantization_config", None)  # only of a quantized model
+    check_saved_quantization(saved, options.get("quantization_config"), role, path)
     if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         text = text_model_class(config, auto.MODEL_FOR_CAUSAL_LM_MAPPING)
         inside = "" if text is None else f": save its text model alone ({text}) and pass that, or pass the loaded model"
         raise ValueError(
             f"{role} '{path}' has model type {config.model_type!r}, which is not a causal language model{inside}"
         )
+    return config  # type: ignore[no-any-return]
 
 
 def _pretrained(path: str, role: Role, options: dict[str, Any]) -> hf.PreTrainedModel:
     """The model with its saved weights; every parameter is loaded."""
+    if "quantization_config" in options:
+        with torch.device("meta"):
+            shell = _random(path, {name: value for name, value in options.items() if name != "quantization_config"})
+        options = {**options, "quantization_config": hf_settings(options["quantization_config"], kept_modules(shell))}
     loaded: tuple[hf.PreTrainedModel, dict[str, Any]] = from_pretrained(
         "model",
         path,
@@ -280,6 +265,7 @@ def _random(path: str, options: dict[str, Any]) -> hf.PreTrainedModel:
     dtype = options.pop("dtype")
     config, rest = from_pretrained("config", path, return_unused_kwargs=True, **options)
     rest = {name: value for name, value in rest.items() if name not in FILE_OPTIONS}
+    vars(config).pop("quantization_config", None)  # random weights are plain
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     model: hf.PreTrainedModel = auto.AutoModelForCausalLM.from_config(
         config, trust_remote_code=False, dtype=dtype, **rest

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.parallel import DistributedDataParallel
 
 from kd_lightning.atomic_io import atomic_folder
 from kd_lightning.models.hf_adapter import base_model, is_peft_model
+from kd_lightning.models.quantized.layers import plain_shell, plain_state, quantized_layers
 
 if TYPE_CHECKING:  # takes a second to import, and only a student with adapters needs it
     from peft import PeftModel
@@ -169,13 +171,19 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 def exclude_frozen_weights(module: nn.Module, name: str) -> None:
     """Leave the frozen parameters of a submodule out of `module.state_dict()`, and do not expect them when it loads.
 
+    The scales of a quantized layer are no parameters of it; they are left out as well. Quantized weights are not sent
+    to other ranks by DDP either: every rank has read them, and torchao's cannot be sent.
+
     Args:
         module: the module whose state is saved.
-        name: of the submodule, such as `model.student`; it need not exist yet.
+        name: of the submodule, such as `model.student`.
     """
     drop, accept = functools.partial(_drop_frozen, name), functools.partial(_accept_without_frozen, name)
     module.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(accept)  # type: ignore[no-untyped-call]
+    if layers := quantized_layers(module):
+        ignored = [f"{layer}.weight" for layer in layers]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
 
 
 def _frozen(name: str, module: nn.Module) -> set[str]:
@@ -184,8 +192,11 @@ def _frozen(name: str, module: nn.Module) -> set[str]:
 
 
 def _drop_frozen(name: str, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    for key in _frozen(name, module):
-        state.pop(prefix + key, None)
+    frozen = _frozen(name, module)
+    layers = [f"{layer}." for layer in quantized_layers(module)]
+    for key in [key.removeprefix(prefix) for key in state if key.startswith(prefix)]:
+        if key in frozen or any(key.startswith(layer) for layer in layers):
+            state.pop(prefix + key)
 
 
 def _accept_without_frozen(name: str, module: nn.Module, keys: _IncompatibleKeys) -> None:
@@ -203,14 +214,20 @@ def merged_state_dict(student: nn.Module, state: Mapping[str, Tensor]) -> dict[s
         state: the full tensors of the student by name.
     """
     layers = adapter_layers(student)
+    quantized = quantized_layers(student)
     merged: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if not any(name.startswith(f"{layer}.") for layer in _above(name) if layer in layers):
+        if not any(layer in layers or layer in quantized for layer in _above(name)):
             merged[name.removeprefix(PREFIX)] = tensor
+    for name, part in quantized.items():
+        if not any(above in layers for above in _above(name)):
+            plain = plain_state(part)
+            merged |= {f"{name.removeprefix(PREFIX)}.{key}": value for key, value in plain.items()}
     for name, layer in layers.items():
         tensors = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-        base = _merged(layer, tensors)
-        merged |= {f"{name.removeprefix(PREFIX)}.{key}": value for key, value in base.state_dict().items()}
+        is_plain = f"{name}.base_layer" not in quantized
+        base = _merged(layer, tensors).state_dict() if is_plain else _merged_into_plain(layer, tensors)
+        merged |= {f"{name.removeprefix(PREFIX)}.{key}": value for key, value in base.items()}
     return merged
 
 
@@ -247,6 +264,9 @@ def save_plain_model(
     if is_peft_model(student):
         model = base_model(student)
         tensors = merged_state_dict(student, student.state_dict() if tensors is None else tensors)
+        if quantized_layers(model):
+            model = plain_shell(model)
+            tensors = {name: tensor.to(model.config.dtype) for name, tensor in tensors.items()}
     with atomic_folder(path) as part:
         model.save_pretrained(part, state_dict=tensors)
         if tokenizer is not None:
@@ -276,3 +296,18 @@ def _merged(layer: BaseTunerLayer, tensors: Mapping[str, Tensor]) -> nn.Module:
     twin.merge()
     base: nn.Module = twin.get_base_layer()
     return base
+
+
+def _merged_into_plain(layer: BaseTunerLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a plain layer: the weight that a quantized layer computes with, and the adapter merged into it."""
+    adapted: Any = layer
+    (adapter,) = adapted.active_adapters
+    a, b = tensors[f"lora_A.{adapter}.weight"].float(), tensors[f"lora_B.{adapter}.weight"].float()
+    plain = plain_state(adapted.get_base_layer())
+    weight = plain["weight"].float()
+    update = adapted.scaling[adapter] * (b @ a).to(weight.device)
+    merged = weight + (update.T if adapted.fan_in_fan_out else update)
+    norms = tensors.get(f"lora_magnitude_vector.{adapter}.weight")
+    if norms is not None:  # DoRA
+        merged = norms.float().to(weight.device)[:, None] * merged / merged.norm(dim=1, keepdim=True)
+    return {**plain, "weight": merged}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_lightning.models.backbone import eval_mode, logits
 from kd_lightning.models.hf_adapter import base_model, has_output_embeddings
+from kd_lightning.models.quantized.layers import plain_parameters
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,7 +26,7 @@ def check_finite(model: nn.Module, role: Role) -> None:
     Raises:
         ValueError: one has NaN or inf; the message names the first.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in plain_parameters(model):
         if not torch.isfinite(parameter).all():
             bad = "NaN" if torch.isnan(parameter).any() else "inf"
             raise ValueError(f"{role}: the weights of '{name}' contain {bad}")

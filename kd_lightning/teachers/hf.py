@@ -18,9 +18,18 @@ from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.backbone import head_settings, hidden_states, with_current_weights
 from kd_lightning.models.backbone import logits as logits
 from kd_lightning.models.hf_adapter import base_model, name_or_path
-from kd_lightning.models.loading import ModelNotFoundError, checked_kwargs, load_causal_lm
+from kd_lightning.models.loading import ModelNotFoundError, load_causal_lm
 from kd_lightning.models.model_checks import check_finite
 from kd_lightning.models.packing.check import check_packing
+from kd_lightning.models.pretrained import checked_kwargs
+from kd_lightning.models.quantized.layers import (
+    check_not_quantized,
+    check_widths,
+    count_parameters,
+    is_quantized,
+    plain_parameters,
+    prepare_layers,
+)
 from kd_lightning.subclasses import concrete_subclasses
 from kd_lightning.teachers.base import RunContext, Teacher
 from kd_lightning.teachers.batches import models_of_run
@@ -99,6 +108,8 @@ class CausalLMTeacher(Teacher, ABC):
             ValueError: it cannot be read, or has weights that are not finite.
         """
         if not isinstance(self._source, str):
+            prepare_layers(self._source)
+            check_widths(self._source, "teacher")
             check_finite(self._source, "teacher")
             return self._source
         try:
@@ -109,7 +120,12 @@ class CausalLMTeacher(Teacher, ABC):
             raise ModelNotFoundError(f"{error}, and no class of that name (there is {classes})") from None
 
     def shard(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Let a strategy shard the model over ranks."""
+        """Let a strategy shard the model over ranks.
+
+        Raises:
+            ValueError: it is quantized.
+        """
+        check_not_quantized(self._loaded(), "teacher")
         if self._gathered is None:
             self._gathered = wrap(self._loaded())
 
@@ -159,9 +175,9 @@ class CausalLMTeacher(Teacher, ABC):
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, types and bytes of all its tensors."""
+        """SHA-256 over names, types and bytes of all its tensors; quantized ones as the weights they stand for."""
         model = self._loaded()
-        return tensor_digest(itertools.chain(model.named_parameters(), model.named_buffers()))
+        return tensor_digest(itertools.chain(plain_parameters(model), model.named_buffers()))
 
     def _loaded(self) -> Any:
         if self.model is None:
@@ -184,10 +200,13 @@ class HFTeacher(CausalLMTeacher):
         super().__init__(path, kwargs)
 
     def to(self, device: torch.device | str) -> None:
-        """Move the model; a sharded one stays where its strategy has put it."""
-        model = self._loaded()
-        if not self.is_sharded and next(model.parameters()).device != torch.device(device):
-            model.to(device)
+        """Move the model; a sharded one stays where its strategy has put it, a quantized one on the GPU."""
+        model, target = self._loaded(), torch.device(device)
+        now = next(model.parameters()).device
+        if self.is_sharded or now == target or (target.type == "cpu" and is_quantized(model)):
+            return
+        prepare_layers(model)
+        model.to(target)
 
 
 def as_teacher(teacher: Any, kwargs: dict[str, Any] | None = None) -> Teacher | None:
@@ -197,9 +216,9 @@ def as_teacher(teacher: Any, kwargs: dict[str, Any] | None = None) -> Teacher | 
 
 def parameter_counts(student: nn.Module, teacher: Teacher | None) -> str:
     """Numbers of parameters of student and teacher, as one line of a log."""
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    trainable = count_parameters(student, trainable=True)
     models = {role: model for role, model, _ in models_of_run(student, teacher)}
-    counts = {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
+    counts = {role: count_parameters(model) for role, model in models.items()}
     text = f"student: {counts['student']:,} parameters, {trainable:,} trainable"
     others = (role for role, model in models.items() if model is not student)
     return ", ".join([text, *(f"{role}: {counts[role]:,} parameters" for role in others)])

@@ -12,6 +12,7 @@ from kd_lightning.distributed.dtensor import tensor_digest as tensor_digest
 from kd_lightning.distributed.fsdp2 import transformer_layers
 from kd_lightning.models.backbone import body_and_head as body_and_head
 from kd_lightning.models.backbone import logits as logits
+from kd_lightning.models.quantized.layers import is_quantized
 from kd_lightning.teachers.base import Teacher as Teacher
 from kd_lightning.teachers.cached import CachedTeacher as CachedTeacher
 from kd_lightning.teachers.hf import CausalLMTeacher
@@ -33,6 +34,20 @@ class OffloadedTeacher(CausalLMTeacher):
         super().__init__(path, kwargs)
         self._device = torch.device("cpu")
         self._copies: list[_CopyDuringForward] = []
+
+    def read_model(self) -> Any:
+        """The model, in host memory.
+
+        Raises:
+            ValueError: as for `HFTeacher`; it is quantized.
+        """
+        model = super().read_model()
+        if is_quantized(model):
+            raise ValueError(
+                "OffloadedTeacher: the layers of a quantized model cannot be copied one at a time: use HFTeacher, or "
+                "remove quantization_config from its kwargs"
+            )
+        return model
 
     def to(self, device: torch.device | str) -> None:
         """Move all modules but the layers, and copy the layers to this device from now on."""

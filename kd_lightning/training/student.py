@@ -27,10 +27,12 @@ from kd_lightning.models.hf_adapter import (
     output_embeddings,
     weight_and_bias,
 )
-from kd_lightning.models.loading import checked_kwargs, load_causal_lm
+from kd_lightning.models.loading import load_causal_lm
 from kd_lightning.models.lora import LoRA, add_adapters
 from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
 from kd_lightning.models.packing.check import check_packing
+from kd_lightning.models.pretrained import checked_kwargs
+from kd_lightning.models.quantized.layers import check_trainable, is_quantized, plain_parameters
 from kd_lightning.teachers.base import Teacher, TeacherShare
 from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.training.loss_components import component_sums
@@ -81,11 +83,17 @@ class StudentSource:
         if isinstance(student, str):
             student = load_causal_lm(student, init=self.init, kwargs=self.kwargs, role="student")
         else:
+            if is_quantized(student):
+                raise ValueError(
+                    "student: a quantized model must be passed as a folder or name, with quantization_config in "
+                    "student_kwargs: checkpoints hold its adapters alone"
+                )
             check_finite(student, "student")
             check_causal(student.eval(), "student")
+        check_trainable(student, "student", self.lora is not None)
         if self.lora is not None:
             if isinstance(self.model, str) and self.init == "pretrained":
-                base_digest = tensor_digest(student.named_parameters())
+                base_digest = tensor_digest(plain_parameters(student))
             student = add_adapters(student, self.lora)
         if frozen := freeze_unreached(student):
             rank_zero_info(f"student: {frozen}")
