@@ -32,7 +32,8 @@ from kd_lightning.training.evaluation import evaluate_batch, validation_ce
 from kd_lightning.training.optimization import AccumulatingModule
 from kd_lightning.training.prediction import PredictingModule
 from kd_lightning.training.reporter import EvaluationReporter
-from kd_lightning.training.student import StudentSource, StudentWithLoss
+from kd_lightning.training.student import StudentWithLoss
+from kd_lightning.training.student_source import StudentSource
 from kd_lightning.training.teacher_setup import cached_teacher, compare_tokenizers, load_teacher, tokenizers_of
 
 

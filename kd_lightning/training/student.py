@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from kd_lightning.constants import TEACHER_FIELDS, TEACHER_INDEX, TEACHER_POSITIONS
-from kd_lightning.distributed.dtensor import tensor_digest
 from kd_lightning.distributed.fsdp2 import ShardableStudent
 from kd_lightning.distributed.vocab_parallel import head_on_rank
 from kd_lightning.engine.head import Head
@@ -21,18 +20,10 @@ from kd_lightning.losses import DistillationLoss, LossParts
 from kd_lightning.losses.batch import Alignment
 from kd_lightning.models.backbone import body_and_head, head_settings, hidden_states, logits, with_current_weights
 from kd_lightning.models.hf_adapter import (
-    base_model,
-    enable_activation_checkpointing,
-    name_or_path,
     output_embeddings,
     weight_and_bias,
 )
-from kd_lightning.models.loading import load_causal_lm
-from kd_lightning.models.lora import LoRA, add_adapters
-from kd_lightning.models.model_checks import check_causal, check_finite, freeze_unreached
 from kd_lightning.models.packing.check import check_packing
-from kd_lightning.models.pretrained import checked_kwargs
-from kd_lightning.models.quantized.layers import check_trainable, is_quantized, plain_parameters
 from kd_lightning.teachers.base import Teacher, TeacherShare
 from kd_lightning.teachers.batches import teacher_batch
 from kd_lightning.training.loss_components import component_sums
@@ -41,65 +32,6 @@ from kd_lightning.training.routed_pass import RoutedPass
 MODEL_INPUTS = ("input_ids", "attention_mask")
 NOT_COLUMNS = (*MODEL_INPUTS, "labels", "row_ids", TEACHER_INDEX, TEACHER_POSITIONS, *TEACHER_FIELDS.values())
 Split = Callable[[Any], tuple[nn.Module, Head]]  # a model into its body and its LM head
-
-
-@dataclass(frozen=True)
-class StudentSource:
-    """Where the student comes from.
-
-    Args:
-        model: folder, hub name or `asset:` name, or a loaded model.
-        init: `pretrained` or `random`.
-        kwargs: arguments of `from_pretrained`.
-        lora: adapters to add; None: all parameters are trained.
-        gradient_checkpointing: whether activations are recomputed in backward.
-
-    Raises:
-        ValueError: an argument in `kwargs` is refused.
-    """
-
-    model: Any
-    init: str = "pretrained"
-    kwargs: dict[str, Any] | None = None
-    lora: LoRA | None = None
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        checked_kwargs(self.kwargs, "student")
-
-    @property
-    def name(self) -> str | None:
-        """Folder or hub name; None for a loaded model without one."""
-        return self.model if isinstance(self.model, str) else name_or_path(self.model)
-
-    def load(self) -> tuple[nn.Module, str | None]:
-        """Load the student.
-
-        Returns:
-            The model in train mode, without a gradient for what text does not reach; and the digest of its base weights
-            if a checkpoint can leave them out: with adapters on weights that can be loaded again. None otherwise.
-        """
-        student, base_digest = self.model, None
-        if isinstance(student, str):
-            student = load_causal_lm(student, init=self.init, kwargs=self.kwargs, role="student")
-        else:
-            if is_quantized(student):
-                raise ValueError(
-                    "student: a quantized model must be passed as a folder or name, with quantization_config in "
-                    "student_kwargs: checkpoints hold its adapters alone"
-                )
-            check_finite(student, "student")
-            check_causal(student.eval(), "student")
-        check_trainable(student, "student", self.lora is not None)
-        if self.lora is not None:
-            if isinstance(self.model, str) and self.init == "pretrained":
-                base_digest = tensor_digest(plain_parameters(student))
-            student = add_adapters(student, self.lora)
-        if frozen := freeze_unreached(student):
-            rank_zero_info(f"student: {frozen}")
-        if self.gradient_checkpointing:
-            enable_activation_checkpointing(base_model(student), "gradient_checkpointing")
-        return student.train(), base_digest
 
 
 @dataclass(frozen=True)
