@@ -308,7 +308,7 @@ class DistillationModule(PredictingModule, AccumulatingModule):
             return evaluate_batch(self.model, batch, self.teacher, self.reporter.loss)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
-        values = self.reporter.values(self.evaluate_batch(batch))
+        values = self.reporter.values(self.evaluate_batch(batch), batch["labels"][:, 1:])
         for name, path, metric in self.reporter.update(stage, values, batch, self.device):
             bar = name == f"{stage}/kd"
             self.log(name, metric, prog_bar=bar, on_epoch=True, on_step=False, metric_attribute=path)

@@ -47,12 +47,10 @@ def main(args: Sequence[str]) -> int:
     prompts, models = given.pop("prompt"), given.pop("model") or []
     if prompts:
         return print_answers(prompts, models, given)
-    if len(models) > 1:
-        raise ValueError(f"model must be one, as output is one file (several: with --prompt), got {', '.join(models)}")
     for name in ("data", "output"):
         if given[name] is None:
             raise ValueError(f"--{name} is missing: pass --data FILE and --output OUT.jsonl, or --prompt TEXT")
-    given["model"] = models[0] if models else None
+    given["model"] = models[-1] if models else None  # as with every argument, the last one counts
     try:
         generate(**given)
     except (KeyboardInterrupt, Terminated) as end:

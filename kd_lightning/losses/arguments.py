@@ -22,6 +22,8 @@ RESERVED = (
     "student_nll",
     "teacher_nll",
     "agreement",
+    "acceptance",
+    "accepted_length",
     "gap",
     "label_gradient",
     PAIRED,

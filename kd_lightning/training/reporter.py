@@ -11,12 +11,14 @@ from kd_lightning.divergences import Divergence, ForwardKL, GeneralizedJSD, Reve
 from kd_lightning.engine.block_logits import SHARED_MASS
 from kd_lightning.losses import DistillationLoss, LossParts, check_monitors
 from kd_lightning.losses.loss_parts import measured_tokens
+from kd_lightning.metrics.drafting import accepted_length
 from kd_lightning.metrics.per_token import TokenMean
 from kd_lightning.schedules import Schedule
 from kd_lightning.teachers.base import Teacher
 from kd_lightning.teachers.batches import member_names, tokens_by_member
 from kd_lightning.training.loss_components import PREFIX, PartialKL, component_loss
 
+DRAFTING = ("acceptance", "accepted_length")
 TRAINING = ("loss", "kd", "ce", "student_share", "grad_norm")  # means that are logged as `train/NAME`
 
 
@@ -73,15 +75,29 @@ class EvaluationReporter:
         """Names of the values that validation logs as `val/NAME`."""
         names = self.loss.token_loss.names(self.has_teacher)
         totals = ["ce" if name == "student_nll" else name for name in names if name not in ("loss", "ce")]
+        totals += [] if self._distance is None else DRAFTING
         totals += ["aligned_share", *SHARED_MASS] if self.two_tokenizers else []
         return (*totals, *(f"{name}/{member}" for name in totals for member in member_names(self._teacher)))
 
-    @staticmethod
-    def values(parts: LossParts) -> dict[str, Tensor]:
-        """Values of each labeled token by the names they are logged under."""
+    @property
+    def _distance(self) -> str | None:
+        """The monitor that is total variation; None: there is none, or the student cannot draft for the teacher."""
+        found = (name for name, one in self.divergences.items() if isinstance(one, TotalVariation))
+        return next(found, None) if self.has_teacher and not self.two_tokenizers else None
+
+    def values(self, parts: LossParts, labels: Tensor) -> dict[str, Tensor]:
+        """Values of each labeled token by the names they are logged under.
+
+        Args:
+            parts: of the evaluation loss.
+            labels: shifted, [B, T].
+        """
         values = dict(parts.values)
         values["ce"] = values.pop("student_nll")
         values.pop("loss")
+        if self._distance in values:
+            acceptance = 1 - values[self._distance]
+            values |= dict(zip(DRAFTING, (acceptance, accepted_length(acceptance, labels)), strict=True))
         return values
 
     @staticmethod

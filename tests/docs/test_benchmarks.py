@@ -212,6 +212,7 @@ def test_every_method_that_ships_is_compared(script: Any) -> None:
         "self_distillation",
         "cross_tokenizer",
         "pretraining",
+        "draft",
     }
     assert shipped == {words[0] for words in script("compare_methods").METHODS.values()}
 

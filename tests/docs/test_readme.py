@@ -36,6 +36,7 @@ CONFIGS = (
     "self_distillation",
     "cross_tokenizer",
     "pretraining",
+    "draft",
 )
 
 

@@ -54,7 +54,6 @@ def test_a_server_answers(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--prompt", "a", "--output", "x.jsonl"], "--prompt prints answers: remove --output"),
         (["--prompt", "a"], "model must be a folder, hub name or asset: name"),
-        (["--model", "a", "--model", "b", "--data", "x", "--output", "y.jsonl"], "model must be one"),
         (["--model", "a", "--output", "y.jsonl"], "--data is missing: pass --data FILE and --output OUT.jsonl"),
         (["--model", "a", "--data", "x"], "--output is missing"),
         (["--prompt", "a", "--model", "asset:student", "--temperature", "-1"], "temperature"),

@@ -49,7 +49,7 @@ def saved_by_packing(data: BatchLoaders, fit: PreparedFit, one_sequence: bool) -
     batches = data.training_order(fit.trainer).batches(0)[:BATCHES]
     counts = [positions([lengths[row] for row in rows], one_sequence) for rows in batches]
     padded, packed = (sum(count[side] for count in counts) for side in (0, 1))
-    return 1 - packed / padded
+    return 1 - packed / padded if padded else 0.0  # no rows before responses are generated
 
 
 def positions(lengths: Sequence[int], one_sequence: bool = False) -> tuple[int, int]:
