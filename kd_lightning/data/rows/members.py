@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from kd_lightning.data.alignment.responses import ResponseTranslator
-from kd_lightning.data.alignment.rows import shares_of
 from kd_lightning.data.alignment.two_tokenizers import TeacherResponse, TokenizerShares, TwoTokenizers
 from kd_lightning.data.alignment.vocabulary import vocabulary_map
 from kd_lightning.data.rows.teacher_input import TeacherInput
@@ -39,6 +38,9 @@ class RoutedRows(Protocol):
 
     def rows_of_member(self, split: str, name: str) -> Any:
         """The tokenized rows of a split that name a teacher."""
+
+    def shares(self, key: str, rows: Any, known: VocabularyMap) -> TokenizerShares | None:
+        """How much two tokenizers share over tokenized rows."""
 
 
 class MemberRows(TwoTokenizers):
@@ -137,5 +139,6 @@ class MemberRows(TwoTokenizers):
 
         None: there is one tokenizer, or the rows are prompts whose responses are generated in the run.
         """
-        rows = self._data.rows_of_member(split, self.name)
-        return None if self._map is None or "aligned_labels" not in rows.column_names else shares_of(rows, self._map)
+        if self._map is None:
+            return None
+        return self._data.shares(f"{split}/{self.name}", self._data.rows_of_member(split, self.name), self._map)

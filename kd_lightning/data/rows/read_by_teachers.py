@@ -48,6 +48,7 @@ class ReadByTeachers(DistillationDataModule, ABC):
         self._vocabulary_map: VocabularyMap | None = None
         self._routed: RoutedInput | None = None  # several teachers, if one has a tokenizer of its own
         self._members: dict[str, MemberRows] = {}  # empty unless there are such teachers
+        self._member_rows: dict[tuple[str, str], tuple[Any, Any]] = {}  # with the rows that they were selected from
         self._compared_source: str | PreTrainedTokenizerBase | TeacherTokenizers | None = None
         self._shares: dict[str, tuple[Any, VocabularyMap, TokenizerShares]] = {}  # with what they were computed from
 
@@ -66,6 +67,7 @@ class ReadByTeachers(DistillationDataModule, ABC):
             return
         self._compared_source, before = source, self.has_two_tokenizers
         self._vocabulary_map, self._routed, self._members = None, None, {}
+        self._member_rows.clear()
         self.__dict__.pop("_translator", None)
         if isinstance(source, TeacherTokenizers):
             found = None
@@ -136,7 +138,11 @@ class ReadByTeachers(DistillationDataModule, ABC):
         rows, number = self._rows[split], list(self._members).index(name)
         if MEMBER not in rows.column_names:  # prompts without responses yet
             return rows.select([])
-        return rows.select([n for n, own in enumerate(rows[MEMBER][:]) if own == number])
+        before = self._member_rows.get((split, name))
+        if before is None or before[0] is not rows:
+            own = rows.select([n for n, member in enumerate(rows[MEMBER][:]) if member == number])
+            self._member_rows[split, name] = before = (rows, own)
+        return before[1]
 
     @property
     def input_of_rows(self) -> InputOfRows:
@@ -212,14 +218,21 @@ class ReadByTeachers(DistillationDataModule, ABC):
         None: there is one tokenizer, or the rows are prompts whose responses are generated in the run.
         """
         known = self.vocabulary_map
-        if known is None:
-            return None
-        rows = self._rows[split]
+        return None if known is None else self.shares(split, self._rows[split], known)
+
+    def shares(self, key: str, rows: Any, known: VocabularyMap) -> TokenizerShares | None:
+        """How much two tokenizers share over tokenized rows; computed once for the same rows.
+
+        Args:
+            key: names the rows: others of the same name replace them.
+            rows: None is returned if they have no responses yet.
+            known: the tokens that are partners.
+        """
         if "aligned_labels" not in rows.column_names:
             return None
-        before = self._shares.get(split)
+        before = self._shares.get(key)
         if before is None or before[0] is not rows or before[1] is not known:
-            self._shares[split] = before = (rows, known, shares_of(rows, known))
+            self._shares[key] = before = (rows, known, shares_of(rows, known))
         return before[2]
 
     @property
