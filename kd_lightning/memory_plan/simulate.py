@@ -93,37 +93,27 @@ def load_tokenizers(module: DistillationModule, data: DistillationDataModule) ->
     if teacher is None:
         return []
     own = module.teacher_tokenizer_name
+    several = own if isinstance(own, TeacherTokenizers) else None
+    names = {"student": module.tokenizer_name}
     if isinstance(own, TeacherTokenizers):
-        return load_tokenizers_of_several(module, data, own)
-    names = {"student": module.tokenizer_name, "teacher": own}
+        names |= {f"teacher {name!r}": path for name, path in own.names.items()}
+    else:
+        names["teacher"] = own
     without = [role for role, name in names.items() if name is not None and not has_tokenizer_files(name)]
     data.use_tokenizer_of(None if "student" in without else names["student"])
-    data.use_teacher_tokenizer_of(names["teacher"])
+    data.use_teacher_tokenizer_of(own)
     if data.load_tokenizers() and "student" in without:
         without.remove("student")  # the data module was given a tokenizer
+    if data.has_two_tokenizers and several is not None:
+        raise ValueError(
+            f"plan: the teachers {', '.join(several.names)} have several tokenizers, and a plan has one of them: plan "
+            "with each as the only teacher"
+        )
     if data.has_two_tokenizers:
         use_two_tokenizers(data, teacher, module.model, module.reporter)
         return []
-    found = " and ".join(without)
-    return [f"no tokenizer files for {found}: both models are assumed to read the same tokens"] if found else []
-
-
-def load_tokenizers_of_several(
-    module: DistillationModule, data: DistillationDataModule, teachers: TeacherTokenizers
-) -> list[str]:
-    """The same for several teachers, which must have one tokenizer."""
-    names = [name for name in (module.tokenizer_name, *teachers.names.values()) if name is not None]
-    if not all(map(has_tokenizer_files, names)):
-        return ["not all models have tokenizer files: all are assumed to read the same tokens"]
-    data.use_tokenizer_of(module.tokenizer_name)
-    data.use_teacher_tokenizer_of(teachers)
-    data.load_tokenizers()
-    if data.has_two_tokenizers:
-        raise ValueError(
-            f"plan: the teachers {', '.join(teachers.names)} have several tokenizers, and a plan has one of them: plan "
-            "with each as the only teacher"
-        )
-    return []
+    found, models = " and ".join(without), "both models" if several is None else "all models"
+    return [f"no tokenizer files for {found}: {models} are assumed to read the same tokens"] if found else []
 
 
 def _batch_shape(datamodule: Any) -> tuple[int, int]:
