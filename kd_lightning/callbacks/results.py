@@ -219,7 +219,7 @@ class ResultsTable(L.Callback):
         task = "" if self.task is None else f" (exact match: {self.task})"
         table = Table(title=Text(printable(f"test rows{task}"), "table.title"))
         table.add_column("")
-        for heading in headings(self.rows).values():
+        for heading in headings(self.rows.values()).values():
             table.add_column(heading, justify="right")
         for cells in formatted_results(self.rows):
             table.add_row(*cells)

@@ -158,8 +158,9 @@ def table(groups: Sequence[Sequence[RunFolder]], names: Sequence[str]) -> dict[s
 
 def _means(runs: Sequence[RunFolder], key: str) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
-    for column in headings(*(run.results for run in runs)):
-        values = [(run.results or {})[key] for run in runs]
+    tables = [run.results for run in runs if run.results is not None]
+    for column in headings(row for table in tables for row in table.values()):
+        values = [table[key] for table in tables]
         found = [value.get(column) for value in values if value is not None]
         numbers = [number for number in found if number is not None]
         spread = statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
@@ -182,14 +183,8 @@ def text_of(column: str, cell: Cell, best: Cell) -> str:
     return f"{text} *" if apart else text
 
 
-def _titles(rows: dict[str, dict[str, Cell]]) -> dict[str, str]:
-    """The columns that a row has, and their titles."""
-    known = headings({"": dict.fromkeys(column for cells in rows.values() for column in cells)})
-    return {"run": "run", **known}
-
-
 def _cells(rows: dict[str, dict[str, Cell]]) -> list[list[str]]:
-    columns = [column for column in _titles(rows) if column != "run"]
+    columns = headings(rows.values())
     best: dict[str, Cell] = {}
     for column in columns:
         students = [cells.get(column) for name, cells in rows.items() if name not in SHARED.values()]
@@ -211,7 +206,7 @@ EXPLAINED = (
 
 def _print(rows: dict[str, dict[str, Cell]], notes: Sequence[str]) -> None:
     shown = Table(title="test rows")
-    for heading in _titles(rows).values():
+    for heading in ("run", *headings(rows.values()).values()):
         shown.add_column(heading, justify="left" if heading == "run" else "right")
     for cells in _cells(rows):
         shown.add_row(*(Text(printable(cell)) for cell in cells))
@@ -230,7 +225,12 @@ def page(
     """The comparison as one Markdown page with embedded figures."""
     labeled = (note.partition(": ") for note in notes)
     shown = [f"**{label}**: {markdown_text(redact_text(text))}" for label, _, text in labeled]
-    out = ["# Runs side by side", *shown, markdown_table(list(_titles(rows).values()), _cells(rows)), EXPLAINED]
+    out = [
+        "# Runs side by side",
+        *shown,
+        markdown_table(["run", *headings(rows.values()).values()], _cells(rows)),
+        EXPLAINED,
+    ]
     changed = differing([group[0] for group in groups])
     if changed:
         cells = [[code_span(name), *(code_span(group[0].method.get(name)) for group in groups)] for name in changed]

@@ -8,7 +8,7 @@ import yaml
 
 import kd_lightning
 from kd_lightning.reporting.markdown import code_block, code_span, markdown_table
-from kd_lightning.reporting.run_dir import RunFolder, formatted_results, headings
+from kd_lightning.reporting.run_dir import RunFolder, results_table
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SHOWN: tuple[str, ...] = ("model.", "data.", "trainer.max_steps", "trainer.max_epochs", "trainer.precision")
@@ -37,7 +37,7 @@ def model_card(run: RunFolder) -> str:
     out += ["A causal language model, distilled with `kd_lightning` " + kd_lightning.__version__ + "."]
     out += [markdown_table(["", ""], rows)]
     if run.results is not None:
-        out += ["## Test rows", markdown_table(["", *headings(run.results).values()], formatted_results(run.results))]
+        out += ["## Test rows", results_table(run.results)]
         out += [
             "NLL and forward KL in nats per token; exact match: the share of greedy responses that equal the answer."
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from kd_lightning.paths import expand_path
+from kd_lightning.reporting.markdown import markdown_table
 from kd_lightning.reporting.moved_classes import update_class_paths
 from kd_lightning.reporting.redaction import redact_config
 
@@ -116,19 +117,24 @@ def _is_table(table: object) -> TypeGuard[Results]:
     return all(row is None or (isinstance(row, dict) and HEADINGS.keys() <= row.keys()) for row in table.values())
 
 
-def headings(*tables: Results | None) -> dict[str, str]:
-    """The columns of results tables and their titles; with the score if one of them has it."""
-    scored = any(SCORE in row for table in tables if table is not None for row in table.values() if row is not None)
+def headings(rows: Iterable[Mapping[str, object] | None]) -> dict[str, str]:
+    """The columns of results tables and their titles; with the score if a row has it."""
+    scored = any(SCORE in row for row in rows if row is not None)
     return {**HEADINGS, **({SCORE: SCORE} if scored else {})}
 
 
 def formatted_results(results: Results) -> list[list[str]]:
     """The rows of a results table as text: name, then one cell per heading."""
-    rows = []
+    rows, columns = [], headings(results.values())
     for name, values in results.items():
-        found = {column: (values or {}).get(column) for column in headings(results)}
+        found = {column: (values or {}).get(column) for column in columns}
         rows.append([name.replace("_", " "), *(_formatted(column, value) for column, value in found.items())])
     return rows
+
+
+def results_table(results: Results) -> str:
+    """A results table in Markdown."""
+    return markdown_table(["", *headings(results.values()).values()], formatted_results(results))
 
 
 def _formatted(column: str, value: float | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from kd_lightning.constants import moves_objective
 from kd_lightning.reporting.figures import as_markdown, curves
 from kd_lightning.reporting.markdown import code_block, code_span, markdown_table, markdown_text
-from kd_lightning.reporting.run_dir import RunFolder, formatted_results, headings
+from kd_lightning.reporting.run_dir import RunFolder, results_table
 
 SETUP: tuple[str, ...] = (
     "model",
@@ -40,7 +40,7 @@ def page(
     """
     out = [f"# {markdown_text(run.root.name)}"]
     if run.results is not None:
-        out += ["## Test rows", markdown_table(["", *headings(run.results).values()], formatted_results(run.results))]
+        out += ["## Test rows", results_table(run.results)]
     if answers := list(_answers(run)):
         out += ["## Responses to test rows", markdown_table(["", "student", "teacher"], answers)]
     found = [*map(markdown_text, notes), *warnings(run, rows)]
