@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from measuring import machine, mean_and_spread, run_fits, short_fit
+from measuring import fit_arguments, machine, mean_and_spread, run_fits, short_fit
 
 from kd_lightning import DistillationModule, InstructionDataModule
 from kd_lightning.reporting.run_dir import RunFolder
@@ -57,14 +56,7 @@ def report(results: list[dict[str, Any]], start: dict[str, float]) -> str:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
-    parser.add_argument("--output", type=Path, default=Path("build/drafts"))
-    parser.add_argument("--quick", action="store_true", help="two steps of one seed: meaningless figures")
-    arguments = parser.parse_args(words)
-    if arguments.quick:
-        arguments.steps, arguments.seeds = 2, [0]
+    arguments = fit_arguments(parser, words, 400, "drafts", "two steps of one seed")
     start = before()
 
     def fit(run: str, seed: int, steps: int) -> dict[str, Any]:

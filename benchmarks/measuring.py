@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -74,6 +75,29 @@ def mean_and_spread(values: Sequence[float], digits: int, factor: float = 1) -> 
     """Mean ± standard deviation; the value alone if there is one."""
     text = f"{factor * statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {factor * statistics.stdev(values):.{digits}f}"
+
+
+def fit_arguments(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None, steps: int, output: str, quick: str
+) -> argparse.Namespace:
+    """The arguments of a script that calls `run_fits`, after its own; with `--quick`, two steps of one seed.
+
+    Args:
+        parser: with the arguments of the script.
+        words: of the command line.
+        steps: default of `--steps`.
+        output: default of `--output`, below `build`.
+        quick: what `--quick` does, for `--help`.
+    """
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--output", type=Path, default=Path("build") / output)
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: meaningless figures")
+    found = parser.parse_args(words)
+    if found.quick:
+        found.steps, found.seeds = 2, [0]
+    return found
 
 
 def run_fits(

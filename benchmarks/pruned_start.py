@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from measuring import machine, mean_and_spread, program, run_fits, short_fit
+from measuring import fit_arguments, machine, mean_and_spread, program, run_fits, short_fit
 
 RUNS = {"layers of the teacher": "pretrained", "random weights": "random"}
 COLUMNS = {"nll": 3, "forward_kl": 3, "exact_match": 1}
@@ -47,14 +46,7 @@ def _cell(values: list[float], column: str) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="2", help="a number, or a list of indices such as 0,3")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
-    parser.add_argument("--output", type=Path, default=Path("build/pruned_start"))
-    parser.add_argument("--quick", action="store_true", help="two steps of one seed: meaningless figures")
-    arguments = parser.parse_args(words)
-    if arguments.quick:
-        arguments.steps, arguments.seeds = 2, [0]
+    arguments = fit_arguments(parser, words, 400, "pruned_start", "two steps of one seed")
     arguments.output.mkdir(parents=True, exist_ok=True)
     student = arguments.output / f"layers_{arguments.layers.replace(',', '_')}"
     if not student.exists():

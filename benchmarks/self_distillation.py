@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from measuring import machine, mean_and_spread, run_fits, short_fit
+from measuring import fit_arguments, machine, mean_and_spread, run_fits, short_fit
 
 SELF = "--model.teacher.init_args."
 ON_POLICY = ("--model.responses", "OnPolicy", "--model.responses.share", "1", "--model.responses.max_new_tokens", "8")
@@ -51,15 +50,10 @@ def _cell(values: list[float], column: str) -> str:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
-    parser.add_argument("--output", type=Path, default=Path("build/self_distillation"))
-    parser.add_argument("--quick", action="store_true", help="two steps of the first run: meaningless figures")
-    arguments = parser.parse_args(words)
+    arguments = fit_arguments(parser, words, 300, "self_distillation", "two steps of the first run")
     if arguments.quick:
-        arguments.steps, arguments.seeds, arguments.runs = 2, [0], list(RUNS)[:1]
+        arguments.runs = list(RUNS)[:1]
     keys = [(run, seed, arguments.steps) for seed in arguments.seeds for run in arguments.runs]
 
     def fit(run: str, seed: int, steps: int) -> dict[str, Any]:
