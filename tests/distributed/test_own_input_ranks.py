@@ -13,10 +13,9 @@ import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import DistillationModule
 from kd_lightning.constants import TEACHER_FIELDS
-from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.models.lora import LoRA
-from sharded_fits import assert_ranks_are_one_process, joined, strategies, train
-from tiny_fits import SGD, Batch, rows, split
+from sharded_fits import assert_ranks_are_one_process, joined, strategies, two_passes
+from tiny_fits import SGD, Batch, rows
 
 
 def own_input(batch: Batch) -> Batch:
@@ -34,9 +33,7 @@ def trained(
     adapters = LoRA(r=2) if lora else None
     module = DistillationModule(student, teacher, ce_weight=0.5, optimizer=SGD, lora=adapters)
     batch = rows(8, VOCABULARY)
-    part = split(own_input(batch) if own else batch, *{1: [8], 2: [5, 3]}[ranks])[rank]
-    train(module, part, folder, None, devices=ranks, strategy=strategy, max_epochs=2)
-    return full_state_dict(module.student)
+    return two_passes(module, own_input(batch) if own else batch, folder, strategy, rank, ranks)
 
 
 def on_two_ranks(rank: int, folder: str, lora: bool) -> dict[str, dict[str, Tensor]]:

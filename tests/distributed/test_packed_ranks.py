@@ -12,10 +12,9 @@ from torch import Tensor
 import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import DistillationModule
-from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.models.lora import LoRA
-from sharded_fits import assert_ranks_are_one_process, joined, strategies, train
-from tiny_fits import SGD, rows, split
+from sharded_fits import assert_ranks_are_one_process, joined, strategies, two_passes
+from tiny_fits import SGD, rows
 
 
 class PackedModule(DistillationModule):
@@ -32,10 +31,9 @@ def trained(
     student, teacher = tiny("llama"), tiny("llama", hidden_size=48)
     kind = PackedModule if packed else DistillationModule
     module = kind(student, teacher, ce_weight=0.5, optimizer=SGD, lora=LoRA(r=2) if lora else None)
-    part = split(rows(8, VOCABULARY), *{1: [8], 2: [5, 3]}[ranks])[rank]
-    train(module, part, folder, None, devices=ranks, strategy=strategy, max_epochs=2)
+    found = two_passes(module, rows(8, VOCABULARY), folder, strategy, rank, ranks)
     assert module.model.packed is packed
-    return full_state_dict(module.student)
+    return found
 
 
 def on_two_ranks(rank: int, folder: str, lora: bool) -> dict[str, dict[str, Tensor]]:

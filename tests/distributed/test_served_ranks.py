@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.teachers.served import ServerTeacher
 from scoring_server import ScoringServer
 from sharded_fits import assert_ranks_are_one_process, joined, strategies
+from tiny_fits import fit_data
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
@@ -29,20 +29,8 @@ def trained(folder: Path, url: str, data: str, strategy: Any, ranks: int = 1) ->
     rows = InstructionDataModule(
         data, tokenizer="asset:student", batch_size=8 // ranks, max_length=96, shuffle=False, group_by_length=False
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=strategy,
-        max_epochs=1,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, datamodule=rows)
+    settings = {"devices": ranks, "strategy": strategy, "default_root_dir": folder, "use_distributed_sampler": False}
+    fit_data(module, rows, steps=3, seed=0, **settings)
     return full_state_dict(module.student)
 
 

@@ -13,10 +13,9 @@ import processes
 from architectures import VOCABULARY, tiny
 from kd_lightning import DistillationModule, VocabularyMap
 from kd_lightning.constants import TEACHER_FIELDS, TEACHER_POSITIONS
-from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.models.lora import LoRA
-from sharded_fits import assert_ranks_are_one_process, joined, strategies, train
-from tiny_fits import SGD, Batch, rows, split
+from sharded_fits import assert_ranks_are_one_process, joined, strategies, two_passes
+from tiny_fits import SGD, Batch, rows
 
 TEACHER_VOCABULARY, PAIRS, MORE = 56, 40, 3
 
@@ -51,9 +50,7 @@ def trained(
     module.model.use_vocabulary_map(known())
     module.reporter.use_two_tokenizers()
     batch = two_tokenizers(rows(8, VOCABULARY), aligned)
-    part = split(batch, *{1: [8], 2: [5, 3]}[ranks])[rank]
-    train(module, part, folder, None, devices=ranks, strategy=strategy, max_epochs=2)
-    return full_state_dict(module.student)
+    return two_passes(module, batch, folder, strategy, rank, ranks)
 
 
 def on_two_ranks(rank: int, folder: str, lora: bool) -> dict[str, dict[str, Tensor]]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kd_lightning.callbacks.export import HFExport
+from kd_lightning.distributed.dtensor import full_state_dict
 from kd_lightning.strategies import FSDP2Strategy
-from tiny_fits import Batch
+from tiny_fits import Batch, split
 
 
 def joined(rank: int, ranks: int) -> None:
@@ -38,6 +39,13 @@ def train(module: Any, batch: Batch, folder: Path, start: Path | None, **setting
     )
     loader = DataLoader([batch], batch_size=None)
     trainer.fit(module, loader, loader, ckpt_path=start, weights_only=True)
+
+
+def two_passes(module: Any, batch: Batch, folder: Path, strategy: Any, rank: int, ranks: int) -> dict[str, Tensor]:
+    """The whole student after two steps on eight rows, of which the first of two ranks has five."""
+    part = split(batch, *{1: [8], 2: [5, 3]}[ranks])[rank]
+    train(module, part, folder, None, devices=ranks, strategy=strategy, max_epochs=2)
+    return full_state_dict(module.student)
 
 
 def strategies() -> dict[str, Any]:

@@ -63,18 +63,20 @@ def fit(module: DistillationModule, batches: list[Batch], validation: list[Batch
     return module
 
 
-def fit_data(module: DistillationModule, data: L.LightningDataModule, steps: int, seed: int) -> dict[str, Tensor]:
+def fit_data(
+    module: DistillationModule, data: L.LightningDataModule, steps: int, seed: int, **settings: Any
+) -> dict[str, Tensor]:
     """Train some steps on a data module, without validation and files; the student's weights."""
     L.seed_everything(seed, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1,
         max_steps=steps,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
+        **{"devices": 1, **settings},
     )
     trainer.fit(module, datamodule=data)
     return weights(module)

@@ -38,7 +38,7 @@ from kd_lightning.rollout.minillm import MiniLLM
 from kd_lightning.training.teacher_setup import use_two_tokenizers
 from pair_data import pairs
 from sharded_fits import joined, strategies
-from tiny_fits import SGD, STILL, Batch, Run, assert_same_student, fit_data, weights
+from tiny_fits import SGD, STILL, Batch, Run, assert_same_student, fit_data
 
 OTHER, SAME = "other", "same"
 """The teacher with another tokenizer, and the one with the student's."""
@@ -283,18 +283,7 @@ def trained(path: str, teacher: Any, **kwargs: Any) -> dict[str, Tensor]:
     rows = data(path, batch_size=kwargs.pop("batch_size", 12), **kwargs.pop("rows", {}))
     settings: dict[str, Any] = {"optimizer": SGD, "ce_weight": 0.3, **kwargs.pop("module", {})}
     module = Run(BYTES, teacher, **settings)
-    L.seed_everything(0, verbose=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **{"devices": 1, "log_every_n_steps": 1, **kwargs},
-    )
-    trainer.fit(module, datamodule=rows)
-    return weights(module)
+    return fit_data(module, rows, kwargs.pop("max_steps"), seed=0, **kwargs)
 
 
 def test_micro_batches_add_up_to_one_step(tmp_path: Path) -> None:
@@ -425,20 +414,7 @@ def ranked(file: str, strategy: Any, ranks: int) -> dict[str, Tensor]:
     """Two steps; the first of two ranks has no row of the plain teacher in the first step."""
     rows = data(file, batch_size=8 // ranks)
     module = DistillationModule(BYTES, teachers(), ce_weight=0.3, optimizer=SGD)
-    L.seed_everything(0, verbose=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=strategy,
-        max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, datamodule=rows)
+    fit_data(module, rows, steps=2, seed=0, devices=ranks, strategy=strategy, use_distributed_sampler=False)
     return full_state_dict(module.student)
 
 
