@@ -24,13 +24,13 @@ LIMIT_S = 900  # per cell; a cell that takes longer hangs, even on a busy machin
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """Execute a notebook in an empty folder with the package of this checkout, on one thread.
+    """Execute a notebook in an empty folder with the package and `short_run` of this checkout, on one thread.
 
     Raises:
         CellExecutionError: If a cell fails.
     """
     notebook = nbformat.read(path, as_version=4)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(ROOT / "tutorials"), *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
