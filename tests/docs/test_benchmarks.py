@@ -208,6 +208,7 @@ def test_methods_beside_their_controls_go_on_where_they_were(
 def test_every_method_that_ships_is_compared(script: Any) -> None:
     shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {
         "lora",
+        "real_pair",
         "sft",
         "self_distillation",
         "cross_tokenizer",
