@@ -156,9 +156,9 @@ def test_included_files_exist() -> None:
         assert (ROOT / name).is_file(), name
 
 
-def python(code: str, folder: Path, given: str = "", path: Path = ROOT) -> str:
+def python(code: str, folder: Path, given: str = "") -> str:
     """What a program of its own prints: classes that pages define must not outlive them."""
-    env = {**os.environ, "PYTHONPATH": str(path)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=folder, env=env, input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
