@@ -1,7 +1,7 @@
 """What `kd-lightning COMMAND --help` prints, on the page of the commands: a hook of MkDocs.
 
-A line `<!-- help: COMMAND -->` becomes that text. It is taken from the program when the site is built, so it is never out
-of date. Of a long help only the beginning is shown, and each group of arguments after it can be unfolded.
+A line `<!-- help: COMMAND -->` becomes that text. The program is run when the site is built, so the text is always
+current. Of a long help only the beginning is shown, and each group of arguments after it can be unfolded.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_the_page_of_the_commands_shows_their_help(site: Path) -> None:
     for command in ("fit", *OTHER_COMMANDS):
         assert f"usage: kd-lightning {command} " in page, command
     for argument in ("--model.temperature", "--data.packing", "--trainer.devices", "--export.which", "--ckpt_path"):
-        assert f"\n  {argument} " in page, argument
+        assert re.search(rf"^  {argument}\s", page, re.MULTILINE), argument
 
 
 def test_every_page_is_whole_without_a_network(site: Path) -> None:
