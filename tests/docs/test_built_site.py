@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import runpy
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import kd_lightning
+from kd_lightning.cli.command_parser import OTHER_COMMANDS
 from locations import ROOT
 
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
@@ -34,11 +36,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_builds_strictly_and_names_are_where_links_expect_them(site: Path) -> None:
     """Links and anchors inside pages are checked by the strict build itself; here, what docstrings turned into."""
-    html = "\n".join(path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html")))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html")))
     for name in set(kd_lightning.__all__) - {"__version__"}:
-        assert f'id="kd_lightning.{name}"' in html, name
-    assert ".. math::" not in html
-    assert not re.search(r"<p>[^<]*\\\(", html), "a formula was left as text"
+        assert f'id="kd_lightning.{name}"' in text, name
+    assert ".. math::" not in text
+    assert not re.search(r"<p>[^<]*\\\(", text), "a formula was left as text"
 
 
 def test_blocks_and_papers_of_docstrings_become_markdown() -> None:
@@ -51,8 +53,8 @@ def test_blocks_and_papers_of_docstrings_become_markdown() -> None:
 def test_every_notebook_is_a_page_with_its_figures_and_formulas(site: Path, path: Path) -> None:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    html = (site / "tutorials" / f"{path.stem}.html").read_text(encoding="utf-8")
-    article = html[html.index("<article") : html.index("</article>")]
+    page = (site / "tutorials" / f"{path.stem}.html").read_text(encoding="utf-8")
+    article = page[page.index("<article") : page.index("</article>")]
     figures = re.findall(r'<img [^>]*src="([^"]+)"', article)
     assert len(figures) == sum("image/png" in output.get("data", {}) for output in outputs)
     assert len(set(figures)) == len(figures)
@@ -75,6 +77,14 @@ def test_links_of_a_checkout_lead_to_pages_of_the_site() -> None:
     assert site_links("[a](../../tutorials/02_two.ipynb)", "reference/x.md") == "[a](../tutorials/02_two.md)"
 
 
+def test_the_page_of_the_commands_shows_their_help(site: Path) -> None:
+    page = html.unescape((site / "reference" / "commands.html").read_text(encoding="utf-8"))
+    for command in ("fit", *OTHER_COMMANDS):
+        assert f"usage: kd-lightning {command} " in page, command
+    for argument in ("--model.temperature", "--data.packing", "--trainer.devices", "--export.which", "--ckpt_path"):
+        assert re.search(rf"^  {argument}\s", page, re.MULTILINE), argument
+
+
 def test_every_page_is_whole_without_a_network(site: Path) -> None:
     for path in sorted(site.rglob("*.html")):
         text = path.read_text(encoding="utf-8")
@@ -87,8 +97,8 @@ def test_every_page_is_whole_without_a_network(site: Path) -> None:
 
 def test_formulas_are_such_that_katex_reads(site: Path) -> None:
     """Balanced, and nothing of Markdown left in them."""
-    html = "\n".join(path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html")))
-    formulas = re.findall(r'class="arithmatex">(.*?)</(?:span|div)>', html, re.DOTALL)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html")))
+    formulas = re.findall(r'class="arithmatex">(.*?)</(?:span|div)>', text, re.DOTALL)
     assert len(formulas) > 80
     for formula in formulas:
         assert "<" not in formula, formula
