@@ -205,6 +205,21 @@ def test_methods_beside_their_controls_go_on_where_they_were(
     assert "jsd" in (tmp_path / "chart.svg").read_text()
 
 
+def test_variants_of_a_baseline_with_the_same_student_share_a_line(script: Any) -> None:
+    methods = script("compare_methods")
+    rows = lambda value: [dict.fromkeys(methods.COLUMNS, value)]  # noqa: E731
+    found = {
+        "jsd": rows(1.0),
+        "labels, last step": rows(1.0),
+        "labels, best step": rows(1.0),
+        "labels, rows": rows(2.0),
+    }
+    assert list(methods.merged(found)) == ["jsd", "labels, last step and best step", "labels, rows"]
+    results = json.loads((FOLDER / "results" / "methods.json").read_text(encoding="utf-8"))
+    table = (FOLDER / "results" / "methods.md").read_text(encoding="utf-8")
+    assert methods.report(results).splitlines()[3:] == table.splitlines()[3:]
+
+
 def test_every_method_that_ships_is_compared(script: Any) -> None:
     shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {
         "lora",
