@@ -211,7 +211,7 @@ class DistillationLoss(nn.Module):
             >>> import torch
             >>> from kd_lightning import DistillationLoss, ForwardKL
             >>> student, teacher = torch.tensor([[[0.25, 0.75]] * 2, [[0.5, 0.5]] * 2]).log()
-            >>> loss, head = DistillationLoss(ForwardKL()), torch.eye(2)  # so that the logits are the hidden states
+            >>> loss, head = DistillationLoss(ForwardKL()), torch.eye(2)  # logits are the hidden states
             >>> loss.from_hidden(student, head, teacher, head, torch.tensor([0, -100])).mean
             tensor(0.1438)
         """

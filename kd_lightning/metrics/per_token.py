@@ -83,7 +83,7 @@ class _OfOneModel(_Plotted, ABC):
     """A metric whose `update` takes the log-probabilities of one model."""
 
     def update_from_logits(self, logits: Tensor, labels: Tensor | None = None) -> None:
-        """Add tokens from logits of either model, [..., V], aligned with the labels; labels and errors as in `update`."""
+        """Add tokens from logits of either model, [..., V], aligned with the labels; labels, errors: see `update`."""
         self.update(functional.log_softmax(logits.detach()), labels=labels)
 
 

@@ -37,8 +37,7 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
 
     The backbone returns hidden states h; then \(\mathrm{logits} = \mathrm{cap}(\mathrm{scale} (h W^\top + b))\).
     A few tokens show which factors of its configuration a model applies: the input of the last layer is compared with
-    h, its output with \(h W^\top + b\). The output is then replaced by noise, so that the factors after it are visible
-    whatever the weights are.
+    h, its output with \(h W^\top + b\), and the logits with what the factors after it make of noise instead of it.
 
     Args:
         model: a Hugging Face causal language model, also one wrapped by PEFT.
