@@ -261,7 +261,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 raise OSError(f"{folder} could not be written by rank {rank}: {reason}")
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Open a file or a folder, whose tensors are read later; ValueError if it is no checkpoint of a training run."""
+        """Open a file or a folder, whose tensors are read later; ValueError if it is no checkpoint of a run."""
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = open_checkpoint(path)
         self._reader = ShardReader(path) if path.is_dir() else None

@@ -176,7 +176,7 @@ class ContrastiveDataModule(InstructionDataModule):
 
     # -------------------------------------------------------------------------------------------------------- loaders
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of this rank's pairs, ordered by (seed, epoch), also after a resume; ValueError without a whole pair."""
+        """Batches of this rank's pairs, in the order of (seed, epoch), resumable; ValueError without a whole pair."""
         if self._pairs is None:
             if self.responses == "generate":
                 self._announce(0)
