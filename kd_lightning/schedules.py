@@ -37,7 +37,7 @@ class StepState(nn.Module):
 class Schedule(StepState, ABC):
     """A weight that changes in `update`, called once per optimizer step; `forward` returns its current value.
 
-    `columns`: entries of `rows` that it reads; the loss computes them. `side`: as in `ResponseGap`; None: all responses.
+    `columns`: entries of `rows` that it reads; the loss computes them. `side`: as in `ResponseGap`; None: all of them.
 
     Examples:
         >>> from kd_lightning import DistillationLoss, ForwardKL, Linear

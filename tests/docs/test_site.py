@@ -16,6 +16,7 @@ import pytest
 import kd_lightning
 import runs
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
+from kd_lightning.data.conversation import parse_row
 from locations import ROOT
 
 DOCS = ROOT / "docs"
@@ -85,8 +86,8 @@ def shell_lines(page: str) -> list[list[str]]:
 
 LINES = [line for page in TEXTS for line in shell_lines(page)]
 PAGES_RUN = (
-    pytest.param("index.md", marks=pytest.mark.slow), "scale.md", "responses.md", "watching.md",
-    pytest.param("extending.md", marks=pytest.mark.slow),
+    pytest.param("getting_started.md", marks=pytest.mark.slow), "scale.md", "responses.md", "watching.md",
+    pytest.param("data.md", marks=pytest.mark.slow), pytest.param("extending.md", marks=pytest.mark.slow),
 )  # fmt: skip
 
 
@@ -168,6 +169,13 @@ def python(code: str, folder: Path, given: str = "") -> str:
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
 def test_python_on_the_pages_runs(page: str, tmp_path: Path) -> None:
     python("import torch\ntorch.manual_seed(0)\n" + "\n".join(blocks(page, "python")), tmp_path)
+
+
+def test_rows_on_the_page_of_the_data_have_forms_that_are_read() -> None:
+    rows = [json.loads(line) for block in blocks("data.md", "json") for line in block.splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        assert not parse_row(row, "data.md").empty, row
 
 
 def inline_options() -> list[list[str]]:
