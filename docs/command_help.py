@@ -12,11 +12,14 @@ import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
+
+from kd_lightning.cli.command_parser import OTHER_COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"^( *)<!-- help: (\w+) -->$", re.MULTILINE)
@@ -33,10 +36,17 @@ json.dump(texts, sys.stdout)
 """
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Start the program; it prints its help while other pages are built."""
+    config.extra["command_help"] = ThreadPoolExecutor(1).submit(helps, ["fit", *OTHER_COMMANDS])
+    return config
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Replace the markers of a page."""
-    commands = sorted({command for _, command in MARKER.findall(markdown)})
-    texts = helps(commands) if commands else {}
+    if not MARKER.search(markdown):
+        return markdown
+    texts = config.extra["command_help"].result()
     return MARKER.sub(lambda found: textwrap.indent(block(texts[found[2]]), found[1]), markdown)
 
 

@@ -25,8 +25,8 @@ NOTE = "*The executed notebook `tutorials/{}` of the repository.*"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Replace the entry for all notebooks by one entry for each; its title is the first heading."""
-    pages = [f"tutorials/{path.stem}.md" for path in NOTEBOOKS]
+    """Replace the entry for all notebooks by one entry for each, with its number and its first heading."""
+    pages = [{f"{path.stem[:2]} {heading(path)}": f"tutorials/{path.stem}.md"} for path in NOTEBOOKS]
     for section in config.nav or []:
         for title, entries in section.items() if isinstance(section, dict) else ():
             if NAV in entries:
@@ -56,6 +56,12 @@ def site_links(markdown: str, page: str) -> str:
         return re.sub(r"\]\(\.\./docs/", "](../", re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", markdown))
     up = page.count("/")
     return re.sub(rf"\]\((?:\.\./){{{up + 1}}}tutorials/(\w+)\.ipynb", rf"]({'../' * up}tutorials/\1.md", markdown)
+
+
+def heading(path: Path) -> str:
+    """The first heading of a notebook."""
+    first: str = nbformat.read(path, as_version=4).cells[0].source
+    return first.partition("\n")[0].lstrip("# ")
 
 
 def convert(path: Path) -> tuple[str, dict[str, bytes]]:

@@ -64,6 +64,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Raises:
         ValueError: a size does not divide the number of ranks, or the trainer's precision is not supported.
+
+    Examples:
+        >>> from kd_lightning import FSDP2Strategy
+        >>> strategy = FSDP2Strategy(shard_size=8, activation_checkpointing=True)  # for Trainer(strategy=...)
+        >>> strategy.shard_size, strategy.tensor_parallel_size
+        (8, 1)
     """
 
     def __init__(

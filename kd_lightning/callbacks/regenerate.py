@@ -63,6 +63,12 @@ class Regeneration(L.Callback):
     Raises:
         ValueError: an argument is out of range; before the first step: the data module accepts no responses, the model
             cannot generate, there is no room for a prompt, the teacher is cached, or the server fails its test.
+
+    Examples:
+        >>> from kd_lightning import Regeneration
+        >>> callback = Regeneration(side="teacher", when="once", temperature=0.0)  # SeqKD, with a PromptDataModule
+        >>> callback.side, callback.sampling.max_new_tokens
+        ('teacher', 128)
     """
 
     def __init__(

@@ -56,11 +56,19 @@ class ContrastiveDataModule(InstructionDataModule):
         kwargs: as for `InstructionDataModule`.
 
     Attributes:
-        report: as for `InstructionDataModule`; for `train` in pairs, and with `side_missing`, `prompt_differs`,
-            `no_partner`.
+        report: as for `InstructionDataModule`; `train` in pairs, also `side_missing`, `prompt_differs`, `no_partner`.
 
     Raises:
         ValueError: an argument is out of its range; in `setup`: data that cannot be read, or no usable pair.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from kd_lightning import ContrastiveDataModule
+        >>> _ = Path("pairs.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello!", "rejected": "Bye!"}', "utf-8")
+        >>> data = ContrastiveDataModule(train="pairs.jsonl", tokenizer="asset:student")
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["source"]
+        tensor([1, 2])
     """
 
     read = staticmethod(read_teacher_answers)

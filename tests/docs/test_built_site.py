@@ -46,7 +46,7 @@ def test_it_builds_strictly_and_names_are_where_links_expect_them(site: Path) ->
 def test_blocks_and_papers_of_docstrings_become_markdown() -> None:
     given = "One line:\n\n  .. math:: a = \\frac12,\n    b\n\n  arXiv 1503.02531."
     want = "One line:\n\n  \\[ a = \\frac12, b \\]\n\n  [arXiv 1503.02531](https://arxiv.org/abs/1503.02531)."
-    assert hook("hooks")["markdown"](given) == want
+    assert hook("docstrings")["markdown"](given) == want
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -125,7 +125,7 @@ def test_every_notebook_and_no_other_is_on_its_page() -> None:
         f"{path.stem[:2]} {''.join(title).splitlines()[0].lstrip('# ')}"
         for path, title in zip(NOTEBOOKS, titles, strict=True)
     ]
-    assert re.findall(r"^\| (\d\d [^|]+) \|", TEXTS["tutorials.md"], re.M) == said
+    assert re.findall(r"^\| \[?(\d\d [^|\]]+?)(?:\]\([^)]*\))? \|", TEXTS["tutorials.md"], re.M) == said
 
 
 def test_the_picture_of_the_architecture_shows_every_layer_in_order() -> None:
