@@ -11,10 +11,10 @@ Evaluated on test rows: forward and reverse KL to the teacher and NLL on the dat
 probability that the student gives to tokens with p < exp(-8); exact match of greedy responses (categories); the
 teacher's NLL per token of the student's samples at temperature 1, and the share of sampled tokens with p < exp(-8).
 
-    python benchmarks/assistants_gap.py --gaps tiny pruned --seeds 0 1 2 3 4 --output build/assistants_gap    # 45 minutes
+    python benchmarks/assistants_gap.py --gaps tiny pruned --seeds 0 1 2 3 4 --output build/assistants_gap
 
 writes OUTPUT/results.json after each run (a repeated call resumes) and OUTPUT/report.md, in one process with one
-thread. `--quick` checks in about a minute that the script runs.
+thread (45 minutes). `--quick` checks in about a minute that the script runs.
 """
 
 from __future__ import annotations
