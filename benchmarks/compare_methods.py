@@ -72,8 +72,9 @@ worse than the student before.
   the methods is not significant**, least of all within the spread. *Rate 2e-3* is forward KL at the lower learning
   rate. Forward KL is also the metric of one column.
 - Evaluated on 500 of the 2,000 test rows, every fourth one.
-- *Labels* is the baseline, at its last step and where its validation loss is lowest. *1,000 rows* are every fourth row:
-  compared with distillation on them, the other baselines use labels on four times as many rows.
+- *Labels* is the baseline, at its last step and where its validation loss is lowest; if both are the same student, they
+  share a line. *1,000 rows* are every fourth row: compared with distillation on them, the other baselines use labels on
+  four times as many rows.
 """
 
 
@@ -109,6 +110,21 @@ def groups(results: list[dict[str, Any]], part: str) -> dict[str, list[dict[str,
     return found
 
 
+def merged(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The same, with one entry for variants of a baseline that ended with the same student (the best step is the last).
+
+    Variants differ in what follows the last comma of their names.
+    """
+    variants: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+    for name, rows in found.items():
+        baseline = name.rpartition(", ")[0] or name
+        variants.setdefault((baseline, tuple(row[column] for row in rows for column in COLUMNS)), []).append(name)
+    joined = {
+        " and ".join([first, *(name.rpartition(", ")[2] for name in same)]): first for first, *same in variants.values()
+    }
+    return {name: found[first] for name, first in joined.items()}
+
+
 def cell(rows: list[dict[str, Any]], base: list[dict[str, Any]], start: float, column: str, digits: int) -> str:
     """Mean ± spread; a star if further from the base than twice their spread, a dagger if worse than the start."""
     values, others = ([r[column] for r in part] for part in (rows, base))
@@ -125,7 +141,7 @@ def cell(rows: list[dict[str, Any]], base: list[dict[str, Any]], start: float, c
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """Two tables, and notes on what they do not show."""
+    """Two tables, and notes on what they do not show; runs that ended with the same student share a line."""
     text = f"# Methods and baselines\n\n{machine(1)}.\n"
     for part in ("equal steps", "equal time"):
         if not (found := groups(results, part)):
@@ -135,7 +151,7 @@ def report(results: list[dict[str, Any]]) -> str:
         starts = {column: before[0][column] if before else math.nan for column in COLUMNS}
         names = "forward KL | reverse KL | NLL | exact match | teacher's NLL of samples"
         text += f"\n## {part.capitalize()}\n\n| run | steps | seeds | CPU s | {names} |\n|{'---|' * 9}\n"
-        for name, rows in found.items():
+        for name, rows in merged(found).items():
             start = [name, str(round(statistics.mean(r["steps"] for r in rows))), str(len(rows))]
             start += [f"{statistics.mean(r['seconds'] for r in rows):.0f}"]
             cells = [cell(rows, base, starts[column], column, digits) for column, digits in COLUMNS.items()]
@@ -145,7 +161,7 @@ def report(results: list[dict[str, Any]]) -> str:
 
 def chart(results: list[dict[str, Any]], path: Path) -> None:
     """Forward KL and exact match of every run at equal steps, with their spread."""
-    found = {name: rows for name, rows in groups(results, "equal steps").items() if name != "teacher"}
+    found = merged({name: rows for name, rows in groups(results, "equal steps").items() if name != "teacher"})
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.3 * len(found) + 1.2), sharey=True, layout="constrained")
     for axis, column, label in zip(
         axes, ("forward_kl", "exact_match"), ("forward KL to the teacher", "exact match of the category"), strict=True
@@ -153,11 +169,13 @@ def chart(results: list[dict[str, Any]], path: Path) -> None:
         for i, (name, rows) in enumerate(found.items()):
             values = [r[column] for r in rows]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            color = "C0" if name in METHODS else "C7"
+            color = "C0" if name in METHODS else "C7"  # gray: baselines
             axis.errorbar(statistics.mean(values), i, xerr=spread, fmt="o", color=color, capsize=3)
         axis.set(yticks=range(len(found)), yticklabels=list(found), xlabel=label)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
+    steps, seeds = max(rows[0]["steps"] for rows in found.values()), max(len(rows) for rows in found.values())
+    figure.suptitle(f"{steps} steps, mean ± standard deviation of {seeds} seeds; gray: baselines")
     for rows in groups(results, "equal steps").get("teacher", []):
         axes[1].axvline(rows["exact_match"], color="gray", linestyle=":", label="teacher")
         axes[1].legend(loc="lower right")

@@ -22,6 +22,16 @@ class Assistant(nn.Module, ABC):
     `is_mergeable`: whether r of a group of tokens with equal p / q is the same function of p and q summed over that
     group: then it can be computed from a teacher with another vocabulary. By default as `keeps_lower_bound`, which is
     the same for any group.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import Assistant
+        >>> class Warm(Assistant):
+        ...     def forward(self, log_p, log_q, rows=None):
+        ...         return torch.log_softmax(log_p / 2, -1)
+        >>> log_p, log_q = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()
+        >>> Warm()(log_p, log_q).exp()
+        tensor([0.7500, 0.2500])
     """
 
     keeps_lower_bound: bool = False
@@ -64,6 +74,15 @@ class AlphaMixture(Assistant):
         ValueError: an argument is out of range.
 
     Reference: Shin et al., arXiv 2510.15982.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import AlphaMixture
+        >>> log_p, log_q = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()
+        >>> AlphaMixture(-1.0, 0.5)(log_p, log_q).exp()  # arithmetic
+        tensor([0.7000, 0.3000])
+        >>> AlphaMixture(1.0, 0.5)(log_p, log_q).exp()  # geometric
+        tensor([0.7500, 0.2500])
     """
 
     is_mergeable = True
@@ -89,6 +108,13 @@ class ArithmeticMixture(Assistant):
 
     Raises:
         ValueError: the weight is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ArithmeticMixture
+        >>> log_p, log_q = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()
+        >>> ArithmeticMixture(0.5)(log_p, log_q).exp()
+        tensor([0.7000, 0.3000])
     """
 
     keeps_lower_bound = True
@@ -112,6 +138,13 @@ class GeometricMixture(Assistant):
 
     Raises:
         ValueError: the weight is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import GeometricMixture
+        >>> log_p, log_q = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()
+        >>> GeometricMixture(0.5)(log_p, log_q).exp()  # √0.9 : √0.1 = 3 : 1
+        tensor([0.7500, 0.2500])
     """
 
     is_mergeable = True

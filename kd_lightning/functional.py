@@ -27,7 +27,14 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""\(\mathrm{KL}(p \| q) = \sum p\,(\log p - \log q)\), in nats."""
+    r"""\(\mathrm{KL}(p \| q) = \sum p\,(\log p - \log q)\), in nats.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning.functional import forward_kl, log_softmax
+        >>> forward_kl(log_softmax(torch.zeros(2)), log_softmax(torch.tensor([0.25, 0.75]).log()))
+        tensor(0.1438)
+    """
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -63,6 +70,12 @@ def head_mask(log_p: Tensor, mu: float, rule: str = "covering") -> Tensor:
 
     Returns:
         [..., V], True for the top tokens.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning.functional import head_mask
+        >>> head_mask(torch.tensor([0.6, 0.3, 0.1]).log(), mu=0.8)
+        tensor([ True,  True, False])
     """
     p = log_p.exp()
     top = log_p.amax(-1, keepdim=True)
@@ -173,7 +186,14 @@ def alpha_mixture(log_p: Tensor, log_q: Tensor, alpha: float, teacher_weight: fl
 
 
 def entropy(log_q: Tensor) -> Tensor:
-    r"""\(-\sum q \log q\), in nats: 0 if and only if one token has probability 1, at most \(\log V\)."""
+    r"""\(-\sum q \log q\), in nats: 0 if and only if one token has probability 1, at most \(\log V\).
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning.functional import entropy
+        >>> entropy(torch.tensor([0.5, 0.5]).log())  # log 2
+        tensor(0.6931)
+    """
     return -(log_q.exp() * log_q).sum(-1)
 
 

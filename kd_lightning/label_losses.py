@@ -22,6 +22,16 @@ class LabelLoss(nn.Module, ABC):
     of the token. With an entry, the teacher is run also at `ce_weight=1`; set `columns = ()` if it reads none of them.
 
     `sampled`: whether it is correct only for labels that are sampled from the student at that temperature.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import LabelLoss
+        >>> class Brier(LabelLoss):
+        ...     columns = ()  # it reads nothing of the teacher
+        ...     def forward(self, log_q_label, rows):
+        ...         return (1 - log_q_label.exp()).square()
+        >>> Brier()(torch.tensor([0.5, 0.9]).log(), {})
+        tensor([0.2500, 0.0100])
     """
 
     temperature: float | None = 1.0
@@ -43,7 +53,14 @@ class LabelLoss(nn.Module, ABC):
 
 @final
 class CrossEntropy(LabelLoss):
-    r"""\(-\log q_y\), at temperature 1: supervised fine-tuning on the labels."""
+    r"""\(-\log q_y\), at temperature 1: supervised fine-tuning on the labels.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import CrossEntropy
+        >>> CrossEntropy()(torch.tensor([0.5, 0.25]).log(), {})
+        tensor([0.6931, 1.3863])
+    """
 
     columns = ()
 
@@ -67,6 +84,14 @@ class ClippedPolicyGradient(LabelLoss):
         ValueError: clip is out of range; in `forward`, an entry of `rows` is missing.
 
     Reference: Gu et al., arXiv 2306.08543.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ClippedPolicyGradient
+        >>> one, old = torch.ones(2), torch.tensor([0.5, 0.5]).log()
+        >>> rows = {"advantage": one, "old_log_prob": old, "importance": one}
+        >>> ClippedPolicyGradient(0.2)(torch.tensor([0.5, 1.0]).log(), rows)  # ρ is 1 and 2, which is clipped to 1.2
+        tensor([-1.0000, -1.2000])
     """
 
     temperature = None
@@ -110,6 +135,13 @@ class SampledReverseKL(LabelLoss):
         ValueError: an argument is out of range; in `forward`, an entry of `rows` is missing.
 
     Reference: Lu et al., On-Policy Distillation, Thinking Machines 2025; baseline: vOPD, arXiv 2605.07865.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import SampledReverseKL
+        >>> log_q, rows = torch.tensor([0.5]).log(), {"teacher_log_prob": torch.tensor([0.25]).log()}
+        >>> SampledReverseKL("k1_reward")(log_q, rows), SampledReverseKL("k2")(log_q, rows)  # k = log 2, and k² / 2
+        (tensor([0.6931]), tensor([0.2402]))
     """
 
     temperature = None

@@ -40,9 +40,8 @@ from kd_lightning.training.teacher_setup import cached_teacher, compare_tokenize
 class DistillationModule(PredictingModule, AccumulatingModule):
     r"""Train a student on a frozen teacher: loss = (1 − ce_weight)·KD + ce_weight·label loss, per token.
 
-    Reduces to supervised fine-tuning with `teacher=None, ce_weight=1`. Gradients are accumulated as sums and divided
-    once by the number of labeled tokens (or responses) of the whole accumulation window over all ranks, so that a step
-    does not depend on how its rows are split into micro-batches and ranks.
+    Reduces to supervised fine-tuning with `teacher=None, ce_weight=1`. Gradients are sums, divided once by the number
+    of labeled tokens (or responses) of the step on all ranks: a step is the same however its rows are split.
 
     Args:
         student: folder, hub name or `asset:` name of a Hugging Face causal LM; in Python also a loaded model.
@@ -61,13 +60,20 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         student_kwargs: arguments of `from_pretrained` for the student (`dtype`, `quantization_config` …).
         teacher_kwargs: the same for the teacher.
         lora: train adapters instead of the student's parameters; None: all parameters are trained.
-        gradient_checkpointing: recompute the student's layers in backward instead of keeping their activations: less
-            memory, one more forward pass, the same gradient.
-        teacher_cache: cache the teacher's outputs for every row of the data in `ROOT/teacher_cache` before the first
-            step, unload the teacher, and read the cache from then on.
+        gradient_checkpointing: recompute the student's layers in backward: less memory, one more forward pass.
+        teacher_cache: cache the teacher's outputs for all rows in `ROOT/teacher_cache` before step 0, and unload it.
 
     Raises:
         ValueError: an argument is out of its range, or a model cannot be read.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from kd_lightning import DistillationModule, InstructionDataModule
+        >>> module = DistillationModule("asset:student", "asset:teacher", ce_weight=0.1)
+        >>> trainer = Trainer(accelerator="cpu", fast_dev_run=2, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(module, InstructionDataModule("asset:text_validation", "asset:text_validation", batch_size=2))
+        >>> trainer.global_step
+        2
     """
 
     def __init__(
@@ -184,7 +190,6 @@ class DistillationModule(PredictingModule, AccumulatingModule):
         data, sums = datamodule_of(self._trainer), sum_over_ranks(self._trainer)
         return RunContext(self.model, self.loss, self.reporter.divergences, data, self.generates_responses, sums)
 
-    # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the digest of the weights that the adapters belong to."""
         super().on_save_checkpoint(checkpoint)

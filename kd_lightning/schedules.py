@@ -1,7 +1,4 @@
-r"""Schedules: weights that change during training. Every weight that is a number can also be a schedule.
-
-State is saved in checkpoints, and a compiled loss reads it without recompilation. Only `update` changes it.
-"""
+r"""Weights that only `update` changes, saved in checkpoints; a compiled loss reads them without recompilation."""
 
 from __future__ import annotations
 
@@ -40,8 +37,12 @@ class StepState(nn.Module):
 class Schedule(StepState, ABC):
     """A weight that changes in `update`, called once per optimizer step; `forward` returns its current value.
 
-    `columns`: entries of `rows` that it reads; the loss computes them. `side`: the responses that it applies to,
-    "teacher" (those of the dataset too) or "student"; None: all.
+    `columns`: entries of `rows` that it reads; the loss computes them. `side`: as in `ResponseGap`; None: all of them.
+
+    Examples:
+        >>> from kd_lightning import DistillationLoss, ForwardKL, Linear
+        >>> DistillationLoss(ForwardKL(), ce_weight=Linear(0.5, 0.0)).schedules()
+        {'ce_weight': Linear(start=0.5, end=0.0, until=1.0)}
     """
 
     columns: tuple[str, ...] = ()
@@ -57,13 +58,18 @@ class Schedule(StepState, ABC):
 
         Args:
             progress: finished share of the run, in [0, 1].
-            stats: means over this step's tokens on all ranks: "loss", "kd", "ce"; "epoch", the number of finished
-                passes over the data; if a schedule has `columns`, the means over responses "gap", "teacher_gap" and
-                "student_gap".
+            stats: means over this step's tokens on all ranks: "loss", "kd", "ce"; "epoch", the finished passes over
+                the data; if a schedule has `columns`, means over responses: "gap", "teacher_gap", "student_gap".
         """
 
 
 Weight = float | Schedule
+"""A number; every weight that is a number can also be a schedule.
+
+Examples:
+    >>> from kd_lightning import Linear, Weight
+    >>> isinstance(0.5, Weight), isinstance(Linear(1.0, 0.0), Weight)
+    (True, True)"""
 
 
 def value(weight: Weight, rows: Mapping[str, Tensor] | None = None) -> float | Tensor:
@@ -146,6 +152,11 @@ class Linear(_Between):
         start: value at the beginning, in [0, 1].
         end: value at the end, in [0, 1].
         until: share of the run after which the value is constant, in (0, 1].
+
+    Examples:
+        >>> from kd_lightning import Linear
+        >>> [Linear(1.0, 0.0).at(progress) for progress in (0, 0.25, 0.5, 1)]
+        [1.0, 0.75, 0.5, 0.0]
     """
 
     def at(self, progress: float) -> float:
@@ -160,6 +171,11 @@ class Cosine(_Between):
         start: value at the beginning, in [0, 1].
         end: value at the end, in [0, 1].
         until: share of the run after which the value is constant, in (0, 1].
+
+    Examples:
+        >>> from kd_lightning import Cosine
+        >>> [round(Cosine(1.0, 0.0).at(progress), 3) for progress in (0, 0.25, 0.5, 1)]
+        [1.0, 0.854, 0.5, 0.0]
     """
 
     def at(self, progress: float) -> float:
@@ -186,6 +202,13 @@ class TAIDSchedule(Schedule):
         ValueError: an argument is out of range.
 
     Reference: Shing et al., arXiv 2501.16937.
+
+    Examples:
+        >>> from kd_lightning import TAIDSchedule
+        >>> schedule = TAIDSchedule(0.4, 1.0, adaptive=False)
+        >>> schedule.update(0.5, {})
+        >>> schedule()
+        tensor(0.7000)
     """
 
     t: Tensor
@@ -237,20 +260,27 @@ class ResponseGap(Schedule):
 
     \(\alpha = 1 - (1 - \alpha_0)\,m / (g + 10^{-5})\), clipped to [minimum, \(\alpha_0\)];
     \(g = e^{\overline{\log p}} - e^{\overline{\log q}}\) over the response's labels, m the mean of g over the
-    responses of the last optimizer step. It has no gradient; it is \(\alpha_0\) before `start` and without `rows`.
+    responses of the last optimizer step. No gradient; \(\alpha_0\) before `start` and without `rows`.
 
     Args:
         initial: α0, in (0, 1).
         minimum: lower end, in (0, initial].
-        side: "teacher": g as above, for responses of the dataset and the teacher; "student": −g, for the student's
-            responses. m is the mean over the responses of that side.
-        start: progress from which m is updated, in [0, 1]; None: from the second pass over the data, as in the paper
-            (immediately in a loop that does not report "epoch").
+        side: responses of which m is the mean: "teacher", those of the dataset too; or "student", with −g instead of g.
+        start: progress from which m is updated, in [0, 1]; None: from the second pass (in a loop without "epoch", 0).
 
     Raises:
         ValueError: an argument is out of range.
 
     Reference: Ko et al., arXiv 2503.07067.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ResponseGap
+        >>> alpha = ResponseGap(0.5, start=0.0)
+        >>> alpha.update(0.0, {"gap": torch.tensor(0.2)})
+        >>> p, q = torch.tensor([[0.9, 0.4], [0.5, 0.25]]).log()
+        >>> alpha({"teacher_log_prob": p, "student_log_prob": q})
+        tensor([0.5000, 0.3334])
     """
 
     columns = ("teacher_log_prob", "student_log_prob")
@@ -280,40 +310,11 @@ class ResponseGap(Schedule):
 
     @torch.no_grad()
     def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """Store the mean gap of this step.
-
-        Args:
-            progress: finished share of the run.
-            stats: "teacher_gap" and "student_gap", the means of exp(teacher) − exp(student) over the responses of each
-                side, NaN without any; or "gap", the mean over all responses, if the sides are not distinguished.
-        """
+        """Store this step's mean gap: "teacher_gap" or "student_gap" of `stats` (NaN: no such response), else "gap"."""
         started = float(stats.get("epoch", 1)) >= 1 if self.start is None else progress >= self.start
         if started:
             gap = torch.as_tensor(stats.get(f"{self.side}_gap", stats["gap"])).to(self.mean_gap)
-            # A step without a response of this side keeps the previous mean.
             self.mean_gap.copy_(torch.where(gap.isnan(), self.mean_gap, self._sign() * gap))
 
     def _sign(self) -> float:
         return 1.0 if self.side == "teacher" else -1.0
-
-
-class Complement(Schedule):
-    """1 − another schedule.
-
-    Args:
-        schedule: the other schedule.
-    """
-
-    def __init__(self, schedule: Schedule) -> None:
-        super().__init__()
-        if not isinstance(schedule, Schedule):
-            raise ValueError(f"schedule must be a Schedule, got {schedule!r}")
-        self.schedule = schedule
-        self.columns, self.side = schedule.columns, schedule.side
-
-    def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
-        """1 − the other schedule's current value."""
-        return 1 - self.schedule(rows)  # type: ignore[no-any-return]
-
-    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
-        """No-op: the other schedule is a submodule and is updated itself."""

@@ -64,6 +64,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Raises:
         ValueError: a size does not divide the number of ranks, or the trainer's precision is not supported.
+
+    Examples:
+        >>> from kd_lightning import FSDP2Strategy
+        >>> strategy = FSDP2Strategy(shard_size=8, activation_checkpointing=True)  # for Trainer(strategy=...)
+        >>> strategy.shard_size, strategy.tensor_parallel_size
+        (8, 1)
     """
 
     def __init__(
@@ -261,22 +267,14 @@ class FSDP2Strategy(ModelParallelStrategy):
                 raise OSError(f"{folder} could not be written by rank {rank}: {reason}")
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Open a file or a folder. Rows of tensors are read when models and optimizers are loaded from it.
-
-        Raises:
-            ValueError: it is not a checkpoint of a training run.
-        """
+        """Open a file or a folder, whose tensors are read later; ValueError if it is no checkpoint of a run."""
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = open_checkpoint(path)
         self._reader = ShardReader(path) if path.is_dir() else None
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy this rank's rows of every tensor into the module.
-
-        Raises:
-            ValueError: the checkpoint belongs to another model or objective.
-        """
+        """Copy this rank's rows of every tensor into the module; ValueError if it is another model or objective."""
         assert self.model is not None
         state = checkpoint["state_dict"]
         for prefix, module in self.model.named_modules():

@@ -43,6 +43,16 @@ class TokenWeight(StepState, ABC):
 
     `exact_with_top_k`: whether it is known exactly from a teacher's top-k log-probabilities, because it reads nothing
     of the teacher but the label's log-probability.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import TokenWeight
+        >>> class TopProbability(TokenWeight):
+        ...     def forward(self, log_p, log_q, rows=None):
+        ...         return log_p.exp().amax(-1)
+        >>> log_p = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> TopProbability()(log_p, log_p)
+        tensor([0.5000, 0.9000])
     """
 
     columns: tuple[str, ...] = ()
@@ -97,6 +107,13 @@ class TeacherEntropyGate(TokenWeight):
         ValueError: an argument is out of range.
 
     Reference: EOPD, arXiv 2603.07079.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import TeacherEntropyGate
+        >>> log_p = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()  # entropies 0.69 and 0.33
+        >>> TeacherEntropyGate(0.5)(log_p, log_p)
+        tensor([1., 0.])
     """
 
     def __init__(self, threshold: Weight, above: bool = True) -> None:
@@ -121,6 +138,13 @@ class StudentEntropyGate(TokenWeight):
         ValueError: an argument is out of range.
 
     Reference: TIP, arXiv 2604.14084, weights tokens by the student's entropy.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import StudentEntropyGate
+        >>> log_p, log_q = torch.tensor([[[0.9, 0.1]] * 2, [[0.5, 0.5], [0.9, 0.1]]]).log()
+        >>> StudentEntropyGate(0.5)(log_p, log_q), StudentEntropyGate(0.5, above=False)(log_p, log_q)
+        (tensor([1., 0.]), tensor([0., 1.]))
     """
 
     exact_with_top_k = True
@@ -146,6 +170,14 @@ class GapGate(TokenWeight):
 
     Raises:
         ValueError: beta is not finite; in `forward`, an entry of `rows` is missing.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import GapGate
+        >>> log_p = log_q = torch.tensor([[0.5, 0.5]]).log()
+        >>> rows = {"teacher_log_prob": torch.tensor([0.75]).log(), "student_log_prob": torch.tensor([0.25]).log()}
+        >>> GapGate()(log_p, log_q, rows)  # p / (p + q) of the label
+        tensor([0.7500])
     """
 
     columns = LABEL_COLUMNS
@@ -178,6 +210,14 @@ class TopShare(TokenWeight):
         ValueError: an argument is out of range.
 
     Reference: TIP, arXiv 2604.14084, keeps a share of the tokens.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL, GapGate, TopShare, Weighted
+        >>> objective = Weighted(ForwardKL(), TopShare(GapGate(), share=0.5))
+        >>> objective.update(objective.weight_sums(torch.tensor([0.2, 0.8])))  # weights of the last step
+        >>> objective.weight.from_score(torch.tensor([0.3, 0.9]))
+        tensor([0.0000, 0.9000])
     """
 
     threshold: Tensor

@@ -20,8 +20,9 @@ from kd_lightning.engine.top_k import TopK
 from kd_lightning.label_losses import ClippedPolicyGradient, CrossEntropy, SampledReverseKL
 from kd_lightning.models.lora import LoRA
 from kd_lightning.objectives import OnSource
+from kd_lightning.objectives.objective import Complement
 from kd_lightning.rollout.on_policy import OnPolicy
-from kd_lightning.schedules import Complement, Linear
+from kd_lightning.schedules import Linear
 from kd_lightning.teachers.hf import HFTeacher
 from kd_lightning.token_weights import GapGate
 from kd_lightning.training.loss_components import PartialKL

@@ -63,6 +63,12 @@ class Regeneration(L.Callback):
     Raises:
         ValueError: an argument is out of range; before the first step: the data module accepts no responses, the model
             cannot generate, there is no room for a prompt, the teacher is cached, or the server fails its test.
+
+    Examples:
+        >>> from kd_lightning import Regeneration
+        >>> callback = Regeneration(side="teacher", when="once", temperature=0.0)  # SeqKD, with a PromptDataModule
+        >>> callback.side, callback.sampling.max_new_tokens
+        ('teacher', 128)
     """
 
     def __init__(
@@ -102,11 +108,7 @@ class Regeneration(L.Callback):
             self.check(pl_module)
 
     def check(self, module: L.LightningModule) -> None:
-        """Check that the teacher is not cached.
-
-        Raises:
-            ValueError: it is: a cache cannot hold outputs for responses that do not exist yet.
-        """
+        """ValueError if the teacher is cached: a cache has no outputs for responses that do not exist yet."""
         if not isinstance(module, StudentTeacherModule):
             return
         if module.teacher_cache:
@@ -123,11 +125,7 @@ class Regeneration(L.Callback):
             )
 
     def check_before_start(self, run: PreparedRun) -> None:
-        """Check that the teacher is not cached, and that the server has a model and a way to be given weights.
-
-        Raises:
-            ValueError: one of them is not the case.
-        """
+        """ValueError if the teacher is cached, or the server has no model or no way to be given weights."""
         self.check(run.module)
         self._check_lengths(run.datamodule)
         if self.server is not None:

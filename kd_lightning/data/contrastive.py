@@ -56,11 +56,19 @@ class ContrastiveDataModule(InstructionDataModule):
         kwargs: as for `InstructionDataModule`.
 
     Attributes:
-        report: as for `InstructionDataModule`; for `train` in pairs, and with `side_missing`, `prompt_differs`,
-            `no_partner`.
+        report: as for `InstructionDataModule`; `train` in pairs, also `side_missing`, `prompt_differs`, `no_partner`.
 
     Raises:
         ValueError: an argument is out of its range; in `setup`: data that cannot be read, or no usable pair.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from kd_lightning import ContrastiveDataModule
+        >>> _ = Path("pairs.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello!", "rejected": "Bye!"}', "utf-8")
+        >>> data = ContrastiveDataModule(train="pairs.jsonl", tokenizer="asset:student")
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["source"]
+        tensor([1, 2])
     """
 
     read = staticmethod(read_teacher_answers)
@@ -176,11 +184,7 @@ class ContrastiveDataModule(InstructionDataModule):
 
     # -------------------------------------------------------------------------------------------------------- loaders
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of this rank's pairs, in an order that depends on (seed, epoch) and resumes from a checkpoint.
-
-        Raises:
-            ValueError: no pair has both responses.
-        """
+        """Batches of this rank's pairs, in the order of (seed, epoch), resumable; ValueError without a whole pair."""
         if self._pairs is None:
             if self.responses == "generate":
                 self._announce(0)
@@ -279,11 +283,7 @@ class ContrastiveDataModule(InstructionDataModule):
         return {**super().state_dict(), **self._saved.state_dict(), "announced": self._announced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the replaced responses.
-
-        Raises:
-            ValueError: a file is missing in ROOT/responses, or has changed since the checkpoint was saved.
-        """
+        """Restore the replaced responses; ValueError if a file in ROOT/responses is missing or has changed since."""
         self._saved.load_state_dict(state_dict)
         self._announced = state_dict["announced"]
         super().load_state_dict(state_dict)

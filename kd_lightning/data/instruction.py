@@ -94,6 +94,18 @@ class InstructionDataModule(BatchLoaders):
 
     Raises:
         ValueError: an argument is out of its range; in `setup`: data that cannot be read, or no row with a label.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from kd_lightning import InstructionDataModule
+        >>> _ = Path("rows.jsonl").write_text('{"instruction": "Greet me.", "output": "Good day!"}', encoding="utf-8")
+        >>> data = InstructionDataModule(train="rows.jsonl", tokenizer="asset:student")
+        >>> data.setup("fit")
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> sorted(batch)
+        ['attention_mask', 'input_ids', 'labels', 'row_ids', 'source']
+        >>> data.tokenizer.decode(batch["labels"][batch["labels"] != -100])  # only the answer has labels
+        'Good day!<eos>'
     """
 
     read: Reader | None = None  # turns files into rows; None: instructions and conversations

@@ -64,6 +64,16 @@ class PromptDataModule(InstructionDataModule):
         ValueError: as for `InstructionDataModule`; in `train_dataloader`: there are no responses.
 
     Reference: Kim and Rush, arXiv 1606.07947.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from kd_lightning import PromptDataModule
+        >>> _ = Path("prompts.jsonl").write_text('{"prompt": "Greet me."}', encoding="utf-8")
+        >>> data = PromptDataModule(train="prompts.jsonl", tokenizer="asset:student")
+        >>> data.setup("fit")
+        >>> data.replace_responses({0: "Good day!"}, side="teacher")  # as `Regeneration` does
+        >>> next(iter(data.train_dataloader()))["source"]  # 1: the teacher
+        tensor([1])
     """
 
     accepts_responses = True

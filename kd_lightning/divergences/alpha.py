@@ -20,6 +20,13 @@ class AlphaDivergence(Divergence):
 
     Raises:
         ValueError: alpha is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import AlphaDivergence
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> [round(AlphaDivergence(alpha)(log_p, log_q).item(), 4) for alpha in (0, 0.5, 1)]  # RKL, Hellinger, FKL
+        [0.1308, 0.1363, 0.1438]
     """
 
     is_f_divergence = True
@@ -54,6 +61,13 @@ class AlphaBeta(Divergence):
         ValueError: an argument is not finite.
 
     Reference: Wang et al., arXiv 2505.04560.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import AlphaBeta
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> AlphaBeta(0.2, 0.7)(log_p, log_q), AlphaBeta(1, 0)(log_p, log_q)  # the second is forward KL
+        (tensor(0.1446), tensor(0.1438))
     """
 
     def __init__(self, alpha: float, beta: float) -> None:

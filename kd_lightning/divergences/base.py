@@ -22,7 +22,18 @@ LONGEST_VALUE = 120  # characters of a value in an error message
 
 
 class Divergence(nn.Module, ABC):
-    """Divergence of the student q from the teacher p: at least 0, and 0 if and only if they agree."""
+    """Divergence of the student q from the teacher p: at least 0, and 0 if and only if they agree.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import Divergence
+        >>> class Hellinger(Divergence):
+        ...     def forward(self, log_p, log_q):
+        ...         return 1 - ((log_p + log_q) / 2).exp().sum(-1)
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> Hellinger()(log_p, log_q)
+        tensor(0.0341)
+    """
 
     @abstractmethod
     def forward(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -95,6 +106,17 @@ class Composite(Divergence):
 
     `columns`: entries of `rows` that it reads and the loss computes: "teacher_log_prob" and "student_log_prob", the
     label's log-probability under each model at the temperature of the divergence.
+
+    Examples:
+        >>> from kd_lightning import Composite, SymmetricKL
+        >>> class Damped(Composite):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.kl = SymmetricKL()
+        ...     def forward(self, log_p, log_q, rows=None):
+        ...         return self.kl(log_p, log_q).log1p()
+        >>> Damped().components()
+        {'kl': SymmetricKL(forward_weight=0.5)}
     """
 
     columns: tuple[str, ...] = ()

@@ -43,6 +43,14 @@ class ChunkLikelihood(Composite):
         ValueError: an argument is out of range; in `forward`, an entry of `rows` is missing.
 
     Reference: ALM, Minixhofer et al., arXiv 2503.20083 (τ = 100).
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ChunkLikelihood, distillation_loss
+        >>> logits, labels = torch.zeros(3, 4), torch.tensor([0, 1, 2])  # the teacher's text has two tokens
+        >>> text = {"teacher_labels": torch.tensor([0, 1]), "teacher_positions": torch.tensor([0, -1, 1])}
+        >>> distillation_loss(logits, torch.zeros(2, 4), labels, objective=ChunkLikelihood(tau=1.0), **text)
+        tensor(0.0597)
     """
 
     columns = (CHUNK_TEACHER, CHUNK_STUDENT, CHUNK_TOKENS, CHUNK_LOG_Q)

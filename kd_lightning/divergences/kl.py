@@ -13,7 +13,15 @@ from kd_lightning.schedules import Weight, check_number, check_weight, value
 
 @final
 class ForwardKL(Divergence):
-    r"""\(\mathrm{KL}(p\|q) = \sum p(\log p - \log q)\): mode-covering. Gradient q − p."""
+    r"""\(\mathrm{KL}(p\|q) = \sum p(\log p - \log q)\): mode-covering. Gradient q − p.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> ForwardKL()(log_p, log_q)  # ½ log(4 / 3)
+        tensor(0.1438)
+    """
 
     is_f_divergence = True
 
@@ -24,7 +32,15 @@ class ForwardKL(Divergence):
 
 @final
 class ReverseKL(Divergence):
-    r"""\(\mathrm{KL}(q\|p) = \sum q(\log q - \log p)\): mode-seeking. Gradient q(log q − log p − KL)."""
+    r"""\(\mathrm{KL}(q\|p) = \sum q(\log q - \log p)\): mode-seeking. Gradient q(log q − log p − KL).
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL, ReverseKL
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> ReverseKL()(log_p, log_q), ForwardKL()(log_q, log_p)
+        (tensor(0.1308), tensor(0.1308))
+    """
 
     is_f_divergence = True
 
@@ -42,6 +58,13 @@ class SymmetricKL(Divergence):
 
     Raises:
         ValueError: the weight is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import SymmetricKL
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> SymmetricKL(0.5)(log_p, log_q), SymmetricKL(1.0)(log_p, log_q)  # the second is forward KL
+        (tensor(0.1373), tensor(0.1438))
     """
 
     is_f_divergence = True
@@ -75,6 +98,13 @@ class GeneralizedJSD(Divergence):
         ValueError: beta is not in (0, 1).
 
     Reference: Agarwal et al., arXiv 2306.13649.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import GeneralizedJSD
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> GeneralizedJSD(0.5)(log_p, log_q), GeneralizedJSD(0.5)(log_q, log_p)
+        (tensor(0.0338), tensor(0.0338))
     """
 
     is_f_divergence = True
@@ -99,6 +129,13 @@ class ToDi(Divergence):
     of this sum. On a teacher's top-k log-probabilities value and gradient are those of ToDi on k + 1 outcomes.
 
     Reference: Jung et al., arXiv 2505.16297.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL, ReverseKL, ToDi
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> ToDi()(log_p, log_q), ForwardKL()(log_p, log_q) + ReverseKL()(log_p, log_q)
+        (tensor(0.2747), tensor(0.2747))
     """
 
     is_f_divergence = True
@@ -130,6 +167,13 @@ class AdaptiveKL(Divergence):
         ValueError: an argument is out of range.
 
     Reference: Wu et al., arXiv 2404.02657.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import AdaptiveKL, ReverseKL
+        >>> log_p, log_q = torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.2, 0.2]]).log()
+        >>> AdaptiveKL()(log_p, log_q), ReverseKL()(log_p, log_q)  # the top token agrees: w is 0
+        (tensor(0.0575), tensor(0.0575))
     """
 
     def __init__(self, mu: float = 0.5, head_rule: str = "covering") -> None:

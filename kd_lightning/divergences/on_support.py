@@ -27,6 +27,13 @@ class OnSupport(Composite):
         ValueError: an argument is out of range.
 
     Reference: local support matching, arXiv 2603.25562 (reverse KL).
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL, OnSupport
+        >>> log_p, log_q = torch.tensor([[0.4, 0.4, 0.2], [0.2, 0.6, 0.2]]).log()
+        >>> OnSupport(ForwardKL(), k=2)(log_p, log_q)  # of (½, ½) and (¼, ¾)
+        tensor(0.1438)
     """
 
     def __init__(self, divergence: Divergence, k: int) -> None:

@@ -12,7 +12,15 @@ from kd_lightning.divergences.base import Divergence
 
 @final
 class TotalVariation(Divergence):
-    r"""\(\frac12\sum|p-q|\), in [0, 1]."""
+    r"""\(\frac12\sum|p-q|\), in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import TotalVariation
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> TotalVariation()(log_p, log_q)
+        tensor(0.2500)
+    """
 
     is_f_divergence = True
 

@@ -30,6 +30,13 @@ class WeightedSum(Composite):
 
     Raises:
         ValueError: the two lists differ in length, or an entry is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL, TotalVariation, WeightedSum
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> WeightedSum([ForwardKL(), TotalVariation()], [1.0, 2.0])(log_p, log_q)  # 0.1438 + 2 · 0.25
+        tensor(0.6438)
     """
 
     def __init__(self, divergences: list[Divergence], weights: list[Weight]) -> None:

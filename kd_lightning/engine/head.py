@@ -32,6 +32,12 @@ class Head:
 
     Raises:
         ValueError: an argument is of another type or shape; |scale| or softcap is outside of [1e-6, 1e6].
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import Head
+        >>> Head(torch.eye(2), softcap=30.0).logits(torch.tensor([3.0, 300.0]))
+        tensor([ 2.9900, 30.0000])
     """
 
     weight: Tensor

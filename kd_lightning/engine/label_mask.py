@@ -26,6 +26,12 @@ def shift_labels(labels: Tensor) -> Tensor:
 
     Returns:
         [..., T]; −100 at the last position.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import shift_labels
+        >>> shift_labels(torch.tensor([[-100, -100, 7, 8, 9]]))  # position 1 predicts token 7
+        tensor([[-100,    7,    8,    9, -100]])
     """
     return torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], IGNORE_INDEX)), dim=-1)
 

@@ -29,6 +29,13 @@ class VocabularyMap:
 
     Raises:
         ValueError: an argument is of another type, a token is outside of its vocabulary or has two partners.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import VocabularyMap
+        >>> tokens = VocabularyMap(torch.tensor([0, 2]), torch.tensor([1, 0]), student_size=3, teacher_size=2)
+        >>> tokens.student_of_teacher, tokens.student_rest  # token 1 of the student has no partner
+        (tensor([2, 0]), tensor([1]))
     """
 
     student_ids: Tensor

@@ -35,10 +35,16 @@ class DistillationStep(nn.Module):
     Raises:
         ValueError: the student is not a causal language model; student and teacher are one object.
 
-    Example:
-        step = DistillationStep(student, teacher, ForwardKL())
-        parts = step(**batch)
-        parts.divided().backward()
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from kd_lightning import DistillationStep, ForwardKL
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> student, ids = LlamaForCausalLM(LlamaConfig(vocab_size=2048, **sizes)), torch.tensor([[1, 2, 3]])
+        >>> parts = DistillationStep(student, "asset:teacher", ForwardKL())(ids, labels=ids)
+        >>> parts.divided().backward()
+        >>> parts.divisor  # tokens that are predicted
+        tensor(2.)
     """
 
     def __init__(

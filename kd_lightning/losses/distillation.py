@@ -57,6 +57,14 @@ class DistillationLoss(nn.Module):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import DistillationLoss, ForwardKL
+        >>> student, teacher = torch.tensor([[[0.25, 0.75]] * 2, [[0.5, 0.5]] * 2]).log()
+        >>> loss = DistillationLoss(ForwardKL(), ce_weight=0.5)
+        >>> loss.from_logits(student, teacher, torch.tensor([0, -100])).mean  # ½ · 0.1438 + ½ · log 4
+        tensor(0.7651)
     """
 
     def __init__(
@@ -144,6 +152,14 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: shapes, devices, labels or positions do not match; with a map, the objective, a monitor or the
                 label loss cannot be computed.
+
+        Examples:
+            >>> import torch
+            >>> from kd_lightning import DistillationLoss, ForwardKL, TotalVariation
+            >>> student, teacher = torch.tensor([[[0.25, 0.75]] * 2, [[0.5, 0.5]] * 2]).log()
+            >>> loss = DistillationLoss(ForwardKL(), monitors={"tv": TotalVariation()})
+            >>> loss.from_logits(student, teacher, torch.tensor([0, -100])).values
+            {'loss': tensor([0.1438]), 'kd': tensor([0.1438]), 'ce': tensor([1.3863]), 'tv': tensor([0.2500])}
         """
         check_tokens("student_logits", student_logits, labels)
         alignment = Alignment(teacher_labels, vocabulary_map, teacher_positions)
@@ -190,6 +206,14 @@ class DistillationLoss(nn.Module):
 
         Raises:
             ValueError: as in `from_logits`.
+
+        Examples:
+            >>> import torch
+            >>> from kd_lightning import DistillationLoss, ForwardKL
+            >>> student, teacher = torch.tensor([[[0.25, 0.75]] * 2, [[0.5, 0.5]] * 2]).log()
+            >>> loss, head = DistillationLoss(ForwardKL()), torch.eye(2)  # logits are the hidden states
+            >>> loss.from_hidden(student, head, teacher, head, torch.tensor([0, -100])).mean
+            tensor(0.1438)
         """
         head = check_head("student", student_hidden, student_head, labels)
         alignment = Alignment(teacher_labels, vocabulary_map, teacher_positions)

@@ -59,6 +59,13 @@ def distillation_loss(
 
     Raises:
         ValueError: an argument is out of range, or shapes do not match.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL, distillation_loss
+        >>> student, teacher = torch.tensor([[[0.25, 0.75]] * 2, [[0.5, 0.5]] * 2]).log()
+        >>> distillation_loss(student, teacher, torch.tensor([0, -100]), objective=ForwardKL())
+        tensor(0.1438)
     """
     settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
     loss = _loss(*settings, chunk=None, compile=False)
@@ -87,10 +94,7 @@ def fused_distillation_loss(
     vocabulary_map: VocabularyMap | None = None,
     teacher_positions: Tensor | None = None,
 ) -> Tensor:
-    r"""`distillation_loss` from hidden states and LM heads, without materializing the logits of all tokens.
-
-    Equal in value and gradient to `distillation_loss` of the logits. The gradient is computed in forward; reduction
-    "none" and a second backward over a retained graph compute everything again.
+    r"""`distillation_loss`, equal in value and gradient, from hidden states: no logits of all tokens in memory.
 
     Args:
         student_hidden: [B, T, H] (or [T, H]), aligned with the labels.
@@ -116,6 +120,13 @@ def fused_distillation_loss(
 
     Raises:
         ValueError: an argument is out of range, or shapes do not match.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL, fused_distillation_loss
+        >>> (student, teacher), head = torch.tensor([[[0.25, 0.75]], [[0.5, 0.5]]]).log(), torch.eye(2)
+        >>> fused_distillation_loss(student, head, teacher, head, torch.tensor([0]), objective=ForwardKL())
+        tensor(0.1438)
     """
     settings = (objective, ce_weight, temperature, reduction, label_loss, square_temperature)
     loss = _loss(*settings, chunk=chunk, compile=compile)

@@ -35,6 +35,14 @@ class LossParts:
         token_weights: sums over tokens by the path of each `Weighted` in the objective, for its `update`: the sum of
             the weights, the tokens with a weight above 0, the tokens, and a histogram if the weight needs one.
         reduction: of the loss, which says what the divisor counts.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import DistillationLoss, ForwardKL
+        >>> student, teacher = torch.tensor([[[0.25, 0.75]] * 3, [[0.5, 0.5]] * 3]).log()
+        >>> parts = DistillationLoss(ForwardKL()).from_logits(student, teacher, torch.tensor([0, 1, -100]))
+        >>> parts.loss, parts.divisor, parts.mean
+        (tensor(0.2877), tensor(2.), tensor(0.1438))
     """
 
     loss: Tensor
@@ -64,6 +72,14 @@ class LossParts:
         Raises:
             ValueError: `by` is not above 0, or is given although the divisor is not the number of labeled tokens; the
                 reduction is "none".
+
+        Examples:
+            >>> import torch
+            >>> from kd_lightning import DistillationLoss, ForwardKL
+            >>> loss, logits = DistillationLoss(ForwardKL(), ce_weight=1), torch.zeros(3, 4)
+            >>> parts = [loss.from_logits(logits[:n], None, torch.arange(n)) for n in (1, 2)]  # two micro-batches
+            >>> sum(part.divided(by=3) for part in parts)  # log 4: the mean over all three tokens
+            tensor(1.3863)
         """
         if self.reduction == "none":
             raise ValueError("divided needs a loss that is one number: reduction must not be 'none'")

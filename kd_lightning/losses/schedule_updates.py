@@ -31,6 +31,15 @@ def update_schedules(
 
     Raises:
         ValueError: `progress` is not in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import DistillationLoss, ForwardKL, Linear, update_schedules
+        >>> loss = DistillationLoss(ForwardKL(), ce_weight=Linear(1.0, 0.0))
+        >>> parts = loss.from_logits(torch.zeros(2, 4), torch.eye(2, 4), torch.tensor([0, 1]))
+        >>> update_schedules(loss, 0.25, parts)  # a quarter of the run is done
+        >>> loss.ce_weight()
+        tensor(0.7500)
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress must be in [0, 1], got {progress}")

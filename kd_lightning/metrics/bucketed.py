@@ -129,6 +129,13 @@ class ByPosition(Bucketed):
 
     Raises:
         ValueError: `edges` do not start with 0 or do not increase.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import NLL, ByPosition
+        >>> log_q, labels = torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.25, 0.75]]]).log(), torch.tensor([[0, 0, 0]])
+        >>> ByPosition(NLL(), edges=(0, 1))(log_q, labels=labels)
+        {'position_0-0': tensor(0.6931), 'position_1-': tensor(1.3863)}
     """
 
     def __init__(self, metric: Metric, edges: Sequence[int] = (0, 4, 16, 64), **kwargs: Any) -> None:
@@ -154,6 +161,13 @@ class BySource(Bucketed):
     Args:
         metric: any metric whose `update` takes `labels`.
         kwargs: arguments of `torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import NLL, BySource
+        >>> log_q, labels = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]]).log(), torch.tensor([[0], [0]])
+        >>> BySource(NLL())(log_q, labels=labels, source=torch.tensor([0, 2]))
+        {'source_dataset': tensor(0.6931), 'source_teacher': tensor(nan), 'source_student': tensor(1.3863)}
     """
 
     columns = ("source",)

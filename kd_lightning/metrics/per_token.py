@@ -30,15 +30,7 @@ class _Plotted(Metric, ABC):
     plot_lower_bound = 0.0
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot the value with matplotlib, as in torchmetrics.
-
-        Args:
-            val: a value, or one per step; None: `compute()`.
-            ax: axes to draw on; None: new axes.
-
-        Returns:
-            The figure (None if `ax` is given) and the axes.
-        """
+        """Plot the value with matplotlib; arguments and result as in torchmetrics."""
         return self._plot(val, ax)
 
 
@@ -79,16 +71,9 @@ class _OfTwoModels(_Plotted, ABC):
     def update_from_logits(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> None:
-        """Add tokens from logits, in the order of the losses: the student first.
+        """Add tokens from logits [..., V], aligned with the labels; other arguments and errors as in `update`.
 
-        Args:
-            student_logits: [..., V], aligned with the labels.
-            teacher_logits: the same shape.
-            labels: as in `update`.
-            kwargs: further arguments of `update`.
-
-        Raises:
-            ValueError: as `update`.
+        The order is that of the losses: the student first.
         """
         log_p, log_q = functional.log_softmax(teacher_logits.detach()), functional.log_softmax(student_logits.detach())
         self.update(log_p, log_q, labels=labels, **kwargs)
@@ -98,15 +83,7 @@ class _OfOneModel(_Plotted, ABC):
     """A metric whose `update` takes the log-probabilities of one model."""
 
     def update_from_logits(self, logits: Tensor, labels: Tensor | None = None) -> None:
-        """Add tokens from logits.
-
-        Args:
-            logits: of either model, [..., V], aligned with the labels.
-            labels: as in `update`.
-
-        Raises:
-            ValueError: as `update`.
-        """
+        """Add tokens from logits of either model, [..., V], aligned with the labels; labels, errors: see `update`."""
         self.update(functional.log_softmax(logits.detach()), labels=labels)
 
 
@@ -117,6 +94,12 @@ class TokenMean(_PerTokenMean):
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import TokenMean
+        >>> TokenMean()(torch.tensor([1.0, 3.0]), weights=torch.tensor([3.0, 1.0]))
+        tensor(1.5000)
     """
 
     def update(self, values: Tensor, weights: Tensor | None = None) -> None:
@@ -140,6 +123,13 @@ class DivergenceMetric(_PerTokenMean, _OfTwoModels):
     Args:
         divergence: any `Divergence`, also your own.
         kwargs: arguments of `torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import DivergenceMetric, ForwardKL
+        >>> log_p, log_q = torch.tensor([[[0.5, 0.5]] * 2, [[0.25, 0.75], [0.5, 0.5]]]).log()
+        >>> DivergenceMetric(ForwardKL())(log_p, log_q)  # 0.1438 and 0
+        tensor(0.0719)
     """
 
     higher_is_better = False
@@ -176,6 +166,12 @@ class NLL(_PerTokenMean, _OfOneModel):
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import NLL
+        >>> NLL()(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(), torch.tensor([1, -100]))  # log 2
+        tensor(0.6931)
     """
 
     higher_is_better = False
@@ -201,22 +197,20 @@ class BeatsTeacher(_PerTokenMean, _OfTwoModels):
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import BeatsTeacher
+        >>> log_p, log_q = torch.tensor([[[0.5, 0.5]] * 2, [[0.25, 0.75]] * 2]).log()
+        >>> BeatsTeacher()(log_p, log_q, torch.tensor([0, 1]))
+        tensor(0.5000)
     """
 
     higher_is_better = True
     plot_upper_bound = 1.0
 
     def update(self, log_p: Tensor, log_q: Tensor, labels: Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            log_p: the teacher's log-probabilities, [..., V].
-            log_q: the student's, the same shape.
-            labels: [...]; −100: no label.
-
-        Raises:
-            ValueError: shapes differ, or a label is outside the vocabulary.
-        """
+        """Add tokens; distributions as in `DivergenceMetric.update`, labels and errors as in `NLL.update`."""
         index = labeled_pair(log_p, log_q, labels)
         targets = targets_of(log_q, labels, index)
         self._add(functional.beats_teacher(select(log_p, index), select(log_q, index), targets))
@@ -233,6 +227,13 @@ class Agreement(_PerTokenMean, _OfTwoModels):
 
     Raises:
         ValueError: `top_k` is not positive, or (in `update`) larger than the vocabulary.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import Agreement
+        >>> log_p, log_q = torch.tensor([[[0.6, 0.3, 0.1]], [[0.5, 0.1, 0.4]]]).log()
+        >>> Agreement()(log_p, log_q), Agreement(top_k=2)(log_p, log_q)
+        (tensor(1.), tensor(0.5000))
     """
 
     higher_is_better = True
@@ -259,18 +260,16 @@ class Entropy(_PerTokenMean, _OfOneModel):
 
     Args:
         kwargs: arguments of `torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import Entropy
+        >>> Entropy()(torch.tensor([[0.5, 0.5], [1.0, 0.0]]).log().clamp_min(-1e4))  # log 2 and 0
+        tensor(0.3466)
     """
 
     def update(self, log_q: Tensor, labels: Tensor | None = None) -> None:
-        """Add tokens.
-
-        Args:
-            log_q: log-probabilities of either model, [..., V], at least −1e4 everywhere.
-            labels: [...]; −100: no label; None: all tokens are used.
-
-        Raises:
-            ValueError: shapes differ.
-        """
+        """Add tokens; `log_q` and errors as in `NLL.update`, at least −1e4 everywhere; labels None: all tokens."""
         self._add(functional.entropy(select(log_q, labeled(log_q, labels))))
 
 
@@ -287,6 +286,13 @@ class CalibrationError(_OfOneModel):
 
     Raises:
         ValueError: `bins` is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import CalibrationError
+        >>> log_q = torch.tensor([[0.8, 0.2]] * 2).log()
+        >>> CalibrationError()(log_q, torch.tensor([0, 1]))  # confidence 0.8, accuracy 0.5
+        tensor(0.3000)
     """
 
     higher_is_better = False

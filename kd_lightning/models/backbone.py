@@ -37,8 +37,7 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
 
     The backbone returns hidden states h; then \(\mathrm{logits} = \mathrm{cap}(\mathrm{scale} (h W^\top + b))\).
     A few tokens show which factors of its configuration a model applies: the input of the last layer is compared with
-    h, its output with \(h W^\top + b\). The output is then replaced by noise, so that the factors after it are visible
-    whatever the weights are.
+    h, its output with \(h W^\top + b\), and the logits with what the factors after it make of noise instead of it.
 
     Args:
         model: a Hugging Face causal language model, also one wrapped by PEFT.
@@ -50,6 +49,14 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
     Raises:
         ValueError: no combination of the factors gives the model's logits (layers between backbone and LM head, an
             encoder, an adapter on the LM head, a quantized LM head …); use the `logits` of the model instead.
+
+    Examples:
+        >>> from kd_lightning import HFTeacher, body_and_head
+        >>> teacher = HFTeacher("asset:teacher")
+        >>> teacher.load()
+        >>> body, head = body_and_head(teacher.model)
+        >>> type(body).__name__, tuple(head.weight.shape)
+        ('LlamaModel', (2048, 192))
     """
     if is_wrapped(model):
         raise _not_splittable(
@@ -97,6 +104,15 @@ def hidden_states(
         input_ids: [B, T].
         attention_mask: 1 for tokens, 0 for padding, [B, T]; None: nothing is padding.
         packed: whether the backbone reads the rows without padding; at padding, the result is then zero.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import HFTeacher, body_and_head, hidden_states
+        >>> teacher = HFTeacher("asset:teacher")
+        >>> teacher.load()
+        >>> body, _ = body_and_head(teacher.model)
+        >>> tuple(hidden_states(body, torch.tensor([[1, 2, 3]])).shape)
+        (1, 3, 192)
     """
     return _outputs(body, "last_hidden_state", input_ids, attention_mask, packed)
 

@@ -47,6 +47,13 @@ class LoRA:
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> from kd_lightning import DistillationModule, LoRA
+        >>> module = DistillationModule("asset:student", "asset:teacher", lora=LoRA(r=4, targets="q_proj"))
+        >>> module.configure_model()
+        >>> sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        1536
     """
 
     r: int = 8

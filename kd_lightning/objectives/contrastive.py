@@ -36,6 +36,14 @@ class Contrastive(Composite):
         ValueError: an argument is out of range; in `forward`, `rows` has no entry "source".
 
     Reference: Ko et al., arXiv 2503.07067.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import Contrastive, ForwardKL, ReverseKL
+        >>> log_p, log_q = torch.tensor([[[0.5, 0.5]] * 2, [[0.25, 0.75]] * 2]).log()
+        >>> rows = {"source": torch.tensor([1, 2])}  # a response of the teacher, and one of the student
+        >>> Contrastive(ForwardKL(), ReverseKL())(log_p, log_q, rows)
+        tensor([0.1438, 0.1308])
     """
 
     def __init__(

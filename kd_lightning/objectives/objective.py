@@ -16,7 +16,7 @@ from kd_lightning.divergences import (
     described,
     evaluate,
 )
-from kd_lightning.schedules import Complement, Schedule, TAIDSchedule, Weight, check_flag, check_weight
+from kd_lightning.schedules import Schedule, TAIDSchedule, Weight, check_flag, check_weight
 
 ROLES = ("teacher", "student", "assistant")
 
@@ -34,6 +34,15 @@ class Objective(Composite):
 
     Raises:
         ValueError: the pair is not two of the three names, or does not match `assistant` and `detach_assistant`.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ArithmeticMixture, ForwardKL, Objective
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> Objective(ForwardKL())(log_p, log_q)  # forward KL
+        tensor(0.1438)
+        >>> Objective(ForwardKL(), ArithmeticMixture(0.1), ("teacher", "assistant"))(log_p, log_q)  # SkewKL(0.1)
+        tensor(0.1131)
     """
 
     def __init__(
@@ -121,6 +130,15 @@ class SkewKL(Objective):
         ValueError: alpha is out of range.
 
     Reference: Ko et al., arXiv 2402.03898.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ArithmeticMixture, ForwardKL, Objective, SkewKL
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> SkewKL(0.1)(log_p, log_q)
+        tensor(0.1131)
+        >>> Objective(ForwardKL(), ArithmeticMixture(0.1), ("teacher", "assistant"))(log_p, log_q)
+        tensor(0.1131)
     """
 
     def __init__(self, alpha: Weight = 0.1) -> None:
@@ -141,6 +159,15 @@ class SkewReverseKL(Objective):
         ValueError: alpha is out of range.
 
     Reference: Ko et al., arXiv 2402.03898.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ArithmeticMixture, ForwardKL, Objective, SkewReverseKL
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> SkewReverseKL(0.1)(log_p, log_q)
+        tensor(0.1070)
+        >>> Objective(ForwardKL(), ArithmeticMixture(0.9), ("student", "assistant"))(log_p, log_q)
+        tensor(0.1070)
     """
 
     def __init__(self, alpha: Weight = 0.1, detach_assistant: bool = False) -> None:
@@ -161,6 +188,13 @@ class TAID(Objective):
         ValueError: the weight is out of range.
 
     Reference: Shing et al., arXiv 2501.16937.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import TAID
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> TAID()(log_p, log_q), TAID(0.999)(log_p, log_q)  # from t = 0.4 at the start to forward KL, 0.1438
+        (tensor(0.0206), tensor(0.1435))
     """
 
     def __init__(self, teacher_weight: Weight | None = None) -> None:
@@ -183,6 +217,13 @@ class AMiD(Objective):
         ValueError: an argument is out of range.
 
     Reference: Shin et al., arXiv 2510.15982.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import AMiD, ForwardKL, SkewKL
+        >>> log_p, log_q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> AMiD(ForwardKL(), alpha=-1.0, teacher_weight=0.1)(log_p, log_q), SkewKL(0.1)(log_p, log_q)
+        (tensor(0.1131), tensor(0.1131))
     """
 
     def __init__(
@@ -193,3 +234,25 @@ class AMiD(Objective):
         pair: tuple[str, str] = ("teacher", "assistant"),
     ) -> None:
         super().__init__(divergence, AlphaMixture(alpha, teacher_weight), pair)
+
+
+class Complement(Schedule):
+    """1 − another schedule.
+
+    Args:
+        schedule: the other schedule.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be a Schedule, got {schedule!r}")
+        self.schedule = schedule
+        self.columns, self.side = schedule.columns, schedule.side
+
+    def forward(self, rows: Mapping[str, Tensor] | None = None) -> Tensor:
+        """1 − the other schedule's current value."""
+        return 1 - self.schedule(rows)  # type: ignore[no-any-return]
+
+    def update(self, progress: float, stats: Mapping[str, Tensor]) -> None:
+        """No-op: the other schedule is a submodule and is updated itself."""

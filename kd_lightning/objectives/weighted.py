@@ -30,6 +30,14 @@ class Weighted(WeightedTokens):
 
     Raises:
         ValueError: an argument is of another type.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import ForwardKL, TeacherEntropyGate, Weighted
+        >>> log_p = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> log_q = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+        >>> Weighted(ForwardKL(), TeacherEntropyGate(0.5))(log_p, log_q)  # the teacher is sure of the second token
+        tensor([0.1438, 0.0000])
     """
 
     def __init__(self, divergence: Divergence, weight: TokenWeight, normalize: bool = False) -> None:

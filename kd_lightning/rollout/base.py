@@ -47,6 +47,11 @@ class ResponseSource(nn.Module, ABC):
         sampling: how the student generates; None: it does not.
         served: lets a server generate; None: the model in this process does.
         columns: names of the columns that it adds to the batch for the losses; None: not declared.
+
+    Examples:
+        >>> from kd_lightning import OnPolicy, ResponseSource
+        >>> isinstance(OnPolicy(share=0.5), ResponseSource), OnPolicy(share=0.5).uses_data
+        (True, True)
     """
 
     sampling: Sampling | None = None
@@ -73,15 +78,12 @@ class ResponseSource(nn.Module, ABC):
         """
 
     def check(self, student: nn.Module, teacher: Teacher | None, max_length: int | None) -> None:
-        """Check the models before step 0.
+        """Check the models before step 0; ValueError if this source cannot use one of them.
 
         Args:
             student: the model that will generate.
             teacher: None: there is none.
             max_length: longest row of the data in tokens; None: unknown.
-
-        Raises:
-            ValueError: a model cannot be used by this source.
         """
         model: Any = student  # a Hugging Face model, or one wrapped by PEFT
         if self.sampling is not None:

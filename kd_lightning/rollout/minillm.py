@@ -50,6 +50,13 @@ class MiniLLM(ResponseSource):
         ValueError: an argument is out of its range.
 
     Reference: Gu et al., arXiv 2306.08543.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import MiniLLM
+        >>> rewards = torch.tensor([[1.0, 2.0, 4.0]])
+        >>> MiniLLM().advantages(rewards, labeled=torch.ones(1, 3, dtype=torch.bool))  # mean reward of what follows
+        tensor([[3., 4., 0.]])
     """
 
     sampling: Sampling

@@ -30,6 +30,12 @@ class OnPolicy(ResponseSource):
         ValueError: an argument is out of its range.
 
     Reference: Agarwal et al., arXiv 2306.13649.
+
+    Examples:
+        >>> from kd_lightning import DistillationModule, OnPolicy
+        >>> module = DistillationModule("asset:student", "asset:teacher", responses=OnPolicy(share=1.0))
+        >>> module.responses.uses_data  # no step trains on the responses of the data
+        False
     """
 
     sampling: Sampling

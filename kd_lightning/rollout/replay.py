@@ -124,6 +124,14 @@ class AdaptiveReplay(ResponseSource):
         ValueError: an argument is out of its range.
 
     Reference: Ko et al., arXiv 2402.03898.
+
+    Examples:
+        >>> from kd_lightning import AdaptiveReplay
+        >>> source = AdaptiveReplay(threshold=0.5)
+        >>> source.validated(2.0, step=0)
+        >>> source.validated(2.5, step=100)  # worse: the threshold rises
+        >>> source.threshold, source.decide(0.3), source.decide(0.7)
+        (tensor(0.6000), 'write', 'data')
     """
 
     sampling: Sampling

@@ -58,6 +58,13 @@ class Server:
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> from kd_lightning import OnPolicy, Server
+        >>> server = Server("http://localhost:8000/v1", requests=16)
+        >>> source = OnPolicy(writer=server, max_staleness=1)
+        >>> server.last_published is None  # nothing is sent before the run
+        True
     """
 
     def __init__(

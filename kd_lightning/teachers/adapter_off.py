@@ -92,6 +92,12 @@ class AdapterOffTeacher(StudentTeacher):
 
     Raises:
         ValueError: when the run starts, the student has no adapters.
+
+    Examples:
+        >>> from kd_lightning import AdapterOffTeacher, DistillationModule, LoRA
+        >>> module = DistillationModule("asset:student", AdapterOffTeacher(), ce_weight=0.5, lora=LoRA(r=4))
+        >>> module.teacher.shares_student
+        True
     """
 
     def as_teacher(self, student: nn.Module) -> AbstractContextManager[None]:

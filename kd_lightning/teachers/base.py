@@ -165,6 +165,15 @@ class Teacher(ABC):
         starts_as_student: whether it is made from the student when it is attached, and equal to it then.
         column: the field with which a row names its teacher; None: it is not made of others.
         default: the teacher of rows that name none; None: there is none.
+
+    Examples:
+        >>> from kd_lightning import HFTeacher, Teacher
+        >>> teacher: Teacher = HFTeacher("asset:teacher")
+        >>> teacher.vocabulary is None  # nothing is loaded yet
+        True
+        >>> teacher.load()
+        >>> teacher.vocabulary, teacher.can_generate
+        (2048, True)
     """
 
     model: nn.Module | None = None

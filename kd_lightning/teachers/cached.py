@@ -46,6 +46,12 @@ class CachedTeacher(Teacher):
     Raises:
         ValueError: when the run starts: there is no complete cache; it was written for another teacher, tokenizer,
             template or length; rows of the data are missing; or its kind does not suffice for this objective.
+
+    Examples:
+        >>> from kd_lightning import CachedTeacher, DistillationModule
+        >>> module = DistillationModule("asset:student", CachedTeacher("runs/cache"))
+        >>> module.teacher.cached_outputs is None  # there is no cache yet: run `kd-lightning cache`
+        True
     """
 
     def __init__(self, path: str, teacher: str | None = None) -> None:

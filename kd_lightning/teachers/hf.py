@@ -194,6 +194,14 @@ class HFTeacher(CausalLMTeacher):
 
     Raises:
         ValueError: an argument in `kwargs` is refused; on `load`, the model cannot be read.
+
+    Examples:
+        >>> import torch
+        >>> from kd_lightning import HFTeacher
+        >>> teacher, ids = HFTeacher("asset:teacher"), torch.tensor([[1, 2, 3]])
+        >>> teacher.load()
+        >>> tuple(teacher.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).shape)
+        (1, 3, 2048)
     """
 
     def __init__(self, path: str, kwargs: dict[str, Any] | None = None) -> None:

@@ -26,6 +26,12 @@ class OffloadedTeacher(CausalLMTeacher):
     Args:
         path: as for `HFTeacher`.
         kwargs: as for `HFTeacher`.
+
+    Examples:
+        >>> from kd_lightning import DistillationModule, OffloadedTeacher
+        >>> module = DistillationModule("asset:student", OffloadedTeacher("asset:teacher", {"dtype": "bfloat16"}))
+        >>> module.teacher.layers_on_host
+        True
     """
 
     layers_on_host = True

@@ -34,6 +34,12 @@ class RoutedTeacher(Teacher):
     Raises:
         ValueError: there are no teachers, a name is empty, or the default is none of them; when the run starts: a row
             names no teacher (the message has file and line), or a tokenizer cannot be compared with the student's.
+
+    Examples:
+        >>> from kd_lightning import CachedTeacher, RoutedTeacher
+        >>> teacher = RoutedTeacher({"text": "asset:teacher", "math": CachedTeacher("runs/math")}, default="text")
+        >>> {name: type(member).__name__ for name, member in teacher.members.items()}
+        {'text': 'HFTeacher', 'math': 'CachedTeacher'}
     """
 
     def __init__(

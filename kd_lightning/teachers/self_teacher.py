@@ -52,6 +52,13 @@ class SelfTeacher(Teacher):
             student reads.
 
     Reference: Zhao et al., arXiv 2601.18734; Shenfeld et al., arXiv 2601.19897.
+
+    Examples:
+        >>> from kd_lightning import DistillationModule, SelfTeacher
+        >>> module = DistillationModule("asset:student", SelfTeacher("ema", decay=0.99), ce_weight=0.5)
+        >>> module.configure_model()
+        >>> module.teacher.shares_student  # it is a copy
+        False
     """
 
     starts_as_student = True

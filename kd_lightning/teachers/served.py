@@ -63,6 +63,13 @@ class ServerTeacher(Teacher):
 
     Raises:
         ValueError: an argument is out of its range; on `load`: the server refuses, does not answer, or fails the test.
+
+    Examples:
+        >>> from kd_lightning import DistillationModule, ServerTeacher
+        >>> teacher = ServerTeacher("http://localhost:8000/v1", top_k=20)  # no request yet
+        >>> module = DistillationModule("asset:student", teacher)
+        >>> module.teacher.top_k
+        20
     """
 
     def __init__(

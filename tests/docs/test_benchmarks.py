@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from locations import ROOT
 from scoring_server import ScoringServer
@@ -205,9 +207,25 @@ def test_methods_beside_their_controls_go_on_where_they_were(
     assert "jsd" in (tmp_path / "chart.svg").read_text()
 
 
+def test_variants_of_a_baseline_with_the_same_student_share_a_line(script: Any) -> None:
+    methods = script("compare_methods")
+    rows = lambda value: [dict.fromkeys(methods.COLUMNS, value)]  # noqa: E731
+    found = {
+        "jsd": rows(1.0),
+        "labels, last step": rows(1.0),
+        "labels, best step": rows(1.0),
+        "labels, rows": rows(2.0),
+    }
+    assert list(methods.merged(found)) == ["jsd", "labels, last step and best step", "labels, rows"]
+    results = json.loads((FOLDER / "results" / "methods.json").read_text(encoding="utf-8"))
+    table = (FOLDER / "results" / "methods.md").read_text(encoding="utf-8")
+    assert methods.report(results).splitlines()[3:] == table.splitlines()[3:]
+
+
 def test_every_method_that_ships_is_compared(script: Any) -> None:
     shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {
         "lora",
+        "real_pair",
         "sft",
         "self_distillation",
         "cross_tokenizer",
@@ -305,6 +323,34 @@ def test_two_tokenizers_are_compared_with_labels(script: Any, tmp_path: Path) ->
     assert teacher["exact_match"] > before["exact_match"]
     assert found["nll"] < before["nll"] + 1
     assert "| labels only | 2 | 1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_shapes_of_real_pairs_have_the_published_numbers_of_parameters(script: Any) -> None:
+    pairs = script("plan_real_pairs")
+    for name, count in pairs.PARAMETERS.items():
+        config = dict(pairs.MODELS[name])
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config))
+        assert sum(parameter.numel() for parameter in model.parameters()) == count, name
+
+
+def test_a_plan_of_a_real_pair_names_the_smallest_gpu(script: Any) -> None:
+    pairs = script("plan_real_pairs")
+    assert [pairs.cell(None if peak is None else peak * 2**30) for peak in (None, 21, 22, 73)] == [
+        "",
+        "21.0 (24)",
+        "22.0 (80)",
+        "73.0 (no)",
+    ]
+    one = {"teacher": "SmolLM2-1.7B", "student": "SmolLM2-360M", "way": "all weights", "gpus": 2, "peak": 2**30}
+    assert pairs.table([one]).splitlines()[2] == "| SmolLM2-1.7B → SmolLM2-360M | all weights |  | 1.0 (24) |  |"
+
+
+@pytest.mark.slow
+def test_real_pairs_are_planned(script: Any, tmp_path: Path) -> None:
+    script("plan_real_pairs").main(["--quick", "--output", str(tmp_path / "pairs")])
+    (found,) = json.loads((tmp_path / "pairs.json").read_text())["results"]
+    assert 12 * 361_821_120 < found["peak"] - 2 * 1_711_376_384 < 30 * 2**30
 
 
 def test_a_step_beside_a_server(script: Any) -> None:

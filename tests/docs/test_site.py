@@ -16,10 +16,12 @@ import pytest
 import kd_lightning
 import runs
 from kd_lightning.cli.command_parser import OTHER_COMMANDS, TRAINER_COMMANDS
+from kd_lightning.data.conversation import parse_row
 from locations import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 TEXTS = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in PAGES}
 DOCUMENTED = re.findall(r"^::: kd_lightning\.([\w.]+)$", "\n".join(TEXTS.values()), re.MULTILINE)
 OWN = tuple(OTHER_COMMANDS)
@@ -84,8 +86,8 @@ def shell_lines(page: str) -> list[list[str]]:
 
 LINES = [line for page in TEXTS for line in shell_lines(page)]
 PAGES_RUN = (
-    pytest.param("index.md", marks=pytest.mark.slow), "scale.md", "responses.md", "watching.md",
-    pytest.param("extending.md", marks=pytest.mark.slow),
+    pytest.param("getting_started.md", marks=pytest.mark.slow), "scale.md", "responses.md", "watching.md",
+    pytest.param("data.md", marks=pytest.mark.slow), pytest.param("extending.md", marks=pytest.mark.slow),
 )  # fmt: skip
 
 
@@ -118,13 +120,12 @@ def test_every_shipped_config_is_named_and_shown_as_it_is() -> None:
 
 
 def test_every_notebook_and_no_other_is_on_its_page() -> None:
-    books = sorted((ROOT / "tutorials").glob("*.ipynb"))
-    titles = [json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"] for path in books]
+    titles = [json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"] for path in NOTEBOOKS]
     said = [
         f"{path.stem[:2]} {''.join(title).splitlines()[0].lstrip('# ')}"
-        for path, title in zip(books, titles, strict=True)
+        for path, title in zip(NOTEBOOKS, titles, strict=True)
     ]
-    assert re.findall(r"^\| (\d\d [^|]+) \|", TEXTS["tutorials.md"], re.M) == said
+    assert re.findall(r"^\| \[?(\d\d [^|\]]+?)(?:\]\([^)]*\))? \|", TEXTS["tutorials.md"], re.M) == said
 
 
 def test_the_picture_of_the_architecture_shows_every_layer_in_order() -> None:
@@ -156,9 +157,9 @@ def test_included_files_exist() -> None:
         assert (ROOT / name).is_file(), name
 
 
-def python(code: str, folder: Path, given: str = "", path: Path = ROOT) -> str:
+def python(code: str, folder: Path, given: str = "") -> str:
     """What a program of its own prints: classes that pages define must not outlive them."""
-    env = {**os.environ, "PYTHONPATH": str(path)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=folder, env=env, input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -168,6 +169,13 @@ def python(code: str, folder: Path, given: str = "", path: Path = ROOT) -> str:
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
 def test_python_on_the_pages_runs(page: str, tmp_path: Path) -> None:
     python("import torch\ntorch.manual_seed(0)\n" + "\n".join(blocks(page, "python")), tmp_path)
+
+
+def test_rows_on_the_page_of_the_data_have_forms_that_are_read() -> None:
+    rows = [json.loads(line) for block in blocks("data.md", "json") for line in block.splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        assert not parse_row(row, "data.md").empty, row
 
 
 def inline_options() -> list[list[str]]:
@@ -237,51 +245,6 @@ def test_the_lines_run_as_they_stand(page: str, tmp_path: Path) -> None:
             short = [*short, *rows]
         lines.append([verb, *words, *short])
     python(RUN, tmp_path, json.dumps(lines))
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    built = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return folder
-
-
-def test_it_builds_strictly_and_names_are_where_links_expect_them(site: Path) -> None:
-    """Links and anchors inside pages are checked by the strict build itself; here, what docstrings turned into."""
-    html = "\n".join(path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html")))
-    for name in set(kd_lightning.__all__) - {"__version__"}:
-        assert f'id="kd_lightning.{name}"' in html, name
-    assert ".. math::" not in html
-    assert not re.search(r"<p>[^<]*\\\(", html), "a formula was left as text"
-
-
-def test_blocks_and_papers_of_docstrings_become_markdown(tmp_path: Path) -> None:
-    given = "One line:\n\n  .. math:: a = \\frac12,\n    b\n\n  arXiv 1503.02531."
-    want = "One line:\n\n  \\[ a = \\frac12, b \\]\n\n  [arXiv 1503.02531](https://arxiv.org/abs/1503.02531)."
-    assert python(f"import hooks; print(hooks.markdown({given!r}))", tmp_path, path=DOCS) == want + "\n"
-
-
-def test_every_page_is_whole_without_a_network(site: Path) -> None:
-    for path in sorted(site.rglob("*.html")):
-        text = path.read_text(encoding="utf-8")
-        loaded = re.findall(r'<(?:script|img|link[^>]*rel="(?:stylesheet|icon)")[^>]*(?:src|href)="([^"]+)"', text)
-        assert any("katex" in name for name in loaded), path
-        for name in loaded:
-            assert "://" not in name, (path, name)
-            assert path.name == "404.html" or (path.parent / name.split("?")[0]).exists(), (path, name)
-
-
-def test_formulas_are_such_that_katex_reads(site: Path) -> None:
-    """Balanced, and nothing of Markdown left in them."""
-    html = "\n".join(path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html")))
-    formulas = re.findall(r'class="arithmatex">(.*?)</(?:span|div)>', html, re.DOTALL)
-    assert len(formulas) > 80
-    for formula in formulas:
-        assert "<" not in formula, formula
-        bare = re.sub(r"\\[{}]", "", formula)
-        assert bare.count("{") == bare.count("}"), formula
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:

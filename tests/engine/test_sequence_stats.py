@@ -16,7 +16,7 @@ from architectures import VOCABULARY, tiny
 from kd_lightning import Contrastive, Linear, ResponseGap, SkewKL, SkewReverseKL
 from kd_lightning.engine.top_k import TopK, top_k
 from kd_lightning.losses import DistillationLoss
-from kd_lightning.schedules import Complement
+from kd_lightning.objectives.objective import Complement
 from slow_reference import error
 from tiny_fits import Batch, Run, assert_same_student, fit, rows, split, weights
 

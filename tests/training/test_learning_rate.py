@@ -50,6 +50,8 @@ def test_a_shipped_config_decays_over_its_run_whatever_its_length(path: Path) ->
     found, steps = config["model"]["lr_scheduler"], config["trainer"]["max_steps"]
     if found is None:
         return
+    if path.stem == "real_pair":
+        return
     assert found["class_path"] == "torch.optim.lr_scheduler.PolynomialLR"
     power = found["init_args"]["power"]
     ours = functools.partial(schedulers.PolynomialLR, **found["init_args"])
@@ -57,6 +59,23 @@ def test_a_shipped_config_decays_over_its_run_whatever_its_length(path: Path) ->
     assert rates(ours, steps) == rates(before, steps)
     longer = rates(ours, 5 * steps)
     assert min(longer) > 0 and longer[-1] < 0.05 * longer[0]
+
+
+def test_the_config_of_a_real_pair_warms_up_and_decays_over_its_run_whatever_its_length() -> None:
+    config = yaml.safe_load((runs.CONFIGS / "real_pair.yaml").read_text(encoding="utf-8"))
+    found = config["model"]["lr_scheduler"]
+    assert found["class_path"] == "WarmupLR"
+    for steps in (100, config["trainer"]["max_steps"], 5_000):
+        learning_rates = rates(functools.partial(WarmupLR, **found["init_args"]), steps)
+        warmup = steps // 20
+        assert learning_rates == rates(functools.partial(cosine, warmup=warmup, steps=steps), steps)
+        assert learning_rates[0] == 0 and learning_rates[warmup] == 0.5 == max(learning_rates)
+        assert 0 < learning_rates[-1] < 0.001
+
+
+def cosine(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> Any:
+    """The schedule of transformers."""
+    return get_scheduler("cosine", optimizer, warmup, steps)
 
 
 RELATIVE = {
