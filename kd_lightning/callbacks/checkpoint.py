@@ -36,6 +36,12 @@ class RunCheckpoint(ModelCheckpoint):
     Args:
         save_last: also keep the newest state as `last.ckpt`.
         kwargs: the other arguments of `ModelCheckpoint`.
+
+    Examples:
+        >>> from kd_lightning.callbacks import RunCheckpoint
+        >>> checkpoint = RunCheckpoint(monitor="val/ce", save_top_k=2)  # for Trainer(callbacks=[...])
+        >>> checkpoint.monitor, checkpoint.save_last
+        ('val/ce', True)
     """
 
     def __init__(self, save_last: bool | None = True, **kwargs: Any) -> None:

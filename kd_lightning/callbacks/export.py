@@ -45,6 +45,12 @@ class HFExport(L.Callback):
     Raises:
         ValueError: `which` is neither, or `push_to_hub` is no name; before step 0: the folder holds an exported student
             or is not writable, or the hub refuses the repository.
+
+    Examples:
+        >>> from kd_lightning.callbacks import HFExport
+        >>> export = HFExport(which="best", monitor="val/ce")  # for Trainer(callbacks=[...])
+        >>> export.which
+        'best'
     """
 
     def __init__(

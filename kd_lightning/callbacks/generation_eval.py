@@ -57,6 +57,12 @@ class GenerationQuality(L.Callback):
     Raises:
         ValueError: an argument is out of range, or there is no such function; before step 0: the student has no end of
             sequence or too few positions, or the function fails on the first row's answer.
+
+    Examples:
+        >>> from kd_lightning.callbacks import GenerationQuality
+        >>> quality = GenerationQuality(every_n_validations=2, rows=50, seeds=3)  # for Trainer(callbacks=[...])
+        >>> quality.sampling.max_new_tokens, quality.seeds
+        (64, 3)
     """
 
     def __init__(

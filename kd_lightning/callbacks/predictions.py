@@ -31,6 +31,12 @@ class Predictions(L.Callback):
 
     Raises:
         ValueError: `max_new_tokens` is below 1.
+
+    Examples:
+        >>> from kd_lightning.callbacks import Predictions
+        >>> predictions = Predictions(max_new_tokens=64)  # for Trainer(callbacks=[...]); `Trainer.predict` fills it
+        >>> predictions.responses
+        {}
     """
 
     def __init__(self, max_new_tokens: int = 32) -> None:

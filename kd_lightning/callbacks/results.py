@@ -46,6 +46,14 @@ class ResultsTable(L.Callback):
     Raises:
         ValueError: a number is below 1, or there is no such function; before step 0: it fails on the first row's
             answer.
+
+    Examples:
+        >>> from kd_lightning.callbacks import ResultsTable
+        >>> def starts_as_the_answer(response, row):
+        ...     return float(response.startswith(row["output"]))
+        >>> table = ResultsTable(max_new_tokens=16, scorer=starts_as_the_answer)  # for Trainer(callbacks=[...])
+        >>> table.max_new_tokens
+        16
     """
 
     def __init__(

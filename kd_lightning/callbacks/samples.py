@@ -29,6 +29,12 @@ class Samples(L.Callback):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Examples:
+        >>> from kd_lightning.callbacks import Samples
+        >>> samples = Samples(every_n_steps=100, rows=2)  # for Trainer(callbacks=[...])
+        >>> samples.every_n_steps
+        100
     """
 
     def __init__(self, every_n_steps: int = 200, rows: int = 4) -> None:

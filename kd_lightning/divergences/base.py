@@ -53,6 +53,11 @@ class Divergence(nn.Module, ABC):
 
         Only f-divergences can be computed from a teacher's top-k log-probabilities, where they are lower bounds. The
         default is False; a custom f-divergence sets `is_f_divergence = True` in its class.
+
+        Examples:
+            >>> from kd_lightning import AlphaBeta, ForwardKL
+            >>> ForwardKL().is_f_divergence, AlphaBeta(0.2, 0.7).is_f_divergence
+            (True, False)
         """
         return False
 
@@ -135,7 +140,13 @@ class Composite(Divergence):
         """
 
     def components(self) -> dict[str, Divergence]:
-        """Every `Divergence` registered as an attribute, under the attribute's name."""
+        """Every `Divergence` registered as an attribute, under the attribute's name.
+
+        Examples:
+            >>> from kd_lightning import ForwardKL, TotalVariation, WeightedSum
+            >>> WeightedSum([ForwardKL(), TotalVariation()], [0.9, 0.1]).components()
+            {'forward_kl': ForwardKL(), 'total_variation': TotalVariation()}
+        """
         return {name: part for name, part in self.named_children() if isinstance(part, Divergence)}
 
     def weighted(self) -> dict[str, WeightedTokens]:

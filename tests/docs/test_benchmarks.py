@@ -375,3 +375,37 @@ def test_a_step_beside_a_server_is_measured(script: Any, tmp_path: Path) -> None
     record = json.loads((tmp_path / "served.json").read_text())
     assert [len(step["rows"]) for step in record["steps"]] == [4, 4]
     assert "| requests at a time |" in (tmp_path / "served.md").read_text()
+
+
+def test_arms_with_and_without_an_assistant(script: Any) -> None:
+    gap = script("assistants_gap")
+    assert all(without in ("", *gap.ARMS) for _, without in gap.ARMS.values())
+    values = dict.fromkeys(gap.COLUMNS, 0.5)
+
+    def run(arm: str, rate: float, seed: int, distance: float) -> dict[str, Any]:
+        after = {**values, "forward_kl": distance, "exact_match": distance}
+        return {"gap": "tiny", "arm": arm, "rate": rate, "seed": seed, "steps": 9, "student_after": after}
+
+    rates = [
+        run(arm, rate, gap.TUNING, abs(rate - 2.5e-2)) for arm in ("forward KL", "TAID") for rate in (1e-2, 2.5e-2)
+    ]
+    assert gap.tuned(rates, "tiny") == {"forward KL": 2.5e-2, "TAID": 2.5e-2}
+    measured = [run("forward KL", 2.5e-2, seed, 1.0 + seed / 100) for seed in (0, 1)]
+    measured += [run("TAID", 2.5e-2, seed, 2.0 + seed / 100) for seed in (0, 1)]
+    text = gap.report(rates + measured)
+    assert "| forward KL |  | 0.025 | 2 | 1.005 ± 0.007 | 0.500 ± 0.000 |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| TAID | forward KL |"))
+    assert "| 2.005 ± 0.007 (−) | 0.500 ± 0.000 |" in line
+    assert "| 2.005 ± 0.007 (+) |" in line  # exact match: more is better
+    assert "| TAID | 0.015 / 0.500 | 0.000 / 0.500 |" in text
+
+
+@pytest.mark.slow
+def test_assistants_are_measured(script: Any, tmp_path: Path) -> None:
+    words = ["--quick", "--gaps", "tiny", "--arms", "forward KL", "TAID", "--rows", "20", "--output", str(tmp_path)]
+    script("assistants_gap").main(words)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 1 + 2 * 3 + 2  # before, the grid, one seed
+    before, *_, after = (r["student_after"] for r in results)
+    assert after["forward_kl"] < before["forward_kl"]
+    assert "| TAID | forward KL |" in (tmp_path / "report.md").read_text()
