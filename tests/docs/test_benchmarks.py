@@ -401,6 +401,7 @@ def test_arms_with_and_without_an_assistant(script: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_assistants_are_measured(script: Any, tmp_path: Path) -> None:
     words = ["--quick", "--gaps", "tiny", "--arms", "forward KL", "TAID", "--rows", "20", "--output", str(tmp_path)]
     script("assistants_gap").main(words)
