@@ -64,10 +64,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     rows = found_by_model(results)
     colors = ("#9aa0b5", "#c58b3b", "#3949ab", "#5f6368")
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
-    titles = (
-        "Right answers, % of the test questions (higher is better)",
-        "NLL per token of the right answers (lower is better)",
-    )
+    titles = ("Right answers, % (higher is better)", "NLL per answer token (lower is better)")
     for axis, key, factor, title in zip(axes, ("exact_match", "nll"), (100, 1), titles, strict=True):
         for level, (name, color) in enumerate(zip(reversed(BARS), reversed(colors), strict=True)):
             values = [factor * row[key] for row in rows[name]]
