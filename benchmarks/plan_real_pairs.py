@@ -114,7 +114,7 @@ FOUR_BITS = (
 )
 WAYS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {  # numbers of GPUs, arguments
     "all weights": ((1, 2, 8), ()),
-    "all weights, cached teacher": ((1,), ("--model.teacher_cache", "true")),
+    "all weights, teacher's layers in host memory": ((1,), ("--model.teacher", "OffloadedTeacher")),
     "all weights, teacher in 4 bits": ((1,), FOUR_BITS),
     "LoRA": ((1,), LORA),
     "LoRA, teacher in 4 bits": ((1,), (*LORA, *FOUR_BITS)),
@@ -127,7 +127,8 @@ def estimate(folder: Path, teacher: str, student: str, gpus: int, extra: tuple[s
     """Peak bytes on each GPU."""
     words = ["--config", "real_pair", "--world_size", str(gpus), "--json", str(folder / "plan.json")]
     words += ["--model.student", str(folder / student), "--trainer.strategy", "auto" if gpus == 1 else "fsdp2"]
-    words += ["--model.teacher", str(folder / teacher), "--trainer.default_root_dir", str(folder / "root"), *extra]
+    name = "--model.teacher.path" if "OffloadedTeacher" in extra else "--model.teacher"
+    words += ["--trainer.default_root_dir", str(folder / "root"), *extra, name, str(folder / teacher)]
     with contextlib.redirect_stdout(io.StringIO()):
         plan.main(words)
     return int(json.loads((folder / "plan.json").read_text(encoding="utf-8"))["peak"])
