@@ -104,7 +104,7 @@ def test_it_begins_with_what_one_learns_and_needs_and_ends_with_where_to_go_next
         "You need",
         "Papers",
     ]
-    ends = [cell.source for cell in cells if "**Next:**" in cell.source]
+    ends = [cell.source for cell in cells if "Next:" in cell.source]
     assert len(ends) == 1
     for name in re.findall(r"\]\((?!https)([^)#]+)", "\n".join([cells[0].source, *ends])):
         assert (path.parent / name).exists(), name
