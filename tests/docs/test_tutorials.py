@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import datetime
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_outputs_are_those_of_one_run_from_top_to_bottom(path: Path) -> None:
     cells = code(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-    assert path.stat().st_size < 400_000
+    assert path.stat().st_size < 800_000
 
 
 @every_book
@@ -93,3 +94,26 @@ def test_the_commands_it_ends_with_name_shipped_configs(path: Path) -> None:
     named = [line.split("--config ")[1].split()[0] for line in text.splitlines() if "--config " in line]
     assert named
     assert [name for name in named if not (ROOT / "configs" / f"{name}.yaml").is_file()] == []
+
+
+@every_book
+def test_it_begins_with_what_one_learns_and_needs_and_ends_with_where_to_go_next(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    assert [word for word in ("You will learn", "You need", "Papers") if f"**{word}**" in cells[0].source] == [
+        "You will learn",
+        "You need",
+        "Papers",
+    ]
+    ends = [cell.source for cell in cells if "Next:" in cell.source]
+    assert len(ends) == 1
+    for name in re.findall(r"\]\((?!https)([^)#]+)", "\n".join([cells[0].source, *ends])):
+        assert (path.parent / name).exists(), name
+
+
+@every_book
+def test_figures_and_warnings_are_set_by_the_file_that_all_share(path: Path) -> None:
+    text = "\n".join(cell.source for cell in code(path))
+    assert "quiet()" in text
+    for own in ("filterwarnings", "rcParams.update", "setLevel"):
+        assert own not in text, own
+    assert [int(size) for size in re.findall(r"fontsize=(\d+)", text) if int(size) < 9] == []
