@@ -256,7 +256,7 @@ class TAIDSchedule(Schedule):
 
 
 class ResponseGap(Schedule):
-    r"""DistiLLM-2's skew per response: smaller for responses on which the models are closer than on average.
+    r"""DistiLLM-2's skew per response: almost a switch at the mean gap, α0 above it (and where g < 0), less below.
 
     \(\alpha = 1 - (1 - \alpha_0)\,m / (g + 10^{-5})\), clipped to [minimum, \(\alpha_0\)];
     \(g = e^{\overline{\log p}} - e^{\overline{\log q}}\) over the response's labels, m the mean of g over the
