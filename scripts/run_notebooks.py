@@ -37,7 +37,6 @@ def execute(path: Path) -> nbformat.NotebookNode:
     paths = [str(ROOT), str(ROOT / "tutorials"), *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    env["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm without ipywidgets: progress bars are off
     with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
         client = NotebookClient(
             notebook,
