@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from measuring import machine, mean_and_spread, program, run_fits
+from on_policy import exact_match, sampled
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -50,9 +51,7 @@ from kd_lightning import (
     update_schedules,
 )
 from kd_lightning.assets import resolve
-from kd_lightning.data.collate import Collator, left_pad
-from kd_lightning.models.generate import Sampling, generate
-from kd_lightning.rollout.batches import append, live_tokens
+from kd_lightning.data.collate import Collator
 
 VOID = -8.0  # log p below which a token counts as void
 TUNING = 100  # the seed of the learning-rate grid
@@ -207,31 +206,19 @@ class Pair:
         prompts = self.data.generation_rows("test")
         stride = max(1, len(prompts) // self.rows)
         categories = [row for row in prompts if row["row"]["task"] == "category"][:: max(1, stride // 2)]
-        found = {**self.distances(student, "test"), "exact_match": self.exact_match(student, categories)}
+        found = {
+            **self.distances(student, "test"),
+            "exact_match": exact_match(student, self.data, categories, size=200),
+        }
         return {**found, **self.samples(student, prompts[::stride])}
-
-    def exact_match(self, student: Any, rows: Sequence[Any]) -> float:
-        """Fraction of the greedy responses that equal the answer."""
-        right = 0
-        for part in (rows[n : n + 200] for n in range(0, len(rows), 200)):
-            prompts = left_pad([row["prompt_ids"] for row in part], self.data.pad_id)
-            found = generate(student, prompts["input_ids"], prompts["attention_mask"], Sampling(8, temperature=0.0))
-            texts = self.data.tokenizer.batch_decode(found, skip_special_tokens=True)
-            right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
-        return right / len(rows)
 
     @torch.no_grad()
     def samples(self, student: Any, rows: Sequence[Any]) -> dict[str, float]:
         """The teacher's NLL of the student's samples, and the share of their tokens with p < exp(VOID)."""
-        found, ends = [], torch.tensor([self.data.tokenizer.eos_token_id])
-        for n in range(0, len(rows), 100):
-            prompts = left_pad([row["prompt_ids"] for row in rows[n : n + 100]], self.data.pad_id)
-            prompt = (prompts["input_ids"], prompts["attention_mask"])
-            tokens = generate(student, *prompt, Sampling(32), seed=n)
-            live = live_tokens(tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
-            rows_of = append({"labels": torch.full_like(prompt[0], -100)}, prompt, tokens, live)
-            labels = rows_of["labels"][:, 1:]
-            log_p = self.teacher(**inputs(rows_of)).logits[:, :-1].log_softmax(-1)
+        found = []
+        for batch in sampled(student, self.data, rows):
+            labels = batch["labels"][:, 1:]
+            log_p = self.teacher(**inputs(batch)).logits[:, :-1].log_softmax(-1)
             found.append(log_p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)[labels != -100])
         log_p = torch.cat(found)
         return {"sample_nll": -float(log_p.mean()), "sample_void": float((log_p < VOID).double().mean())}

@@ -25,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,33 +91,38 @@ class Bench:
         return {
             **{name: mean[name] for name in ("forward_kl", "reverse_kl")},
             "nll": mean["student_nll"],
-            "exact_match": self.exact_match(module.student, [r for r in prompts if r["row"]["task"] == "category"]),
+            "exact_match": exact_match(module.student, self.data, prompts),
             "sample_nll": self.sample_nll(module, prompts[::stride]),
         }
 
-    def exact_match(self, student: Any, rows: list[dict[str, Any]]) -> float:
-        """Fraction of the greedy responses that equal the answer."""
-        right = 0
-        for part in (rows[n : n + 100] for n in range(0, len(rows), 100)):
-            inputs = left_pad([row["prompt_ids"] for row in part], self.data.pad_id)
-            responses = generate(student, inputs["input_ids"], inputs["attention_mask"], Sampling(8, temperature=0.0))
-            texts = self.data.tokenizer.batch_decode(responses, skip_special_tokens=True)
-            right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
-        return right / len(rows)
-
     def sample_nll(self, module: DistillationModule, rows: list[dict[str, Any]]) -> float:
         """The teacher's NLL per token of the student's samples."""
-        values = []
-        for n in range(0, len(rows), 100):
-            inputs = left_pad([row["prompt_ids"] for row in rows[n : n + 100]], self.data.pad_id)
-            prompt = (inputs["input_ids"], inputs["attention_mask"])
-            tokens = generate(module.student, *prompt, Sampling(32), seed=n)
-            ends = torch.tensor([self.data.tokenizer.eos_token_id])
-            blank = {"labels": torch.full_like(prompt[0], -100)}
-            live = live_tokens(tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
-            batch = append(blank, prompt, tokens, live)
-            values.append(module.evaluate_batch(batch).values["teacher_nll"])
-        return float(torch.cat(values).mean())
+        batches = sampled(module.student, self.data, rows)
+        return float(torch.cat([module.evaluate_batch(batch).values["teacher_nll"] for batch in batches]).mean())
+
+
+def exact_match(
+    student: Any, data: InstructionDataModule, prompts: Sequence[Any], tokens: int = 8, size: int = 100
+) -> float:
+    """Fraction of the categories that a greedy response gives; `size` prompts are answered at a time."""
+    rows, right = [row for row in prompts if row["row"]["task"] == "category"], 0
+    for part in (rows[n : n + size] for n in range(0, len(rows), size)):
+        inputs = left_pad([row["prompt_ids"] for row in part], data.pad_id)
+        responses = generate(student, inputs["input_ids"], inputs["attention_mask"], Sampling(tokens, temperature=0.0))
+        texts = data.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
+    return right / len(rows)
+
+
+def sampled(student: Any, data: InstructionDataModule, rows: Sequence[Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of the student's samples, whose labels are the sampled tokens."""
+    ends = torch.tensor([data.tokenizer.eos_token_id])
+    for n in range(0, len(rows), 100):
+        inputs = left_pad([row["prompt_ids"] for row in rows[n : n + 100]], data.pad_id)
+        prompt = (inputs["input_ids"], inputs["attention_mask"])
+        tokens = generate(student, *prompt, Sampling(32), seed=n)
+        live = live_tokens(tokens, ends, torch.ones(len(tokens), dtype=torch.bool))
+        yield append({"labels": torch.full_like(prompt[0], -100)}, prompt, tokens, live)
 
 
 def report(results: list[dict[str, Any]]) -> str:

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from measuring import machine, mean_and_spread
+from on_policy import exact_match
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -162,7 +163,7 @@ class Pair:
         return {
             "forward_kl": sums["kd"] / size,
             "nll": sums["student_nll"] / size,
-            "exact_match": exact_match(data, student, prompts),
+            "exact_match": exact_match(student, data, prompts, tokens=10),
             "sample_nll": self._sample_nll(student, prompts[::stride]),
         }
 
@@ -219,7 +220,7 @@ class Pair:
         nll, size = self.score(rows[::stride], [row["output"] for row in rows[::stride]])
         own = InstructionDataModule("asset:train", test="asset:test", tokenizer="asset:teacher")
         own.setup("test")
-        right = exact_match(own, self.teacher, own.generation_rows("test"))
+        right = exact_match(self.teacher, own, own.generation_rows("test"), tokens=10)
         return {"forward_kl": 0.0, "nll": nll / size, "exact_match": right, "sample_nll": None}
 
 
@@ -249,17 +250,6 @@ def shuffled(data: InstructionDataModule, seed: int, steps: int) -> list[dict[st
 def shifted_positions(batch: dict[str, Tensor]) -> Tensor:
     """The teacher's positions, aligned with the labels without the first token."""
     return (batch["teacher_positions"][:, 1:] - 1).clamp_min(-1)
-
-
-def exact_match(data: InstructionDataModule, model: Any, prompts: Sequence[Any]) -> float:
-    """Fraction of the categories that a greedy response gives."""
-    rows, right = [row for row in prompts if row["row"]["task"] == "category"], 0
-    for part in (rows[n : n + 100] for n in range(0, len(rows), 100)):
-        inputs = left_pad([row["prompt_ids"] for row in part], data.pad_id)
-        responses = generate(model, inputs["input_ids"], inputs["attention_mask"], Sampling(10, temperature=0.0))
-        texts = data.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        right += sum(text.strip() == row["answer"].strip() for text, row in zip(texts, part, strict=True))
-    return right / len(rows)
 
 
 def answers(folder: Path, seed: int) -> str:
